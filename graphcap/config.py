@@ -1,0 +1,237 @@
+"""The configuration: one frozen dataclass, whether it comes from code, from torch's ``mode=`` or the environment.
+
+:mod:`graphcap.precedence` says which of them wins, :mod:`graphcap.values` what each kind of setting accepts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, get_type_hints
+
+from graphcap import values
+from graphcap.errors import ConfigError
+from graphcap.precedence import settle, unknown_setting
+from graphcap.values import BadValue, Kind
+
+#: A user's own split rule: takes a ``torch.fx.Node`` of the Dynamo graph, returns whether the graph is cut there.
+SplittingRule = Callable[[Any], bool]
+
+
+class CompilationMode(enum.Enum):
+    """How much of the pipeline runs."""
+
+    NONE = "none"  #: plain eager
+    STOCK_TORCH_COMPILE = "stock_torch_compile"  #: ``torch.compile`` with Inductor, nothing of ours
+    DYNAMO_TRACE_ONCE = "dynamo_trace_once"  #: the whole graph through Inductor; a second trace is a RecompileError
+    PIECEWISE = "piecewise"  #: split, compile and capture the pieces, stitch: our pipeline
+
+
+class CUDAGraphMode(enum.Enum):
+    """What becomes part of a CUDA graph."""
+
+    NONE = "none"  #: nothing
+    PIECEWISE = "piecewise"  #: the compiled pieces; attention and every other split op runs live
+    FULL = "full"  #: the split ops too, but for those that must run live
+    AUTO = "auto"  #: FULL where nothing in the region must run live, PIECEWISE otherwise
+
+
+class Setting(NamedTuple):
+    """One row of :meth:`Config.describe`."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of graphcap. Instances are immutable; two of equal values are equal, wherever the values came from.
+
+    Raises:
+        ConfigError: an unknown name, a wrong type, a value out of range.
+    """
+
+    compilation_mode: CompilationMode = CompilationMode.PIECEWISE
+    """How much of the pipeline runs. NONE is plain eager."""
+
+    enforce_eager: bool = False
+    """Run the model as it is: no compilation, no graphs, whatever the other settings say."""
+
+    cudagraph_mode: CUDAGraphMode = CUDAGraphMode.AUTO
+    """What becomes part of a CUDA graph."""
+
+    compiler: str = "inductor"
+    """What compiles a piece: "inductor", or "eager" to run it without Inductor (same bits as eager)."""
+
+    splitting_ops: tuple[str, ...] | None = None
+    """Where the graph is cut: "ns::op", "ns::op.overload", "ns::*" or "package.module.function". None is the built-in
+    list (attention in its known spellings); a tuple replaces that list."""
+
+    splitting_rules: tuple[SplittingRule, ...] = ()
+    """Functions of a torch.fx.Node; where one returns True the graph is cut as well."""
+
+    compile_sizes: tuple[int, ...] = ()
+    """Sizes of the only dynamic dim for which pieces are also compiled with static shapes."""
+
+    capture_sizes: tuple[int, ...] | None = None
+    """Sizes of the only dynamic dim that are captured at their second sight (the first call is the warm-up). None
+    declares no size: `capture_after` decides. Alias: cudagraph_capture_sizes."""
+
+    max_capture_size: int | None = None
+    """Larger sizes of the only dynamic dim are never captured. None is no limit. Alias: max_cudagraph_capture_size."""
+
+    capture_after: int = 3
+    """A shape outside `capture_sizes` is captured at this sighting; at least 2, as an earlier call is the warm-up."""
+
+    max_plans: int = 64
+    """How many shapes of one region may be captured; later ones run compiled, without a graph."""
+
+    outputs: str = "clone"
+    """What a replay returns. "clone": fresh tensors, safe to keep."""
+
+    static_args: tuple[str, ...] = ()
+    """Names of arguments that keep their address between calls: read and written in place, never copied."""
+
+    max_copy_bytes: int = 16 * 2**20
+    """Bytes. A larger input of a graph is never copied: it is used in place and its address checked on every call."""
+
+    disable_passes: tuple[str, ...] = ()
+    """Names of graph passes that do not run."""
+
+    require_passes: tuple[str, ...] = ()
+    """Names of graph passes that must match in every region; a region without a match is a PassRequiredError."""
+
+    inductor_compile_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Settings of torch._inductor.config that hold while a piece is compiled."""
+
+    cache: bool = True
+    """Keep compiled pieces on disk and load them from there."""
+
+    cache_dir: str | None = None
+    """Where compiled pieces are kept. None is $XDG_CACHE_HOME/graphcap or ~/.cache/graphcap."""
+
+    debug_dir: str | None = None
+    """Write graphs, pieces, generated code and a timeline into this folder. None writes nothing."""
+
+    simulate: bool = False
+    """Without a GPU, run captures and replays on the simulated device: a test of the logic, never a gain in speed."""
+
+    progress: bool = False
+    """Show progress bars while compiling and capturing."""
+
+    def __new__(cls, **given: Any) -> Config:
+        for name in given:
+            if name not in KINDS:
+                raise unknown_setting(name, KINDS)
+        self = super().__new__(cls)
+        object.__setattr__(self, "_origins", dict.fromkeys(given, "code"))
+        return self
+
+    def __post_init__(self) -> None:
+        for name, kind in KINDS.items():
+            try:
+                object.__setattr__(self, name, kind.accept(getattr(self, name)))
+            except BadValue as bad:
+                raise ConfigError(f"{name}: {bad}") from None
+        both = sorted(set(self.disable_passes) & set(self.require_passes))
+        if both:
+            raise ConfigError(f"require_passes and disable_passes both name {', '.join(both)}")
+
+    @classmethod
+    def resolve(
+        cls,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Config:
+        """Build the configuration of one ``torch.compile`` call, by the precedence of :mod:`graphcap.precedence`.
+
+        Args:
+            options: settings given in code, by name or alias.
+            mode: torch's ``mode=``; see :data:`graphcap.precedence.MODES`.
+            environ: the environment; ``os.environ`` when not given.
+
+        Raises:
+            ConfigError: as for the class, and for a bad environment variable or an unknown mode.
+        """
+        chosen, origins = settle(options or {}, mode, os.environ if environ is None else environ, KINDS)
+        config = cls(**chosen)
+        object.__setattr__(config, "_origins", origins)
+        return config
+
+    def origin(self, name: str) -> str:
+        """Where a setting's value came from: ``"default"``, ``"code"``, ``"mode"`` or ``"env GRAPHCAP_X"``."""
+        if name not in KINDS:
+            raise unknown_setting(name, KINDS)
+        return self._given().get(name, "default")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that are not left at their default, as ``options=`` takes them: enum members by name.
+
+        What was left out stays open to the environment, as if this Config had been written out in code.
+        """
+        return {name: _plain(getattr(self, name)) for name in KINDS if name in self._given()}
+
+    def describe(self) -> list[Setting]:
+        """Every setting with its value and origin, in the order of the fields."""
+        return [Setting(name, getattr(self, name), self.origin(name)) for name in KINDS]
+
+    def _given(self) -> Mapping[str, str]:
+        return self._origins  # type: ignore[attr-defined,no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = {name: _plain(getattr(self, name)) for name in KINDS}
+        return _rebuild, (settings, dict(self._given()))
+
+
+def _plain(value: Any) -> Any:
+    """The value as options= takes it and pickle keeps it: no enum member, no mapping proxy."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _rebuild(settings: dict[str, Any], origins: dict[str, str]) -> Config:
+    config = Config(**settings)
+    object.__setattr__(config, "_origins", origins)
+    return config
+
+
+#: What a setting's annotation alone does not say.
+_KIND_OF_NAME: dict[str, Kind] = {
+    "splitting_ops": values.optional(values.OPERATORS),
+    "compiler": values.one_of("inductor", "eager"),
+    "outputs": values.one_of("clone"),
+    "max_capture_size": values.optional(values.at_least(1)),
+    "capture_after": values.at_least(2),
+    "max_plans": values.at_least(1),
+    "max_copy_bytes": values.at_least(0),
+}
+
+_KIND_OF_TYPE: dict[Any, Kind] = {
+    bool: values.BOOL,
+    str | None: values.optional(values.STR),
+    tuple[int, ...]: values.SIZES,
+    tuple[int, ...] | None: values.optional(values.SIZES),
+    tuple[str, ...]: values.NAMES,
+    tuple[SplittingRule, ...]: values.FUNCTIONS,
+    Mapping[str, Any]: values.MAPPING,
+    CompilationMode: values.member_of(CompilationMode),
+    CUDAGraphMode: values.member_of(CUDAGraphMode),
+}
+
+
+def _kinds() -> dict[str, Kind]:
+    types = get_type_hints(Config)
+    return {
+        each.name: _KIND_OF_NAME.get(each.name) or _KIND_OF_TYPE[types[each.name]]
+        for each in dataclasses.fields(Config)
+    }
+
+
+#: Every setting and how it is read.
+KINDS: dict[str, Kind] = _kinds()

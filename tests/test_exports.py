@@ -1,0 +1,56 @@
+"""The door: what is exported, and that it is cheap to open."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import graphcap
+
+PUBLIC = {
+    "CUDAGraphMode",
+    "CompilationMode",
+    "Config",
+    "ConfigError",
+    "DimError",
+    "GraphcapError",
+    "MissingExtraError",
+    "PassRequiredError",
+    "RecompileError",
+    "__version__",
+    "compile",
+    "disabled",
+    "eager",
+    "explain",
+    "register_op",
+    "support_graph_compile",
+}
+
+
+def test_public_names() -> None:
+    assert set(graphcap.__all__) == PUBLIC
+    assert dir(graphcap) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(graphcap, name) is getattr(graphcap, name)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
+def test_every_name_is_documented(name: str) -> None:
+    assert getattr(graphcap, name).__doc__
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'capture_all'"):
+        graphcap.capture_all  # noqa: B018
+
+
+def test_import_does_not_load_torch() -> None:
+    program = "import graphcap, sys; graphcap.Config.resolve(); print(sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "'graphcap'" in loaded
+    assert "'torch'" not in loaded

@@ -1,0 +1,33 @@
+"""Capture and replay of a compiled region: knows callables and tensors, has never heard of FX or Inductor.
+
+In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the compiler),
+:mod:`~graphcap.cudagraph.runner` (what happens on a call), :mod:`~graphcap.cudagraph.observe` (what a warm-up learns),
+:mod:`~graphcap.cudagraph.layout` and :mod:`~graphcap.cudagraph.bindings` (what is captured, and how inputs get in),
+:mod:`~graphcap.cudagraph.capture` (the segmented capture), :mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.device` (what a device must do; :mod:`~graphcap.cudagraph.cuda` and
+:mod:`~graphcap.cudagraph.simulated` do it).
+"""
+
+from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.choose import device_for
+from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.program import Capture, Constant, InputKind, InputSpec, Program, Step
+from graphcap.cudagraph.runner import GraphRunner
+from graphcap.cudagraph.simulated import SimulatedCaptureError
+from graphcap.cudagraph.stats import PlanStats, RunnerStats
+
+__all__ = [
+    "Binding",
+    "Capture",
+    "Constant",
+    "GraphDevice",
+    "GraphRunner",
+    "InputKind",
+    "InputSpec",
+    "PlanStats",
+    "Program",
+    "RunnerStats",
+    "SimulatedCaptureError",
+    "Step",
+    "device_for",
+]

@@ -1,0 +1,129 @@
+"""How each input gets into the graph: in place, by copy, by copy there and back, or only to the live steps."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from graphcap.cudagraph.observe import Observation
+from graphcap.cudagraph.program import Capture, InputKind, Program
+
+LIMIT_STATIC = 2  #: moves that a declared static input may make in short order before it stops being static
+LIMIT_TENSOR = 1  #: the same for an argument that is used in place only because it is written or large
+
+
+class Binding(enum.Enum):
+    """How one input reaches the captured steps."""
+
+    STATIC = "static"  #: read and written in place; its address is checked on every call
+    COPIED = "copied"  #: small and only read: copied into the arena on every call
+    COPIED_BACK = "copied in and out"  #: small and written, at an address that keeps moving
+    REFERENCE = "by reference"  #: read by live steps alone
+    VALUE = "value"  #: no tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the configuration and earlier calls say about a capture.
+
+    Attributes:
+        full: whether FULL steps are captured.
+        demoted: steps that failed in a capture, each with the reason.
+        unstable: inputs whose address moved too often to be used in place.
+        static_args: names of inputs that the user declared static.
+        max_copy_bytes: a larger input is never copied.
+    """
+
+    full: bool
+    demoted: dict[int, str]
+    unstable: Collection[int]
+    static_args: Collection[str]
+    max_copy_bytes: int
+
+
+class MemoryFacts:
+    """Who writes and mutates which storage."""
+
+    def __init__(self, program: Program, seen: Observation) -> None:
+        self.program = program
+        self.seen = seen
+        self.writer = {slot: index for index, step in enumerate(program.steps) for slot in step.writes}
+        self.mutated = {seen.roots[slot] for step in program.steps for slot in step.mutates}
+        self.inputs_of: dict[int, list[int]] = {}
+        for index in range(len(program.inputs)):
+            self.inputs_of.setdefault(seen.roots[index], []).append(index)
+
+    def readers(self, index: int, live: Collection[int]) -> list[int]:
+        """The captured steps that need input ``index`` at a known place: its readers, and when its storage is
+        written by any step, the readers of every value in that storage."""
+        root = self.seen.roots[index]
+        group = root in self.mutated
+        return [
+            number
+            for number, step in enumerate(self.program.steps)
+            if number not in live
+            and any(self.seen.roots[slot] == root if group else slot == index for slot in step.reads)
+        ]
+
+    def touched_live(self, root: int, live: Collection[int]) -> bool:
+        """Whether a live step reads anything in this storage."""
+        return any(self.seen.roots[slot] == root for number in live for slot in self.program.steps[number].reads)
+
+
+def bind(facts: MemoryFacts, live: Collection[int], choice: Choice) -> tuple[list[Binding], dict[int, str]]:
+    """Decide the binding of every input.
+
+    Args:
+        facts: about memory.
+        live: the steps that run live.
+        choice: what the configuration and earlier calls say.
+
+    Returns:
+        The bindings, and the steps that must become live as well, each with the reason; with any of those the
+        bindings hold no longer.
+    """
+    bindings: list[Binding] = []
+    evicted: dict[int, str] = {}
+    for index, spec in enumerate(facts.program.inputs):
+        root = facts.seen.roots[index]
+        readers = [] if root < 0 else facts.readers(index, live)
+        if not readers:
+            bindings.append(Binding.VALUE if root < 0 else Binding.REFERENCE)
+            continue
+        binding = _bind_one(facts, index, live, choice)
+        if binding is None:
+            evicted |= dict.fromkeys(readers, f"input {spec.name} keeps moving and cannot be copied")
+        bindings.append(binding or Binding.REFERENCE)
+    return bindings, evicted
+
+
+def _bind_one(facts: MemoryFacts, index: int, live: Collection[int], choice: Choice) -> Binding | None:
+    spec, root = facts.program.inputs[index], facts.seen.roots[index]
+    siblings = facts.inputs_of[root]
+    large = facts.seen.nbytes[index] > choice.max_copy_bytes
+    if root in facts.mutated:
+        if not any(sibling in choice.unstable for sibling in siblings):
+            return Binding.STATIC
+        alone = len(siblings) == 1 and not facts.touched_live(root, live)
+        return Binding.COPIED_BACK if alone and not large else None
+    if large or spec.kind is InputKind.STATIC or spec.name in choice.static_args:
+        if index not in choice.unstable:
+            return Binding.STATIC
+        return None if large else Binding.COPIED
+    return Binding.COPIED
+
+
+def moves_allowed(program: Program, index: int, static_args: Collection[str]) -> int:
+    """How often the address of an input used in place may move in short order before that ends."""
+    spec = program.inputs[index]
+    return LIMIT_STATIC if spec.kind is InputKind.STATIC or spec.name in static_args else LIMIT_TENSOR
+
+
+def live_from_the_start(program: Program, choice: Choice) -> dict[int, str]:
+    """The steps that run live whatever their inputs are, each with the reason."""
+    live = dict(choice.demoted)
+    for number, step in enumerate(program.steps):
+        if step.capture is Capture.NEVER or (step.capture is Capture.FULL and not choice.full):
+            live.setdefault(number, step.reason or f"capture={step.capture.value}")
+    return live

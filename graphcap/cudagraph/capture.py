@@ -1,0 +1,320 @@
+"""The segmented capture: one call of a program that returns true values and leaves a recording behind.
+
+Captured steps extend the current segment. A live step ends it: the segment is replayed at once, so that the live step
+reads true values, then the live step runs for real. Every effect of the call happens exactly once. Nothing runs on the
+stream that records; replays and live steps run on the caller's.
+
+When a recording fails, none of its kernels has run: the steps of the failed segment run live from the values that stand
+in the slot table, and so does the rest of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, flat, overlaps_itself, span_bytes
+from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.device import GraphDevice, Pool, Recording, Segment
+from graphcap.cudagraph.layout import Layout
+from graphcap.cudagraph.observe import Observation
+from graphcap.cudagraph.outputs import OutputPlan, StaticMemory, plan_outputs
+from graphcap.cudagraph.private import storage_address, weak_view
+from graphcap.cudagraph.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A capture that did not work out.
+
+    Attributes:
+        steps: the steps that may be to blame; empty when no step is.
+        reason: one line.
+    """
+
+    steps: tuple[int, ...]
+    reason: str
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What a capture leaves behind. It holds no tensor of the caller.
+
+    Attributes:
+        program, seen, layout: what was captured.
+        pool: pinned as long as this lives.
+        segments: in order.
+        timeline: ``~n`` replays segment n, ``n`` runs step n live.
+        stand_ins: for inputs and bridged slots the tensor that captured steps read in their place.
+        constants: non-owning views (and numbers) that captured steps made and others read.
+        places: for fixed slots the address and size they must have.
+        memory: which addresses are static.
+        outputs: how outputs leave.
+        blocks: memory that stand-ins lie in.
+    """
+
+    program: Program
+    seen: Observation
+    layout: Layout
+    pool: Pool
+    segments: list[Segment] = field(default_factory=list)
+    timeline: list[int] = field(default_factory=list)
+    stand_ins: dict[int, torch.Tensor] = field(default_factory=dict)
+    constants: dict[int, Any] = field(default_factory=dict)
+    places: dict[int, tuple[int, torch.Size]] = field(default_factory=dict)
+    memory: StaticMemory = field(default_factory=lambda: StaticMemory({}, set()))
+    outputs: OutputPlan = field(default_factory=lambda: OutputPlan((), {}, ()))
+    blocks: list[torch.Tensor] = field(default_factory=list)
+
+
+class SegmentedCapture:
+    """One capturing call. Make it inside of the device's session, then :meth:`run` it once."""
+
+    def __init__(
+        self, program: Program, seen: Observation, layout: Layout, device: GraphDevice, pool: Pool, args: Sequence[Any]
+    ) -> None:
+        self.recorded = Recorded(program, seen, layout, pool)
+        self._device = device
+        self._slots: list[Any] = [*args, *[None] * (len(seen.roots) - len(args))]  # what live steps read
+        self._bound: list[Any] = [*args, *[None] * (len(seen.roots) - len(args))]  # what captured steps read
+        self._recording: Recording | None = None
+        self._first = 0  # the first step of the current segment
+        self._ended: list[torch.Tensor] = []  # released between two segments, for the next one
+        self._outlived: list[int] = []  # live results to drop when the segment is closed
+        self._addresses: dict[int, set[int]] = {}  # where the storage of each root may be
+        self._captured = captured_slots(program, layout, len(program.steps))
+        self._crossing = _crossing_slots(program, layout)
+
+    def bind_inputs(self, arena: Arena) -> None:
+        """Give every input that captured steps read its place, and copy in what is copied."""
+        layout, memory = self.recorded.layout, self.recorded.memory
+        copied = layout.inputs_bound(Binding.COPIED, Binding.COPIED_BACK)
+        buffers, block = arena.buffers([self._slots[index] for index in copied])
+        self.recorded.blocks.append(block)
+        stand_ins = dict(zip(copied, buffers, strict=True))
+        stand_ins |= {index: weak_view(self._slots[index]) for index in layout.inputs_bound(Binding.STATIC)}
+        for index, root in enumerate(self.recorded.seen.roots[: len(layout.bindings)]):
+            if root >= 0:
+                self._addresses.setdefault(root, set()).add(storage_address(self._slots[index]))
+        for index, stand_in in stand_ins.items():
+            self._bound[index] = self.recorded.stand_ins[index] = stand_in
+            if address := storage_address(stand_in):
+                memory.homes.setdefault(address, (index, stand_in))
+            self._addresses[self.recorded.seen.roots[index]].add(storage_address(stand_in))
+            if index in copied:
+                copy_into(stand_in, self._slots[index])
+
+    def run(self) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call.
+
+        Returns:
+            The program's outputs, and why there is no plan if there is none.
+
+        Raises:
+            Exception: what a live step raises, as it would without any graph.
+        """
+        try:
+            failure = self._run_segments()
+        except BaseException:
+            self._abort()
+            raise
+        recorded = self.recorded
+        captured_below = len(recorded.program.steps)
+        if failure is not None:
+            captured_below = self._first
+            run_live(recorded.program, self._slots, self._first)
+        recorded.outputs = outputs_of(recorded, self._slots, captured_below)
+        return recorded.outputs.collect(self._slots), failure
+
+    def _run_segments(self) -> Failure | None:
+        for number in range(len(self.recorded.program.steps)):
+            failure = self._live(number) if number in self.recorded.layout.live else self._record(number)
+            if failure is not None:
+                return failure
+        return self._close(len(self.recorded.program.steps))
+
+    def _record(self, number: int) -> Failure | None:
+        step = self.recorded.program.steps[number]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                if self._recording is None:
+                    self._first = number
+                    self._recording = self._device.begin(self.recorded.pool, self._ended)
+                    self._ended = []
+                results = self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
+            for slot, value in zip(step.writes, results, strict=True):
+                self._check_memory(slot, value)
+                self._keep_recorded(slot, value)
+        except Exception as error:
+            self._abort()
+            return Failure((number,), describe(error))
+        self._release(number)
+        return None
+
+    def _keep_recorded(self, slot: int, value: Any) -> None:
+        self._slots[slot] = self._bound[slot] = value
+        tensor = isinstance(value, torch.Tensor)
+        if tensor and self.recorded.seen.roots[slot] == slot:
+            self.recorded.memory.pool.add(storage_address(value))
+        if slot in self._crossing:
+            self.recorded.constants[slot] = weak_view(value) if tensor else value
+
+    def _live(self, number: int) -> Failure | None:
+        failure = self._close(number)
+        if failure is not None:
+            return failure
+        step = self.recorded.program.steps[number]
+        self._first = number + 1
+        results = step.fn(*[self._slots[slot] for slot in step.reads])
+        for slot, value in zip(step.writes, results, strict=True):
+            self._slots[slot] = self._bound[slot] = value
+        try:
+            for slot in step.writes:
+                self._check_memory(slot, self._slots[slot])
+                self._give_place(slot, self._slots[slot])
+        except Exception as error:
+            return Failure((), describe(error))
+        self.recorded.timeline.append(number)
+        self._release(number)
+        return None
+
+    def _give_place(self, slot: int, value: Any) -> None:
+        """Let captured steps find a live step's result at an address that lasts."""
+        recorded = self.recorded
+        if slot in recorded.layout.fixed:
+            recorded.places[slot] = value.data_ptr(), value.size()
+            self._bound[slot] = weak_view(value)
+        elif slot in recorded.layout.bridged:
+            block = aligned_block(self._device, span_bytes(value))
+            bridge = buffer_like(block, 0, value)
+            copy_into(bridge, value)
+            recorded.blocks.append(block)
+            recorded.stand_ins[slot] = self._bound[slot] = bridge
+            recorded.memory.homes[storage_address(bridge)] = slot, bridge
+            self._addresses[recorded.seen.roots[slot]].add(storage_address(bridge))
+
+    def _check_memory(self, slot: int, value: Any) -> None:
+        """Values must share memory as they did in the warm-up, because the layout was worked out from that."""
+        root = self.recorded.seen.roots[slot]
+        if (root >= 0) != isinstance(value, torch.Tensor):
+            raise RuntimeError(f"slot {slot} held {'a tensor' if root >= 0 else 'no tensor'} in the warm-up only")
+        if root < 0:
+            return
+        address = storage_address(value)
+        if root == slot:
+            self._addresses[slot] = {address}
+            inputs = range(len(self.recorded.program.inputs))
+            fits = not any(address in self._addresses.get(index, ()) for index in inputs)
+        else:
+            fits = address in self._addresses[root]
+        if address and not fits:
+            raise RuntimeError(f"slot {slot} shares memory with other values than in the warm-up")
+
+    def _release(self, number: int) -> None:
+        """Give up the memory of results whose last reader has been recorded or has run."""
+        for slot in self.recorded.layout.releases[number]:
+            value = self._slots[slot]
+            if slot not in self._captured:
+                self._outlived.append(slot)
+                continue
+            # A weak view stays: were the current recording to fail, its steps would read it again, unchanged.
+            rest = weak_view(value) if isinstance(value, torch.Tensor) else value
+            if self._recording is None:
+                self._ended.append(rest)
+            else:
+                self._recording.release(rest)
+            self._slots[slot] = self._bound[slot] = rest
+
+    def _close(self, number: int) -> Failure | None:
+        """End the current segment and run it."""
+        if self._recording is None:
+            self._drop_outlived()
+            return None
+        try:
+            segment = self._recording.end()
+            self._recording = None
+            segment.replay()
+        except Exception as error:
+            self._abort()
+            return Failure(tuple(range(self._first, number)), describe(error))
+        self.recorded.timeline.append(~len(self.recorded.segments))
+        self.recorded.segments.append(segment)
+        for index in inputs_written_back(self.recorded, self._first, number):
+            copy_into(self._slots[index], self.recorded.stand_ins[index])
+        self._drop_outlived()
+        return None
+
+    def _drop_outlived(self) -> None:
+        for slot in self._outlived:
+            self._slots[slot] = self._bound[slot] = None
+        self._outlived = []
+
+    def _abort(self) -> None:
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.abort()
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line. The exception itself would keep the tensors of its frames alive."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between tensors of the same size and strides, also where indices overlap."""
+    with torch.no_grad():
+        if overlaps_itself(target):
+            flat(target).copy_(flat(source))
+        else:
+            target.copy_(source)
+
+
+def run_live(program: Program, slots: list[Any], start: int) -> None:
+    """Run the steps from ``start`` on without any graph, within the slot table."""
+    for step in program.steps[start:]:
+        for slot, value in zip(step.writes, step.fn(*[slots[slot] for slot in step.reads]), strict=True):
+            slots[slot] = value
+
+
+def outputs_of(recorded: Recorded, slots: Sequence[Any], captured_below: int) -> OutputPlan:
+    """How the values in ``slots`` leave, where the captured steps before ``captured_below`` were really captured."""
+    captured = captured_slots(recorded.program, recorded.layout, captured_below)
+    return plan_outputs(recorded.program.outputs, recorded.seen.identity, slots, captured, recorded.memory)
+
+
+def captured_slots(program: Program, layout: Layout, below: int) -> set[int]:
+    """The slots that captured steps before step ``below`` write."""
+    return {slot for number in range(below) if number not in layout.live for slot in program.steps[number].writes}
+
+
+def inputs_written_back(recorded: Recorded, first: int, stop: int) -> list[int]:
+    """The inputs copied in and out that the captured steps ``first <= step < stop`` write."""
+    roots = recorded.seen.roots
+    written = {roots[slot] for step in recorded.program.steps[first:stop] for slot in step.mutates}
+    return [index for index in recorded.layout.inputs_bound(Binding.COPIED_BACK) if roots[index] in written]
+
+
+def segment_of(program: Program, layout: Layout) -> list[int]:
+    """For each step the number of its segment; live steps have numbers of their own, below zero."""
+    segments, current = [], 0
+    for number in range(len(program.steps)):
+        if number in layout.live:
+            current += 1
+            segments.append(-number - 1)
+        else:
+            segments.append(current)
+    return segments
+
+
+def _crossing_slots(program: Program, layout: Layout) -> set[int]:
+    """Results that are read outside of the segment that makes them, outputs included."""
+    segments = segment_of(program, layout)
+    made_in = {slot: segments[number] for number, step in enumerate(program.steps) for slot in step.writes}
+    crossing = {each for each in program.outputs if isinstance(each, int)}
+    for number, step in enumerate(program.steps):
+        crossing |= {slot for slot in step.reads if made_in.get(slot) != segments[number]}
+    return crossing

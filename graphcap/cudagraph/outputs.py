@@ -1,0 +1,176 @@
+"""What a plan hands back: fresh tensors for what lies in static memory, the caller's own for what is or views them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphcap.cudagraph.arena import overlaps_itself, span_bytes
+from graphcap.cudagraph.private import storage_address, weak_view
+from graphcap.cudagraph.program import Constant
+
+_WORD = 16  #: bytes; a copy of several values begins at a multiple of it, so that each stays aligned for its dtype
+
+
+@dataclass(frozen=True, slots=True)
+class AsIs:
+    """The value in the slot: an argument, a number, a fresh result of a live step."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A view of the value in slot ``base``, made by ``make(slots[base])``."""
+
+    base: int
+    make: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """A part of the fresh copy of block number ``block``, made by ``part(copy)``; ``None`` is all of it."""
+
+    block: int
+    part: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """How the outputs are made.
+
+    Attributes:
+        order: per output the slot whose maker gives it, or a constant. A slot that occurs twice is one object.
+        makers: per slot how its value leaves the plan.
+        blocks: static memory to copy, each with one ``clone()``.
+    """
+
+    order: tuple[int | Constant, ...]
+    makers: Mapping[int, AsIs | View | Clone]
+    blocks: tuple[torch.Tensor, ...]
+
+    def collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
+        """The outputs of one call."""
+        copies = [block.clone() for block in self.blocks]
+        made: dict[int, Any] = {}
+        for slot, maker in self.makers.items():
+            if isinstance(maker, AsIs):
+                made[slot] = slots[maker.slot]
+            elif isinstance(maker, View):
+                made[slot] = maker.make(slots[maker.base])
+            else:
+                made[slot] = maker.part(copies[maker.block]) if maker.part else copies[maker.block]
+        return tuple(each.value if isinstance(each, Constant) else made[each] for each in self.order)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticMemory:
+    """The memory of one plan, by the address of the storage.
+
+    Attributes:
+        homes: memory that stands for a value of the call: the slot of that value, and the tensor that stands for it.
+        pool: memory of recorded results.
+    """
+
+    homes: dict[int, tuple[int, torch.Tensor]]
+    pool: set[int]
+
+
+def plan_outputs(
+    outputs: Sequence[int | Constant],
+    identity: Sequence[int],
+    slots: Sequence[Any],
+    recorded: Collection[int],
+    memory: StaticMemory,
+) -> OutputPlan:
+    """Decide how each output leaves the plan.
+
+    Args:
+        outputs: the program's.
+        identity: for each slot the first slot that holds the very same object.
+        slots: the values of one call.
+        recorded: the slots whose values a captured step made.
+        memory: the plan's.
+    """
+    order = tuple(each if isinstance(each, Constant) else identity[each] for each in outputs)
+    makers: dict[int, AsIs | View | Clone] = {}
+    inside: dict[int, list[int]] = {}
+    for slot in dict.fromkeys(each for each in order if isinstance(each, int)):
+        value = slots[slot]
+        address = storage_address(value) if isinstance(value, torch.Tensor) else 0
+        base, stand_in = memory.homes.get(address, (slot, None)) if address else (slot, None)
+        elsewhere = base != slot and storage_address(slots[base]) != address
+        if stand_in is not None and base != slot and (slot in recorded or elsewhere):
+            makers[slot] = View(base, _view_maker(value, stand_in))
+        elif isinstance(value, torch.Tensor) and (slot in recorded or address in memory.pool):
+            inside.setdefault(address or -slot - 1, []).append(slot)
+        else:
+            makers[slot] = AsIs(slot)
+    blocks: list[torch.Tensor] = []
+    for sharers in inside.values():
+        makers |= _clone_makers({slot: slots[slot] for slot in sharers}, len(blocks))
+        blocks.append(_block([slots[slot] for slot in sharers]))
+    return OutputPlan(order, makers, tuple(blocks))
+
+
+def _view_maker(value: torch.Tensor, stand_in: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How to get from an argument to the view of it that ``value`` is of ``stand_in``."""
+    size, stride, dtype, item = value.size(), value.stride(), value.dtype, value.element_size()
+    distance = value.storage_offset() * item - stand_in.storage_offset() * stand_in.element_size()
+
+    def same_dtype(base: torch.Tensor) -> torch.Tensor:
+        return base.as_strided(size, stride, base.storage_offset() + distance // item)
+
+    def other_dtype(base: torch.Tensor) -> torch.Tensor:
+        offset = (base.storage_offset() * base.element_size() + distance) // item
+        empty = torch.empty(0, dtype=dtype, device=base.device)
+        return empty.set_(base.untyped_storage(), offset, size, stride)
+
+    return same_dtype if dtype is stand_in.dtype else other_dtype
+
+
+def _block(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The memory that the copy of these values takes: the only value itself, or all the bytes from first to last."""
+    if _alone(values):
+        return weak_view(values[0])
+    start, stop = _reach(values)
+    whole = weak_view(values[0])
+    storage = whole.untyped_storage()
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=torch.uint8, device=whole.device)
+        return empty.set_(storage, start, (stop - start,), (1,))
+
+
+def _alone(values: Sequence[torch.Tensor]) -> bool:
+    value = values[0]
+    dense = span_bytes(value) == value.numel() * value.element_size() and not overlaps_itself(value)
+    return len(values) == 1 and dense
+
+
+def _reach(values: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """First and last byte within the storage, the first rounded down to a whole word."""
+    starts = [int(value.storage_offset()) * value.element_size() for value in values]
+    stops = [start + span_bytes(value) for start, value in zip(starts, values, strict=True)]
+    return min(starts) // _WORD * _WORD, max(stops)
+
+
+def _clone_makers(values: Mapping[int, torch.Tensor], block: int) -> dict[int, AsIs | View | Clone]:
+    held = list(values.values())
+    if _alone(held):
+        return {slot: Clone(block, None) for slot in values}
+    start, _ = _reach(held)
+    return {slot: Clone(block, _part_maker(value, start)) for slot, value in values.items()}
+
+
+def _part_maker(value: torch.Tensor, start: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    size, stride, dtype = value.size(), value.stride(), value.dtype
+    first = value.storage_offset() * value.element_size() - start
+    last = first + span_bytes(value)
+
+    def part(copy: torch.Tensor) -> torch.Tensor:
+        return copy[first:last].view(dtype).as_strided(size, stride)
+
+    return part

@@ -1,0 +1,74 @@
+"""Everything of this room that is private to torch. Checked on torch 2.11 and 2.13 (signatures also on 2.15)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Where the tensor's storage begins; 0 when it has no memory, or none that a pointer describes (sparse tensors)."""
+    if tensor.layout is not torch.strided:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def unowned(address: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
+    """A storage over memory that somebody else keeps alive."""
+    make = torch._C._construct_storage_from_data_pointer
+    return cast(torch.UntypedStorage, make(address, device, nbytes))
+
+
+def over_storage(storage: torch.UntypedStorage, like: torch.Tensor, offset: int) -> torch.Tensor:
+    """A plain tensor with ``like``'s dtype, size and stride, ``offset`` elements into ``storage``.
+
+    Never an inference tensor, whatever mode the caller is in.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        empty = torch.empty(0, dtype=like.dtype, device=like.device)
+        return empty.set_(storage, offset, like.size(), like.stride())
+
+
+def weak_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, not kept alive: a plain tensor, detached, never an inference tensor."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() == 0 or storage.data_ptr() == 0:
+        with torch.inference_mode(False):
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    nowhere_owned = unowned(storage.data_ptr(), tensor.device, storage.nbytes())
+    return over_storage(nowhere_owned, tensor, int(tensor.storage_offset()))
+
+
+def _same_addresses_in_python(tensors: list[Any], addresses: list[int | None], indices: list[int]) -> bool:
+    return all(tensors[index].data_ptr() == addresses[index] for index in indices)
+
+
+#: ``same_addresses(args, addresses, indices)``: whether ``args[i].data_ptr() == addresses[i]`` for each listed i. One
+#: call into C++; builds without CUDA lack it.
+same_addresses: Callable[[list[Any], list[int | None], list[int]], bool] = getattr(
+    torch._C, "_tensors_data_ptrs_at_indices_equal", _same_addresses_in_python
+)
+
+
+def current_raw_stream() -> Callable[[int], int]:
+    """The function that takes a device index and returns the handle of its current stream."""
+    return torch._C._cuda_getCurrentRawStream
+
+
+def end_allocation_to_pool(index: int, handle: tuple[int, int]) -> bool:
+    """Stop sending this device's allocations into a graph pool after ``capture_end`` has failed.
+
+    Returns:
+        True when torch had not stopped it itself; the aborted capture's hold on the pool is then given up, too.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(index, handle)
+    except RuntimeError:
+        return False
+    torch._C._cuda_releasePool(index, handle)
+    return True

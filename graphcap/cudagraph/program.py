@@ -1,0 +1,98 @@
+"""The contract between the compiler and the graph runtime: a flat list of steps over numbered slots.
+
+The compiler hands over a :class:`Program`; this room captures and replays it. A program knows callables, tensors
+and ints. It has never heard of FX, Inductor or models.
+
+Slots ``0 .. len(inputs) - 1`` hold the call's arguments in order; every further slot is written by exactly one step.
+Steps run in order. A step may write into its arguments in place (``mutates``).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Capture(enum.Enum):
+    """Whether a step may become part of a CUDA graph."""
+
+    ALWAYS = "always"  #: a compiled piece whose shapes the key fixes: captured in PIECEWISE and in FULL
+    FULL = "full"  #: cut out of its neighbours but functional (SDPA, flex_attention): captured in FULL only
+    NEVER = "never"  #: runs live on every call; ``Step.reason`` says why
+
+
+class InputKind(enum.Enum):
+    """What the caller promises about one argument."""
+
+    STATIC = "static"  #: a parameter, buffer or declared static argument: keeps its address between calls
+    TENSOR = "tensor"  #: a tensor that may be a different one on every call
+    SCALAR = "scalar"  #: an int or float (a SymInt placeholder of the graph)
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One argument of the program.
+
+    Attributes:
+        name: what a user would call it: ``"input_ids"``, ``"model.layers.0.mlp.up_proj.weight"``.
+        kind: see :class:`InputKind`.
+        symbol: for a scalar, the symbol or expression it holds (``"s77"``), otherwise ``None``.
+        in_key: for a scalar, whether its value is part of the graph key. Steps that depend on a scalar outside the
+            key are ``Capture.NEVER``.
+    """
+
+    name: str
+    kind: InputKind
+    symbol: str | None = None
+    in_key: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call: ``outputs = fn(*[slots[i] for i in reads])``.
+
+    Attributes:
+        name: ``"piece_3"``; the name in dumps, reports and profiles.
+        fn: takes the read slots positionally, returns a tuple or list with one value per entry of ``writes``.
+        reads: the argument slots, in order; a slot may occur twice.
+        writes: the slots that receive the results.
+        mutates: the slots among ``reads`` whose tensors ``fn`` writes in place.
+        capture: see :class:`Capture`.
+        reason: for FULL and NEVER, one line that says why, with the user's source line where it is known.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    mutates: tuple[int, ...] = ()
+    capture: Capture = Capture.ALWAYS
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """An output of the program that is no slot: ``None``, an int, a string."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled region, ready to run live or to be captured.
+
+    Attributes:
+        name: the region's name (``"forward_0"``), used in logs and reports.
+        inputs: one spec per argument.
+        steps: in execution order.
+        outputs: per returned value the slot that holds it, or a :class:`Constant`.
+        run: the stitched function: ``run(*args) -> tuple`` executes every step live, without any graph.
+    """
+
+    name: str
+    inputs: tuple[InputSpec, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[int | Constant, ...]
+    run: Callable[..., tuple[Any, ...]] = field(repr=False)

@@ -1,0 +1,158 @@
+"""The backend: a Dynamo graph comes in, one callable comes out. Read :func:`compile_region` first.
+
+=====================  ==================================================================================
+step                   room
+=====================  ==================================================================================
+who asks, which sizes  ``region.py``, ``symbols.py``
+where to cut           ``rules.py`` (which ops), ``partition.py`` (grouping), ``split.py`` (graph modules)
+compile each piece     ``pieces.py``, ``canonical.py`` (twins, key), ``inductor.py``, the ``passes`` and ``cache`` rooms
+sew together           ``stitch.py``
+capture and replay     the ``cudagraph`` room
+show it                ``dump.py``, ``explain.py``
+=====================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphcap.compiler import dump, nodes, private
+from graphcap.compiler.bypass import reason_to_bypass, run_bypass
+from graphcap.compiler.partition import partition
+from graphcap.compiler.pieces import compile_pieces
+from graphcap.compiler.region import Region, open_region
+from graphcap.compiler.rules import SplitRules
+from graphcap.compiler.specialise import by_size, position_of, specialisable_symbol
+from graphcap.compiler.split import Piece, split
+from graphcap.compiler.stitch import build_program
+from graphcap.compiler.symbols import SizeSymbols, analyse_sizes
+from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph import GraphDevice, GraphRunner, Program, device_for
+from graphcap.errors import GraphcapError
+
+log = logging.getLogger(__name__)
+
+
+def graphcap(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The ``torch.compile`` backend. Found by name through the entry point ``torch_dynamo_backends``.
+
+    Args:
+        gm: the graph that Dynamo traced; parameters and buffers are inputs.
+        example_inputs: the first call's inputs, one per placeholder.
+        mode: torch's ``mode=``.
+        options: fields of :class:`graphcap.Config`.
+
+    Returns:
+        A callable of the same inputs.
+
+    Raises:
+        ConfigError: for options that do not exist or do not fit.
+        RecompileError: in DYNAMO_TRACE_ONCE, at a second trace.
+        PassRequiredError: when a required pass matched nothing.
+    """
+    config = Config.resolve(options, mode)
+    region = open_region(gm, example_inputs, config)
+    region.bypass = reason_to_bypass(gm, example_inputs, config)
+    if region.bypass:
+        return run_bypass(gm, example_inputs, region)
+    try:
+        return compile_region(gm, example_inputs, region)
+    except GraphcapError:
+        raise
+    except Exception as error:  # a fault of ours must not take the model down
+        log.warning("%s: graphcap failed and Inductor takes over: %s", region.name, error, exc_info=True)
+        region.bypass = f"graphcap failed: {type(error).__name__}: {error}"
+        return run_bypass(gm, example_inputs, region)
+
+
+def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Region) -> Callable[..., Any]:
+    """Split, compile, stitch and capture one graph."""
+    started, config = time.perf_counter(), region.config
+    log.info("%s: %s, %d nodes", region.name, region.location, len(gm.graph.nodes))
+    dumper = dump.open_dump(region)
+    dumper.graph("before_split", gm)
+
+    devices = devices_of(gm.graph)
+    device, region.no_capture = capture_device(devices, config)
+    sizes = analyse_sizes(gm.graph)
+    rules = SplitRules.of(config.splitting_ops, config.splitting_rules)
+    groups = partition(gm.graph, rules, sizes, home_device(devices))
+    pieces = split(gm, groups, sizes)
+    dumper.split(gm, pieces)
+
+    compiled = compile_pieces(pieces, config, home_device(devices))
+    region.record_pieces(pieces, compiled, sizes)
+
+    static = [private.is_static_input(example) for example in example_inputs]
+    program, region.source = build_program(region.name, gm.graph, pieces, compiled, static, sizes)
+    run = capturing(program, device, region)
+    run = with_special_sizes(run, gm.graph, pieces, static, sizes, region, device)
+
+    region.seconds = time.perf_counter() - started
+    dumper.close(pieces, compiled)
+    log.info("%s: %d pieces, %.2f s", region.name, len(pieces), region.seconds)
+    return run
+
+
+def with_special_sizes(
+    general: Callable[..., Any],
+    graph: fx.Graph,
+    pieces: Sequence[Piece],
+    static: Sequence[bool],
+    sizes: SizeSymbols,
+    region: Region,
+    device: GraphDevice | None,
+) -> Callable[..., Any]:
+    """Compile the pieces again for each of ``compile_sizes``, and choose by size."""
+    config, symbol = region.config, specialisable_symbol(sizes)
+    if not config.compile_sizes:
+        return general
+    if symbol is None:
+        region.notes.append(f"compile_sizes is ignored: it needs one size in the graph key, here are {len(sizes.key)}")
+        return general
+    special = {}
+    for size in config.compile_sizes:
+        compiled = compile_pieces(pieces, config, home_device(devices_of(graph)), at=(symbol, size))
+        program, _ = build_program(f"{region.name}_at_{size}", graph, pieces, compiled, static, sizes)
+        special[size] = capturing(program, device, region)
+        region.notes.append(f"compiled for {symbol} = {size} too")
+    return by_size(general, special, position_of(symbol, [n for n in graph.nodes if n.op == "placeholder"]))
+
+
+def devices_of(graph: fx.Graph) -> set[torch.device]:
+    """The devices of all tensors in a graph."""
+    return {tensor.device for node in graph.nodes for tensor in nodes.tensors_of(node)}
+
+
+def home_device(devices: set[torch.device]) -> torch.device:
+    """Where the region's work happens: its accelerator, or the CPU."""
+    accelerators = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
+    return accelerators[0] if accelerators else torch.device("cpu")
+
+
+def capture_device(devices: set[torch.device], config: Config) -> tuple[GraphDevice | None, str]:
+    """The device that captures, or ``None`` and the reason why nothing is captured."""
+    if config.cudagraph_mode is CUDAGraphMode.NONE:
+        return None, f"cudagraph_mode=NONE ({config.origin('cudagraph_mode')})"
+    return device_for(devices, config.simulate)
+
+
+def capturing(program: Program, device: GraphDevice | None, region: Region) -> Callable[..., Any]:
+    """Put the graph runtime around a program; without a device the program itself runs."""
+    if device is None:
+        return program.run
+    runner = GraphRunner(program, device, region.config)
+    region.attach(runner)
+    return runner

@@ -1,0 +1,77 @@
+"""Which of its inputs a piece writes: found by running it once on fake tensors and watching every operator's schema.
+
+Names say too little (``relu_``, ``out=``, custom ops with ``mutates_args``), schemas say nearly all: the old batch norms
+write their running statistics without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphcap.compiler import nodes, private
+
+
+#: Higher-order ops have no schema. These write nothing; every other one counts as writing all that it is given.
+_FUNCTIONAL_HIGHER_ORDER = {"flex_attention"}
+
+#: These write arguments 3 and 4, the running mean and variance, where argument 5 says that they train.
+_BATCH_NORMS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
+
+
+class _WriteRecorder(TorchDispatchMode):
+    """Collects the storages that operators declare as written."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for leaf in nodes.leaves(list(_declared_written(func, args, kwargs))):
+            if isinstance(leaf, torch.Tensor):
+                self.written.add(private.storage_id(leaf))
+        return func(*args, **kwargs)
+
+
+def _declared_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operator writes."""
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        yield from () if func.name() in _FUNCTIONAL_HIGHER_ORDER else (args, dict(kwargs))
+        return
+    for index, declared in enumerate(func._schema.arguments):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            yield args[index] if index < len(args) else kwargs.get(declared.name)
+    if func._schema.name in _BATCH_NORMS and args[5]:
+        yield from args[3:5]
+
+
+def mutated_inputs(piece: fx.GraphModule) -> tuple[int, ...]:
+    """The positions of the placeholders whose memory a piece writes, also through views and through aliasing inputs.
+
+    A piece that cannot be run on fake tensors counts as writing every tensor that it gets: that costs copies, never
+    correctness.
+    """
+    values = [nodes.value_of(node) for node in piece.graph.nodes if node.op == "placeholder"]
+    storages = [private.storage_id(v) if isinstance(v, torch.Tensor) else None for v in values]
+    fake_mode = private.fake_mode_of(values)
+    recorder = _WriteRecorder()
+    try:
+        with torch.no_grad(), fake_mode or contextlib.nullcontext(), _unguarded(fake_mode), recorder:
+            fx.Interpreter(piece, garbage_collect_values=False).run(*values, enable_io_processing=False)
+    except Exception:  # whatever an operator's fake raises: assume the worst
+        return tuple(i for i, storage in enumerate(storages) if storage is not None)
+    return tuple(i for i, storage in enumerate(storages) if storage in recorder.written)
+
+
+def _unguarded(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Looking must not add guards to the graph that is being compiled."""
+    shape_env = getattr(fake_mode, "shape_env", None)
+    return shape_env.suppress_guards() if shape_env is not None else contextlib.nullcontext()

@@ -1,0 +1,226 @@
+"""Which operations end a piece, and which of those may be captured.
+
+Two questions are kept apart. A *split rule* says where pieces end. The *capture rule* says whether the operation
+itself may live inside a CUDA graph: functional ones whose shapes the key fixes (SDPA, flex_attention) may, in FULL;
+an opaque custom op may read Python state or CPU metadata, so it runs live until :func:`register_op` declares
+otherwise (default-deny).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import fx
+
+from graphcap.compiler import private
+from graphcap.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Attention in the spellings that models use. ``"ns::*"`` names every op of a namespace.
+DEFAULT_SPLITTING_OPS: tuple[str, ...] = (
+    "aten::scaled_dot_product_attention",
+    "aten::_scaled_dot_product_attention_math",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "higher_order::flex_attention",
+    "torch_attn::*",
+    "flash_attn::*",
+    "flash_attn_2::*",
+    "flash_attn_3::*",
+    "xformers_flash::*",
+    "xformers::*",
+    "flashinfer::*",
+    "vllm::unified_attention",
+    "vllm::unified_attention_with_output",
+    "vllm::unified_mla_attention",
+    "vllm::unified_mla_attention_with_output",
+    "sgl_kernel::*",
+)
+
+#: Namespaces whose ops are functions of their tensor arguments alone, so that a CUDA graph may hold them.
+CAPTURABLE_NAMESPACES = frozenset(
+    {"aten", "prims", "prim", "higher_order", "inductor", "_c10d_functional", "graphcap", "rngprims", "quantized_decomposed"}
+)
+
+#: Third-party attention that is functional: shapes and values follow from its tensor arguments.
+CAPTURABLE_OPS = frozenset({"flash_attn::_flash_attn_forward", "torch_attn::_varlen_attn"})
+
+#: aten ops that hand a value to the host or whose output size is data: a capture cannot hold them.
+HOST_SYNC_OPS = frozenset(
+    {
+        *("item", "tolist", "nonzero", "masked_select", "unique", "unique_consecutive", "bincount", "numpy", "cpu"),
+        *("_local_scalar_dense", "argwhere", "is_nonzero", "__bool__", "equal", "allclose"),
+    }
+)
+
+_PYTHON_SPELLINGS: dict[Any, str] = {
+    torch._C._nn.scaled_dot_product_attention: "aten::scaled_dot_product_attention",
+    torch.nn.functional.scaled_dot_product_attention: "aten::scaled_dot_product_attention",
+}
+
+CapturePolicy = Literal["always", "never"]
+
+
+@dataclass(frozen=True)
+class _Declared:
+    capture: CapturePolicy
+    reason: str
+
+
+_declared: dict[str, _Declared] = {}
+_lock = threading.Lock()
+
+
+def register_op(op: str | Any, *, capture: CapturePolicy) -> None:
+    """Declare whether a custom op may be captured into a CUDA graph.
+
+    Args:
+        op: ``"ns::name"``, an ``OpOverload``, an ``OpOverloadPacket`` or what ``torch.library.custom_op`` returned.
+        capture: ``"always"``: the op is a function of its tensor arguments and launches work on the current stream
+            only;
+            ``"never"``: it runs live on every call.
+
+    Raises:
+        ConfigError: for another value of ``capture`` or something that names no op.
+    """
+    if capture not in ("always", "never"):
+        raise ConfigError(f"register_op: capture={capture!r} is not known; use 'always' or 'never'")
+    with _lock:
+        _declared[_registered_name(op)] = _Declared(capture, f"registered with capture={capture!r}")
+
+
+def _registered_name(op: str | Any) -> str:
+    if isinstance(op, str) and op.count("::") == 1:
+        return op
+    name = op_name(getattr(op, "_opoverload", op)) if not isinstance(op, str) else ""
+    if "::" not in name:
+        raise ConfigError(f"register_op: {op!r} names no operator; give 'namespace::name' or the op itself")
+    return name
+
+
+def eager(
+    fn: Callable[P, R] | None = None, *, fake: Callable[P, R] | None = None
+) -> Callable[P, R] | Callable[[Callable[P, R]], Callable[P, R]]:
+    """Mark a function or a custom op so that it always breaks a capture and runs live, as it is, on every call.
+
+    Dynamo does not look inside. It learns the output shapes by calling the function on fake tensors; where the body
+    cannot run on those (it reads values, calls a kernel by pointer), give ``fake``, a function of the same arguments
+    that returns tensors of the right shapes and dtypes.
+
+    Args:
+        fn: a function of tensors and plain values, or a registered custom op (which is declared ``capture="never"``).
+        fake: the shape function.
+
+    Returns:
+        The function to call instead, or, used as ``@graphcap.eager(fake=...)``, a decorator.
+    """
+    if fn is None:
+        return functools.partial(eager, fake=fake)  # type: ignore[return-value]
+    if isinstance(fn, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or hasattr(fn, "_opoverload"):
+        register_op(fn, capture="never")
+        return fn
+
+    @functools.wraps(fn)
+    def live(*args: P.args, **kwargs: P.kwargs) -> R:
+        if fake is not None and private.fake_mode_of([*args, *kwargs.values()]) is not None:
+            return fake(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    live._graphcap_eager = True  # type: ignore[attr-defined]
+    allowed: Callable[P, R] = torch._dynamo.allow_in_graph(live)
+    return allowed
+
+
+def op_name(target: Any) -> str:
+    """The qualified name that split rules match: ``"aten::mm"``, ``"higher_order::flex_attention"``, ``"pkg.mod.fn"``."""
+    if isinstance(target, str):
+        return f"aten::{target}"  # a method call: Tensor.transpose is aten's
+    if target in _PYTHON_SPELLINGS:
+        return _PYTHON_SPELLINGS[target]
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target._qualified_op_name)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order::{target.name()}"
+    module = getattr(target, "__module__", None) or ""
+    return f"{module}.{getattr(target, '__qualname__', getattr(target, '__name__', repr(target)))}"
+
+
+@dataclass(frozen=True)
+class SplitRules:
+    """What ends a piece: op names, ``@graphcap.eager`` functions, ``cudagraph_unsafe`` ops and the user's own
+    predicates.
+
+    Attributes:
+        names: ``"ns::op"``, ``"ns::op.overload"`` or ``"ns::*"``; a plain ``"pkg.mod.function"`` works too.
+        predicates: called with each node; true means that the node is cut out.
+    """
+
+    names: tuple[str, ...]
+    predicates: tuple[Callable[[fx.Node], bool], ...] = ()
+
+    @classmethod
+    def of(cls, names: Sequence[str] | None, predicates: Sequence[Callable[[fx.Node], bool]]) -> SplitRules:
+        """The rules of a config: ``None`` stands for :data:`DEFAULT_SPLITTING_OPS`."""
+        return cls(DEFAULT_SPLITTING_OPS if names is None else tuple(names), tuple(predicates))
+
+    def match(self, node: fx.Node) -> str | None:
+        """Why this node ends a piece, or ``None``."""
+        name = op_name(node.target)
+        overload = getattr(node.target, "_overloadname", "")
+        spellings = (name, f"{name}.{overload}", _aten_spelling(node.target))
+        for rule in self.names:
+            if rule in spellings or (rule.endswith("::*") and name.startswith(rule[:-1])):
+                return f"splitting op {name}"
+        for predicate in self.predicates:
+            if predicate(node):
+                return f"user rule {getattr(predicate, '__name__', 'predicate')}"
+        return None
+
+
+def never_captured(node: fx.Node) -> str | None:
+    """Why a CUDA graph may not hold this operation, or ``None`` when it may."""
+    target = node.target
+    name = op_name(target)
+    if getattr(target, "_graphcap_eager", False):
+        return f"@graphcap.eager function {name}"
+    declared = _declared.get(name)
+    if declared is not None:
+        return f"{name} is {declared.reason}" if declared.capture == "never" else None
+    if torch.Tag.cudagraph_unsafe in getattr(private.resolve_op_overload(target), "tags", ()):
+        return f"{name} is tagged cudagraph_unsafe"
+    namespace, _, plain = name.rpartition("::")
+    if (plain or name).rpartition(".")[2] in HOST_SYNC_OPS:
+        return f"{name} hands data to the host"
+    if not namespace or namespace in CAPTURABLE_NAMESPACES or name in CAPTURABLE_OPS:
+        return None if _is_torch_function(target) else f"{name} is a Python function that torch does not know"
+    return f"{name} is an opaque custom op; graphcap.register_op({name!r}, capture='always') declares it capturable"
+
+
+def _aten_spelling(target: Any) -> str:
+    """``"aten::softmax"`` for ``torch.softmax`` and ``F.softmax``, ``"aten::matmul"`` for ``@``; ``""`` for others."""
+    name = getattr(target, "__name__", "")
+    known = callable(target) and _is_torch_function(target) and hasattr(torch.ops.aten, name)
+    return f"aten::{name}" if known else ""
+
+
+def _is_torch_function(target: Any) -> bool:
+    """Builtins, ``operator`` and ``torch.*`` functions; an ``allow_in_graph`` function of somebody else's is not."""
+    if isinstance(target, (str, torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
+        return True
+    module = getattr(target, "__module__", None) or ""
+    root = module.partition(".")[0]
+    return root in ("torch", "_operator", "operator", "builtins", "math", "")

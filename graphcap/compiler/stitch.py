@@ -1,0 +1,140 @@
+"""Sew compiled pieces together: the program for the graph runtime, and one flat Python function that runs it live.
+
+The function is generated, so that nothing between two pieces is looked up twice, and so that it can be read in a dump.
+It drops every value after its last use, as Python would in the original function.
+"""
+
+from __future__ import annotations
+
+import keyword
+import linecache
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from graphcap.compiler import nodes, private
+from graphcap.compiler.pieces import CompiledPiece
+from graphcap.compiler.split import Piece
+from graphcap.compiler.symbols import SizeSymbols
+from graphcap.cudagraph import Constant, InputKind, InputSpec, Program, Step
+
+
+def build_program(
+    name: str,
+    graph: fx.Graph,
+    pieces: Sequence[Piece],
+    compiled: Sequence[CompiledPiece],
+    static: Sequence[bool],
+    sizes: SizeSymbols,
+) -> tuple[Program, str]:
+    """Number every value that crosses a border, and generate the live function.
+
+    Args:
+        name: the region's name.
+        graph: the whole graph; its placeholders are the inputs, its output names what to return.
+        pieces: in execution order.
+        compiled: for each piece the callable to run, and the positions of the inputs that it writes.
+        static: for each placeholder whether it keeps its address between calls.
+        sizes: tells which scalars are part of the graph key.
+
+    Returns:
+        The program and the source of ``program.run``.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    slots = {node: index for index, node in enumerate(placeholders)}
+    steps = []
+    for piece, result in zip(pieces, compiled, strict=True):
+        reads = tuple(slots[node] for node in piece.inputs)
+        for node in piece.outputs:
+            slots[node] = len(slots)
+        steps.append(
+            Step(
+                name=piece.name,
+                fn=result.call,
+                reads=reads,
+                writes=tuple(slots[node] for node in piece.outputs),
+                mutates=tuple(reads[position] for position in result.mutates),
+                capture=piece.verdict.capture,
+                reason=piece.reason,
+            )
+        )
+    returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    outputs = tuple(slots[v] if isinstance(v, fx.Node) else Constant(v) for v in _flat(returned))
+    inputs = tuple(_input_spec(n, s, sizes) for n, s in zip(placeholders, static, strict=True))
+    comments = [f"{p.verdict.kind}{', ' + p.module_path if p.module_path else ''}" for p in pieces]
+    source = live_source(name, inputs, steps, outputs, comments)
+    return Program(name, inputs, tuple(steps), outputs, _compile(name, source, steps, outputs)), source
+
+
+def _flat(returned: Any) -> Sequence[Any]:
+    return returned if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def _input_spec(node: fx.Node, static: bool, sizes: SizeSymbols) -> InputSpec:
+    name = nodes.readable_source(private.source_name(node)) or node.name
+    value = nodes.value_of(node)
+    expression = private.symbol_expression(value)
+    if nodes.tensors_of(node):
+        return InputSpec(name, InputKind.STATIC if static else InputKind.TENSOR)
+    in_key = expression is None or expression.free_symbols <= sizes.key
+    return InputSpec(name, InputKind.SCALAR, symbol=str(expression) if expression is not None else None, in_key=in_key)
+
+
+def live_source(
+    name: str,
+    inputs: Sequence[InputSpec],
+    steps: Sequence[Step],
+    outputs: Sequence[int | Constant],
+    comments: Sequence[str],
+) -> str:
+    """The flat function as text: one line per step, values named by slot, ``del`` after the last use."""
+    names = _slot_names(inputs, steps)
+    last_use = _last_uses(inputs, steps, outputs)
+    lines = [f"def {identifier(name)}({', '.join(names[i] for i in range(len(inputs)))}):"]
+    for index, (step, comment) in enumerate(zip(steps, comments, strict=True)):
+        targets = "".join(f"{names[slot]}, " for slot in step.writes)
+        call = f"{step.name}({', '.join(names[slot] for slot in step.reads)})"
+        lines.append(f"    {targets + '= ' if targets else ''}{call}  # {comment}")
+        dead = [names[slot] for slot in dict.fromkeys((*step.reads, *step.writes)) if last_use.get(slot) == index]
+        if dead:
+            lines.append(f"    del {', '.join(dead)}")
+    values = [names[o] if isinstance(o, int) else f"constant_{i}" for i, o in enumerate(outputs)]
+    lines.append(f"    return ({''.join(f'{value}, ' for value in values)})")
+    return "\n".join(lines) + "\n"
+
+
+def _slot_names(inputs: Sequence[InputSpec], steps: Sequence[Step]) -> dict[int, str]:
+    names = {index: f"{identifier(spec.name)}_{index}" for index, spec in enumerate(inputs)}
+    for step in steps:
+        names.update({slot: f"v{slot}" for slot in step.writes})
+    return names
+
+
+def _last_uses(
+    inputs: Sequence[InputSpec], steps: Sequence[Step], outputs: Sequence[int | Constant]
+) -> dict[int, int]:
+    """For each slot worth dropping (no parameter, no number, not returned) the last step that touches it."""
+    keep = {slot for slot, spec in enumerate(inputs) if spec.kind is not InputKind.TENSOR} | set(outputs)
+    uses: dict[int, int] = {}
+    for index, step in enumerate(steps):
+        for slot in (*step.reads, *step.writes):
+            uses[slot] = index
+    return {slot: index for slot, index in uses.items() if slot not in keep}
+
+
+def identifier(name: str) -> str:
+    """A readable Python identifier for a user's name."""
+    text = re.sub(r"\W+", "_", name).strip("_") or "arg"
+    return f"_{text}" if text[0].isdigit() or keyword.iskeyword(text) else text
+
+
+def _compile(name: str, source: str, steps: Sequence[Step], outputs: Sequence[int | Constant]) -> Callable[..., Any]:
+    namespace: dict[str, Any] = {step.name: step.fn for step in steps}
+    namespace.update({f"constant_{i}": o.value for i, o in enumerate(outputs) if isinstance(o, Constant)})
+    filename = f"<graphcap {name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # tracebacks show the source
+    exec(compile(source, filename, "exec"), namespace)  # the source was generated above
+    function: Callable[..., Any] = namespace[identifier(name)]
+    return function

@@ -1,0 +1,111 @@
+"""Shape analysis: which sizes are part of the graph key, and which nodes depend on a size that is not.
+
+A CUDA graph is good for one set of sizes. Sizes that take few values (a batch) belong into the key. A size that is
+another one on every call (the length of a KV cache that grows by ``torch.cat``) does not: whatever touches it runs
+live, and everything else stays capturable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphcap.compiler import nodes, private
+
+
+@dataclass(frozen=True)
+class SizeSymbols:
+    """The symbols of a graph.
+
+    Attributes:
+        key: the symbols that a graph key holds.
+        live: the symbols outside the key, each with the reason.
+        bound_by: for each symbol the placeholder that carries its value.
+    """
+
+    key: frozenset[Any]
+    live: dict[Any, str]
+    bound_by: dict[Any, fx.Node] = field(repr=False)
+
+    def outside_key(self, node: fx.Node) -> str | None:
+        """Why a node depends on something that the key does not fix, or ``None``."""
+        for symbol in sorted(symbols_of_node(node), key=str):
+            if symbol in self.live:
+                return f"depends on {symbol}: {self.live[symbol]}"
+            if symbol not in self.key:
+                return f"depends on {symbol}, which is known only after other operations ran"
+        return None
+
+
+def symbols_in(values: Iterable[Any]) -> list[Any]:
+    """The free symbols in shapes, strides and offsets of tensors and in symbolic scalars, in order of first mention."""
+    found: dict[Any, None] = {}
+    for leaf in nodes.leaves(list(values)):
+        sizes = (*leaf.shape, *leaf.stride(), leaf.storage_offset()) if isinstance(leaf, torch.Tensor) else (leaf,)
+        for size in sizes:
+            expression = private.symbol_expression(size)
+            if expression is not None:
+                found.update(dict.fromkeys(sorted(expression.free_symbols, key=str)))
+    return list(found)
+
+
+def symbols_of_node(node: fx.Node) -> list[Any]:
+    """The symbols that a node's result or any of its arguments carries."""
+    return symbols_in([nodes.value_of(node), *(nodes.value_of(arg) for arg in node.all_input_nodes)])
+
+
+def analyse_sizes(graph: fx.Graph) -> SizeSymbols:
+    """Sort the symbols of a Dynamo graph into the key and outside of it.
+
+    Outside are floats that change between calls, and sizes that *grow*: the graph returns a tensor that is longer along
+    a size than the one it was given, so the caller's next call will bring another value.
+    """
+    bound_by: dict[Any, fx.Node] = {}
+    live: dict[Any, str] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        expression = private.symbol_expression(nodes.value_of(node))
+        if expression is not None and expression.is_symbol:
+            bound_by.setdefault(expression, node)
+            if isinstance(nodes.value_of(node), torch.SymFloat):
+                live[expression] = "a float that changes between calls"
+    live.update(_growing_symbols(graph))
+    return SizeSymbols(frozenset(s for s in bound_by if s not in live), live, bound_by)
+
+
+def _growing_symbols(graph: fx.Graph) -> dict[Any, str]:
+    """Symbols ``s`` of an input size where an output has the size ``s + something`` in the same dimension."""
+    taken: dict[tuple[int, int, Any], str] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            for tensor in nodes.tensors_of(node):
+                for dim, symbol in _symbolic_dims(tensor):
+                    if symbol.is_symbol:
+                        name = nodes.readable_source(private.source_name(node))
+                        taken.setdefault((tensor.dim(), dim, symbol), f"{name} dim {dim}")
+    growing: dict[Any, str] = {}
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    for node in output.all_input_nodes:
+        for tensor in nodes.tensors_of(node):
+            for dim, expression in _symbolic_dims(tensor):
+                for symbol in expression.free_symbols:
+                    where = taken.get((tensor.dim(), dim, symbol))
+                    if where is not None and _longer_by(expression, symbol):
+                        growing[symbol] = f"{where} grows with every call ({symbol} in, {expression} out)"
+    return growing
+
+
+def _longer_by(expression: Any, symbol: Any) -> bool:
+    """Whether a size is ``symbol`` plus something of its own. A batch that is doubled is longer too, but is not fed back."""
+    difference = expression - symbol
+    return bool(difference.is_positive) and symbol not in difference.free_symbols
+
+
+def _symbolic_dims(tensor: torch.Tensor) -> list[tuple[int, Any]]:
+    dims = ((dim, private.symbol_expression(size)) for dim, size in enumerate(tensor.shape))
+    return [(dim, expression) for dim, expression in dims if expression is not None and not expression.is_number]

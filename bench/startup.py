@@ -48,7 +48,7 @@ def phase_seconds() -> dict[str, float | None]:
 def child(variant: str, model_name: str, options: dict[str, Any]) -> None:
     """Measure one start and print it. Imports are inside because they are part of what is measured.
 
-    The model's copy that the variants of ``bench/decode.py`` make (over shared tensors) costs milliseconds.
+    The model's copy that the variants of ``bench/decode_variants.py`` make (over shared tensors) costs milliseconds.
     """
     start = time.perf_counter()
     import torch
@@ -57,7 +57,7 @@ def child(variant: str, model_name: str, options: dict[str, Any]) -> None:
         import graphcap  # noqa: F401
     imported = time.perf_counter()
 
-    from bench import decode, harness, models
+    from bench import decode_variants, harness, models
 
     device = harness.default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -70,7 +70,7 @@ def child(variant: str, model_name: str, options: dict[str, Any]) -> None:
         inputs = [models.decode_inputs(model.config, device, 1, seed) for seed in range(CALLS)]
         harness.synchronize(device)
         last = time.perf_counter()
-        forward = decode.VARIANTS[variant](decode.Group(model, 1, device, options))
+        forward = decode_variants.VARIANTS[variant](decode_variants.Group(model, 1, device, options))
         for arguments in inputs:
             forward(*arguments)
             harness.synchronize(device)

@@ -149,12 +149,16 @@ def environment_line(content: Row) -> str:
 def render(content: Row) -> str:
     """The Markdown of a result file: a table per group in the rows' order, then where it was measured.
 
+    Skipped rows, where a variant does not apply, are left out; failed ones are shown.
+
     Raises:
         KeyError: no layout for the file's ``bench``.
     """
     layout = LAYOUTS[content["bench"]]
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in content["rows"]:
+        if row["status"].startswith("skipped"):
+            continue
         groups.setdefault(tuple(row[name] for name in layout.group), []).append(row)
     tables = [group_table(layout, rows) for rows in groups.values()]
     return "\n\n".join([*tables, environment_line(content)])

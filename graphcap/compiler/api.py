@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-from graphcap.compiler.dims import CallDims
-from graphcap.compiler.target import CompiledTarget, is_disabled, own_code
+from graphcap.compiler.call_dims import CallDims
+from graphcap.compiler.entry import function_entry, module_entry
+from graphcap.compiler.target import CompiledTarget, is_disabled
 from graphcap.config import Config
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -86,12 +86,8 @@ def module_target(
 ) -> CompiledTarget:
     """A target for ``module(...)``, hooks included."""
 
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    cls = type(module)
-    name = f"{cls.__qualname__}.forward"
-    entry = own_code(cast(FunctionType, call), f"{cls.__name__}_forward", name, _source(cls.forward, call))
+    name = f"{type(module).__qualname__}.forward"
+    entry = module_entry(type(module))
     return CompiledTarget(module, entry, name=name, kind="module", dims=dims, options=settings, fullgraph=fullgraph)
 
 
@@ -138,27 +134,10 @@ def _target_of(
         raise TypeError(f"graphcap.compile: expected a module, function or bound method, got {target!r}")
     return CompiledTarget(
         target,
-        own_code(_undecorated(fn), fn.__name__, fn.__qualname__, _source(fn, fn)),
+        function_entry(fn),
         name=fn.__qualname__,
         kind="method" if isinstance(target, MethodType) else "function",
         dims=CallDims.of(target, declared),
         options=settings,
         fullgraph=fullgraph,
     )
-
-
-def _undecorated(fn: FunctionType) -> FunctionType:
-    """``fn``, or a plain function that calls it: Dynamo skips the frames of decorators such as ``torch.no_grad()``."""
-    if not hasattr(fn, "__wrapped__"):
-        return fn
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
-
-    return cast(FunctionType, call)
-
-
-def _source(fn: Callable[..., Any], otherwise: Callable[..., Any]) -> CodeType:
-    """The code that a user wrote for ``fn``, whatever decorators are around it."""
-    written = inspect.unwrap(fn)
-    return cast(FunctionType, written if isinstance(written, FunctionType) else otherwise).__code__

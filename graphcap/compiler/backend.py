@@ -24,6 +24,7 @@ from torch import fx
 
 from graphcap.compiler import dump, nodes, private
 from graphcap.compiler.bypass import reason_to_bypass, run_bypass
+from graphcap.compiler.inputs import name_inputs
 from graphcap.compiler.partition import partition
 from graphcap.compiler.pieces import compile_pieces
 from graphcap.compiler.region import Region, open_region
@@ -32,6 +33,7 @@ from graphcap.compiler.specialise import by_size, position_of, specialisable_sym
 from graphcap.compiler.split import Piece, split
 from graphcap.compiler.stitch import build_program
 from graphcap.compiler.symbols import SizeSymbols, analyse_sizes
+from graphcap.compiler.target import will_retry
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph import GraphDevice, GraphRunner, Program, device_for
 from graphcap.errors import GraphcapError
@@ -72,6 +74,8 @@ def graphcap(
     except GraphcapError:
         raise
     except Exception as error:  # a fault of ours must not take the model down
+        if will_retry(error):
+            raise
         log.warning("%s: graphcap failed and Inductor takes over: %s", region.name, error, exc_info=True)
         region.bypass = f"graphcap failed: {type(error).__name__}: {error}"
         return run_bypass(gm, example_inputs, region)
@@ -81,6 +85,7 @@ def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Re
     """Split, compile, stitch and capture one graph."""
     started, config = time.perf_counter(), region.config
     log.info("%s: %s, %d nodes", region.name, region.location, len(gm.graph.nodes))
+    name_inputs(gm.graph, region.owner)
     dumper = dump.open_dump(region)
     dumper.graph("before_split", gm)
 
@@ -155,4 +160,5 @@ def capturing(program: Program, device: GraphDevice | None, region: Region) -> C
         return program.run
     runner = GraphRunner(program, device, region.config)
     region.attach(runner)
+    region.device = device.name
     return runner

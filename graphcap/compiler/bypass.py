@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcap.compiler import private
+from graphcap.compiler import nodes, private
 from graphcap.compiler.region import Region
 from graphcap.config import CompilationMode, Config
 
@@ -31,21 +31,25 @@ def reason_to_bypass(gm: fx.GraphModule, example_inputs: Sequence[Any], config: 
         return GRAD_MODE
     if any(node.op == "call_module" for node in gm.graph.nodes):
         return "the graph calls modules (torch._dynamo.config.inline_inbuilt_nn_modules is off)"
+    reshaped = next((node for node in gm.graph.nodes if nodes.changes_form_in_place(node)), None)
+    if reshaped is not None:
+        # Dynamo recorded one form per tensor, that after it: a piece before it would be compiled for a wrong one.
+        return f"{reshaped.target} changes the form of a tensor in place ({nodes.source_line(reshaped)})"
     return ""
 
 
 def needs_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether autograd would record this graph, or the graph itself switches autograd on."""
-    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
-        return True
-    return any(n.target is torch._C._set_grad_enabled and n.args == (True,) for n in gm.graph.nodes)
+    """Whether autograd would record this graph: something in it requires grad, and autograd is on or is switched on."""
+    required = any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+    if not required and not any(node.target == "requires_grad_" for node in gm.graph.nodes):
+        return False
+    switched_on = any(n.target is torch._C._set_grad_enabled and n.args == (True,) for n in gm.graph.nodes)
+    return torch.is_grad_enabled() or switched_on
 
 
 def run_bypass(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Region) -> Callable[..., Any]:
     """The callable for a graph that is not ours: plain eager where that was asked, else Inductor with autograd."""
     config = region.config
-    if config.enforce_eager or config.compilation_mode is CompilationMode.NONE or config.compiler == "eager":
-        return gm.forward
     if region.bypass == GRAD_MODE and region.function not in _warned:
         _warned.add(region.function)
         warnings.warn(
@@ -53,6 +57,8 @@ def run_bypass(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Region
             "torch.no_grad() or torch.inference_mode().",
             stacklevel=2,
         )
+    if config.enforce_eager or config.compilation_mode is CompilationMode.NONE or config.compiler == "eager":
+        return gm.forward
     try:
         patches = dict(config.inductor_compile_config)
         compiled: Callable[..., Any] = private.inductor_with_autograd(gm, example_inputs, patches)

@@ -22,8 +22,12 @@ log = logging.getLogger(__name__)
 _awaited: dict[CodeType, Path] = {}
 _lock = threading.Lock()
 
-_ADDRESS = re.compile(r"\b0x[0-9a-f]+")
-_GRAPH_ID = re.compile(r"(__compiled_fn_\d+)_[0-9a-f_]{32,}")
+#: Memory addresses, the ids of objects in the names of globals, and the random part of a compiled graph's name.
+_UNSTABLE = (
+    (re.compile(r"\b0x[0-9a-f]+"), "0x..."),
+    (re.compile(r"_\d{9,}(?=_c\d)"), ""),
+    (re.compile(r"(__compiled_fn_\d+)_[0-9a-f_]{32,}"), r"\1"),
+)
 
 
 def write_bytecode_later(code: CodeType, folder: Path) -> None:
@@ -76,4 +80,6 @@ def decompiled(code: CodeType) -> str:
 
 def _stable(text: str) -> str:
     """Without what is another one in every process."""
-    return _ADDRESS.sub("0x...", _GRAPH_ID.sub(r"\1", text))
+    for pattern, replacement in _UNSTABLE:
+        text = pattern.sub(replacement, text)
+    return text

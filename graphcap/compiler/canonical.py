@@ -115,7 +115,7 @@ class _Canonical:
         return str(expression.xreplace(names))
 
     def _target(self, target: Any) -> str:
-        if _is_user_function(target):  # its source does not say what it closes over: only the function itself is its twin
+        if _is_user_function(target):  # its source does not say what it closes over: it is like itself only
             return f"{op_name(target)}@{_PROCESS}.{id(target)}"
         overload = getattr(target, "_overloadname", "")
         return f"{op_name(target)}.{overload}" if overload else op_name(target)

@@ -176,7 +176,8 @@ def difference(eager: torch.Tensor, compiled: torch.Tensor) -> tuple[float, floa
     equal = (left == right) | (left.isnan() & right.isnan())
     if bool(equal.all()):
         return 0.0, 0.0
-    gap = torch.where(equal, 0.0, (left - right).abs()).nan_to_num(nan=float("inf"))
+    gap = torch.where(equal, 0.0, (left - right).abs())
+    gap = gap.where(~gap.isnan(), float("inf"))
     scale = left.abs().where(left.isfinite(), 0.0).max().item()
     absolute = gap.max().item()
     return absolute, absolute / scale if scale else float("inf")

@@ -14,7 +14,8 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from graphcap.compiler.api import COMPILED_CALL, install, module_target, settings_of
-from graphcap.compiler.dims import CallDims, parse
+from graphcap.compiler.call_dims import CallDims
+from graphcap.compiler.dims import parse
 from graphcap.compiler.target import disabled, is_disabled
 from graphcap.config import Config
 from graphcap.errors import DimError

@@ -1,4 +1,4 @@
-"""What the ways in take from Dynamo that torch does not promise to keep. Checked on 2.13; 2.11 from its documentation.
+"""What the ways in take from Dynamo that torch does not promise to keep. Checked on 2.11 and 2.13.
 
 Three things: to know when a trace begins (so that dims are marked only then), the marks themselves, and which failures
 of a trace are the fault of unbacked dims.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphcap.compiler.dims import TensorDims
+from graphcap.compiler.call_dims import TensorDims
 from graphcap.errors import GraphcapError
 
 log = logging.getLogger("graphcap.compiler")
@@ -128,8 +128,18 @@ def own_error(error: BaseException) -> GraphcapError | None:
     return inner if isinstance(inner, GraphcapError) else None
 
 
-def has_run(code: CodeType, error: BaseException) -> bool:
-    """Whether ``error`` came out of the running frame of ``code``, and not out of its compilation."""
+def has_run(code: CodeType, error: BaseException, has_graph: bool) -> bool:
+    """Whether ``error`` came out of the running frame of ``code``, and not out of its compilation.
+
+    Args:
+        code: what Dynamo was to compile.
+        error: what came instead of a result.
+        has_graph: whether a backend returned during this call. After that only guards can fail before the frame runs.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    if isinstance(error, TorchDynamoException):
+        return has_graph  # Dynamo strips the traceback, also of one that a function called by the frame raised
     where = (code.co_filename, code.co_name)
     trace = error.__traceback__
     while trace is not None:

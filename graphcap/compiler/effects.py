@@ -1,12 +1,11 @@
 """Which of its inputs a piece writes: found by running it once on fake tensors and watching every operator's schema.
 
-Names say too little (``relu_``, ``out=``, custom ops with ``mutates_args``), schemas say nearly all: the old batch norms
-write their running statistics without a word.
+Names say too little (``relu_``, ``out=``, custom ops with ``mutates_args``), schemas say nearly all: the old batch
+norms write their running statistics without a word.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcap.compiler import nodes, private
-
 
 #: Higher-order ops have no schema. These write nothing; every other one counts as writing all that it is given.
 _FUNCTIONAL_HIGHER_ORDER = {"flex_attention"}
@@ -30,7 +28,7 @@ class _WriteRecorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,14 +62,8 @@ def mutated_inputs(piece: fx.GraphModule) -> tuple[int, ...]:
     fake_mode = private.fake_mode_of(values)
     recorder = _WriteRecorder()
     try:
-        with torch.no_grad(), fake_mode or contextlib.nullcontext(), _unguarded(fake_mode), recorder:
+        with torch.no_grad(), private.as_dynamo_traces(fake_mode), recorder:
             fx.Interpreter(piece, garbage_collect_values=False).run(*values, enable_io_processing=False)
     except Exception:  # whatever an operator's fake raises: assume the worst
         return tuple(i for i, storage in enumerate(storages) if storage is not None)
     return tuple(i for i, storage in enumerate(storages) if storage in recorder.written)
-
-
-def _unguarded(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
-    """Looking must not add guards to the graph that is being compiled."""
-    shape_env = getattr(fake_mode, "shape_env", None)
-    return shape_env.suppress_guards() if shape_env is not None else contextlib.nullcontext()

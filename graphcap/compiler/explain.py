@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -14,7 +14,8 @@ from graphcap.compiler import private
 from graphcap.compiler.api import record_of
 from graphcap.compiler.folder import write_new_plans
 from graphcap.compiler.region import Region, all_regions
-from graphcap.compiler.report import RegionReport, Report
+from graphcap.compiler.report import Report
+from graphcap.compiler.snapshot import snapshot
 from graphcap.compiler.target import CompiledTarget
 
 
@@ -36,12 +37,13 @@ def explain(target: Any = None) -> Report:
     regions = all_regions()
     if target is None:
         message = "" if regions else "nothing was compiled through graphcap in this process yet."
-        return Report("this process", tuple(map(RegionReport.of, regions)), message)
+        return Report("this process", tuple(map(snapshot, regions)), message)
     subject = _subject(target)
-    found = tuple(RegionReport.of(region) for region in regions if subject.owns(region))
+    found = tuple(snapshot(region) for region in regions if subject.owns(region))
     record = subject.record
     notes = tuple(record.notes) if record is not None else ()
-    return Report(subject.name, found, "" if found else _never_called(subject), notes)
+    message = "" if found else _served_by_a_sibling(subject, regions) or _never_called(subject)
+    return Report(subject.name, found, message, notes)
 
 
 @dataclass
@@ -50,6 +52,7 @@ class _Subject:
 
     Attributes:
         name: for the report.
+        module_type: the class of a module.
         modules: ids of the module and its submodules.
         tensors: ids of their parameters and buffers.
         codes: code objects of a function.
@@ -59,6 +62,7 @@ class _Subject:
     """
 
     name: str
+    module_type: type[torch.nn.Module] | None = None
     modules: set[int] = field(default_factory=set)
     tensors: set[int] = field(default_factory=set)
     codes: list[CodeType] = field(default_factory=list)
@@ -96,6 +100,7 @@ def _subject(target: Any) -> _Subject:
 def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, compiled: bool) -> _Subject:
     return _Subject(
         type(module).__name__,
+        module_type=type(module),
         modules={id(each) for each in module.modules()},
         tensors={id(tensor) for tensor in (*module.parameters(), *module.buffers())},
         record=record,
@@ -113,16 +118,24 @@ def _codes(function: Any) -> Iterator[CodeType]:
             yield code
 
 
+def _served_by_a_sibling(subject: _Subject, regions: Sequence[Region]) -> str:
+    """What there is to say about a module whose class was traced for another instance, ``""`` when none was."""
+    siblings = [r.name for r in regions if subject.module_type is not None and type(r.owner) is subject.module_type]
+    if not siblings or subject.record is not None:
+        return ""
+    return (
+        f"nothing was traced for this {subject.name}. If it was called through torch.compile or module.compile(), "
+        f"Dynamo served it with what it had traced for another {subject.name}: {', '.join(siblings)}. "
+        "graphcap.compile(model) gives every instance graphs of its own."
+    )
+
+
 def _never_called(subject: _Subject) -> str:
     """Why there is nothing to report, and what to do."""
     name, record = subject.name, subject.record
     if record is not None and record.is_eager:
         mode = record.config.compilation_mode
-        why = (
-            "enforce_eager"
-            if record.config.enforce_eager
-            else f"compilation_mode={mode.name}"
-        )
+        why = "enforce_eager" if record.config.enforce_eager else f"compilation_mode={mode.name}"
         return f"{name} was never called through graphcap, and its settings say that it runs eager: {why}."
     if record is not None:
         return f"{name} is compiled with graphcap and was never called. Call it once."

@@ -22,9 +22,10 @@ from torch import fx
 
 from graphcap.compiler import readable
 from graphcap.compiler.bytecode import write_bytecode_later
+from graphcap.compiler.graph_source import NotReproducible
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.region import Region
-from graphcap.compiler.repro import NotReproducible, repro_source
+from graphcap.compiler.repro import repro_source
 from graphcap.compiler.split import Piece
 from graphcap.compiler.timeline import Timeline
 from graphcap.cudagraph import GraphRunner, PlanStats, RunnerStats
@@ -101,7 +102,7 @@ class RegionFolder:
         self.timeline.add(name, nodes=len(gm.graph.nodes))
 
     def split(self, gm: fx.GraphModule, pieces: Sequence[Piece]) -> None:
-        """The graph after the split, each piece's graph and its repro: all that helps when compiling then fails."""
+        """The graph after the split; written before anything is compiled, in case a compile kills the process."""
         self._write("after_split.py", readable.split_text(gm, pieces))
         self.timeline.add("split", pieces=len(pieces))
 
@@ -179,7 +180,7 @@ class RegionFolder:
         try:
             text = repro_source(f"{piece.name} of {self.region.name}", piece, self.region.config)
         except NotReproducible as reason:
-            text = f'raise SystemExit("{piece.name} cannot run on its own: {reason}")\n'
+            text = f"raise SystemExit({f'{piece.name} cannot run on its own: {reason}'!r})\n"
         self._write(f"pieces/{piece.name}.repro.py", text)
 
     def _title(self) -> str:

@@ -15,6 +15,7 @@ from torch import fx
 from graphcap.compiler import nodes, private
 from graphcap.compiler.canonical import canonical_symbols
 from graphcap.compiler.shape_guards import ShapeGuards
+from graphcap.compiler.symbols import symbols_of_node
 from graphcap.config import Config
 from graphcap.passes import PassPipeline, PassResult
 
@@ -40,6 +41,19 @@ class Artifact:
     saved: bytes | None = field(default=None, repr=False)
 
 
+def reason_to_refuse(module: fx.GraphModule) -> str:
+    """Why a piece must not go through Inductor, which would compile it wrongly; ``""`` where it may.
+
+    It lays out the result of a convolution of an unknown batch otherwise than the convolution does, and the compiled
+    piece raises when it is called (torch 2.13, CPU).
+    """
+    for node in module.graph.nodes:
+        is_convolution = node.op == "call_function" and getattr(node.target, "__name__", "").startswith("conv")
+        if is_convolution and any(map(private.is_unbacked, symbols_of_node(node))):
+            return f"Inductor misjudges the layout of a convolution of unknown batch size ({nodes.source_line(node)})"
+    return ""
+
+
 def compile_with_inductor(
     module: fx.GraphModule,
     pipeline: PassPipeline,
@@ -55,7 +69,7 @@ def compile_with_inductor(
         pipeline: our passes; runs inside Inductor's post-grad stage.
         config: gives the user's Inductor settings.
         scratch: where Inductor keeps kernels.
-        known_guards: the shape guards that the piece's canonical text knows; every later one becomes the artifact's own.
+        known_guards: the shape guards that the piece's canonical text knows; later ones become the artifact's own.
         sizes: real tensors and ints to compile for those static sizes; ``None`` keeps the piece symbolic.
 
     Raises:
@@ -72,8 +86,10 @@ def compile_with_inductor(
             module, sizes or placeholders, fake_mode=fake_mode if sizes is None else None, patches=patches
         )
         saved = private.artifact_bytes(compiled)
-    # Also those that an earlier piece of the region added: Inductor built on them without asking again.
-    guards = ShapeGuards.added_since(known_guards, fake_mode, canonical_symbols(module)) if sizes is None else ShapeGuards()
+    guards = ShapeGuards()
+    if sizes is None:
+        # Also those that an earlier piece of the region added: Inductor built on them without asking again.
+        guards = ShapeGuards.added_since(known_guards, fake_mode, canonical_symbols(module))
     return Artifact(compiled, guards, list(pipeline.results), code.text, time.perf_counter() - started, saved)
 
 

@@ -41,6 +41,16 @@ def is_scalar(node: fx.Node) -> bool:
     return bool(found) and not any(isinstance(leaf, torch.Tensor) for leaf in found)
 
 
+def changes_form_in_place(node: fx.Node) -> bool:
+    """Whether a call gives an existing tensor another shape, stride or storage: ``x.unsqueeze_(0)``, ``x.set_(y)``."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name.partition(".")[0]
+    if not node.op.startswith("call_") or not name.endswith("_") or not hasattr(torch.ops.aten, name):
+        return False
+    packet = getattr(torch.ops.aten, name)
+    return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
+
+
 def source_line(node: fx.Node) -> str:
     """``file:line`` of the innermost user frame that made this node, ``""`` when Dynamo recorded none."""
     frames = _USER_FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")

@@ -32,7 +32,7 @@ _TRANSFORM_EXIT = {"_vmap_decrement_nesting", "_jvp_decrement_nesting", "_grad_d
 #: Calls that torch's own modules leave in a graph and that compute nothing.
 _NO_OPS = {"_log_api_usage_once"}
 
-#: Calls without tensors and without a result that act on nothing after them: checks of sizes, and vmap's own preparation.
+#: Calls without tensors and without a result that act on nothing after them: checks of sizes, preparations of vmap.
 _SET_NOTHING = {
     *("_assert_scalar.default", "sym_constrain_range.default", "sym_constrain_range_for_size.default"),
     *("_check", "_check_is_size", "lazy_load_decompositions"),

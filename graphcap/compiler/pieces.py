@@ -20,10 +20,12 @@ from graphcap.compiler import inductor, nodes, private
 from graphcap.compiler.ambient import ambient_state, device_identity
 from graphcap.compiler.canonical import canonical_symbols, canonical_text
 from graphcap.compiler.effects import mutated_inputs
+from graphcap.compiler.live import live_function
 from graphcap.compiler.shape_guards import ShapeGuards
 from graphcap.compiler.specialise import example_arguments
 from graphcap.compiler.split import Piece
 from graphcap.config import Config
+from graphcap.cudagraph import Capture
 from graphcap.passes import PassPipeline, PassResult
 from graphcap.progress import Progress
 
@@ -112,7 +114,9 @@ class _PieceCompiler:
             return twin
         mutates = mutated_inputs(piece.module)
         if self.config.compiler == "eager" or not piece.verdict.compiled:
-            result, artifact = CompiledPiece(piece.module.forward, mutates, "eager"), None
+            result, artifact = CompiledPiece(self._as_is(piece), mutates, "eager"), None
+        elif example is None and (reason := inductor.reason_to_refuse(piece.module)):
+            result, artifact = CompiledPiece(self._as_is(piece), mutates, "failed", note=reason), None
         else:
             result, artifact = self._compile(piece, text, mutates, example)
         self.seen[text] = (index, result, artifact)
@@ -124,8 +128,13 @@ class _PieceCompiler:
         index, first, artifact = self.seen[text]
         if artifact is not None and not self._holds(artifact.guards, piece):
             return None
-        call = first.call if artifact is not None else piece.module.forward  # eager code may hold its own attributes
+        call = first.call if artifact is not None else self._as_is(piece)  # eager code may hold its own attributes
         return CompiledPiece(call, first.mutates, first.origin, first.key, 0.0, twin_of=index)
+
+    @staticmethod
+    def _as_is(piece: Piece) -> Callable[..., Any]:
+        """A piece that runs live is called by the shortest way; a captured one records the same kernels either way."""
+        return live_function(piece.module) if piece.verdict.capture is not Capture.ALWAYS else piece.module.forward
 
     @staticmethod
     def _holds(guards: ShapeGuards, piece: Piece) -> bool:
@@ -142,9 +151,8 @@ class _PieceCompiler:
             log.warning("%s could not be compiled and runs as it is: %s", piece.name, error, exc_info=True)
             note = f"{type(error).__name__}: {error}"
             return CompiledPiece(piece.module.forward, mutates, "failed", key.digest, note=note), None
-        result = CompiledPiece(
-            artifact.call, mutates, origin, key.digest, artifact.seconds, None, artifact.passes, artifact.output_code, note
-        )
+        result = CompiledPiece(artifact.call, mutates, origin, key.digest, artifact.seconds, note=note)
+        result.passes, result.output_code = artifact.passes, artifact.output_code
         return result, artifact
 
     def _key(self, text: str, pipeline: PassPipeline) -> PieceKey:

@@ -58,12 +58,23 @@ def current_frame() -> Frame:
         return Frame(None, None, str(compile_id or "?"))
 
 
-def guard_failures(code: CodeType | None) -> list[str]:
-    """The guards that failed on this code, oldest first, one line each (``torch._dynamo.utils.guard_failures``)."""
-    from torch._dynamo.utils import guard_failures as failures
+def latest_guard_failure(code: CodeType | None) -> str:
+    """The guard of the newest graph that failed on this code, in one line (``torch._dynamo.utils.guard_failures``).
 
-    texts = (failures.get(code) or ()) if code is not None else ()
-    return [" ".join(text.partition("\n")[0].split()) for text in map(str, texts)]
+    Dynamo appends one text per graph of the code at each recompile, newest graph first: ``"0/1: ..."``, ``"0/0: ..."``.
+    """
+    from torch._dynamo.utils import guard_failures
+
+    texts = [str(text) for text in guard_failures.get(code, ())] if code is not None else []
+    start = len(texts) - 1
+    while start > 0 and _graph_number(texts[start - 1]) > _graph_number(texts[start]):
+        start -= 1
+    return " ".join(texts[start].partition("\n")[0].split()) if texts else ""
+
+
+def _graph_number(failure: str) -> int:
+    number = failure.partition(":")[0].rpartition("/")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def recompile_limit() -> int:
@@ -96,7 +107,10 @@ def symbol_expression(value: object) -> Any:
 
 def storage_id(tensor: torch.Tensor) -> int:
     """Identity of the storage, also of a fake tensor's; equal for tensors that alias."""
-    return int(tensor.untyped_storage()._cdata)
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # inside vmap a tensor shows no storage; negative, since it is no storage's address
+        return -id(tensor)
 
 
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
@@ -115,6 +129,17 @@ def fake_mode_of(values: Sequence[object]) -> Any:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+@contextlib.contextmanager
+def as_dynamo_traces(fake_mode: Any) -> Iterator[None]:
+    """Run operators on fake tensors as a trace does (Python decompositions first), without adding guards to it."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    shape_env = getattr(fake_mode, "shape_env", None)
+    unguarded = shape_env.suppress_guards() if shape_env is not None else contextlib.nullcontext()
+    with fake_mode or contextlib.nullcontext(), unguarded, enable_python_dispatcher():
+        yield
 
 
 def shape_guards(fake_mode: Any) -> list[Any]:
@@ -161,6 +186,47 @@ def resolve_op_overload(target: Any) -> Any:
         if len(overloads) == 1:
             return getattr(target, overloads[0])
     return target
+
+
+def is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a fake tensor stands for a plain tensor, not for a subclass with an own dispatch."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(tensor) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
+
+
+def custom_op_kernel(op: Any, device_type: str) -> tuple[Callable[..., Any], Any] | None:
+    """The Python function that a ``torch.library.custom_op`` runs on a device type.
+
+    Returns:
+        The function and a container that is true while the user has switched the kernel off; ``None`` for any other op,
+        and where torch keeps its custom ops in another way than on the versions named above.
+    """
+    try:
+        from torch._library.custom_ops import OPDEFS
+
+        definition = OPDEFS.get(op._schema.name)
+        if definition is None or definition._opoverload is not op:
+            return None
+        kernels = definition._backend_fns
+        wrapped = kernels.get(device_type) or kernels[None]
+        inner = getattr(wrapped, "__wrapped__", wrapped)
+        cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
+        return cells["fn"].cell_contents, definition._disabled_kernel
+    except (ImportError, AttributeError, KeyError, ValueError):
+        return None
+
+
+def call_is_watched(device_type: str) -> bool:
+    """Whether something would see a call that goes through the dispatcher, and miss one that does not."""
+    return bool(
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_autocast_enabled(device_type)
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 # -- Inductor ---------------------------------------------------------------------------------------------------------
@@ -289,9 +355,10 @@ def on_bytecode(hook: Callable[[CodeType, CodeType], CodeType | None]) -> None:
     The hook must not raise, as Dynamo would take that for a failure of the compilation, and returns ``None``: what it
     returned would run instead.
     """
-    from torch._dynamo.convert_frame import register_bytecode_hook
+    import torch._dynamo.convert_frame as convert_frame
 
-    register_bytecode_hook(hook)
+    register: Any = convert_frame.register_bytecode_hook  # its own type is a protocol that names the arguments
+    register(hook)
 
 
 def original_of(compiled: Any) -> tuple[Any, bool]:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcap.compiler import nodes, private
+from graphcap.compiler import private
+from graphcap.compiler.inputs import input_name
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
@@ -124,7 +125,7 @@ class Region:
                     module_path=piece.module_path,
                     source=piece.source,
                     num_nodes=len(piece.nodes),
-                    mutates=tuple(_readable(piece.inputs[position]) for position in result.mutates),
+                    mutates=tuple(input_name(piece.inputs[position]) for position in result.mutates),
                     origin=result.origin,
                     key=result.key,
                     seconds=result.seconds,
@@ -139,12 +140,7 @@ class Region:
 
 def _bound_by(node: fx.Node) -> str:
     """The input that carries a size, as a user would say it: ``"input_ids dim 0"``."""
-    return re.sub(r"\.(size|shape)(\(\))?\.(\d+)$", r" dim \3", _readable(node))
-
-
-def _readable(node: fx.Node) -> str:
-    """What a user would call an input; the node's name for a value that the graph computed."""
-    return nodes.readable_source(private.source_name(node)) or node.name
+    return re.sub(r"\.(size|shape)(\(\))?\.(\d+)$", r" dim \3", input_name(node))
 
 
 _regions: list[Region] = []
@@ -159,8 +155,9 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
         RecompileError: in DYNAMO_TRACE_ONCE, when this function of this object was traced before.
     """
     frame = private.current_frame()
-    earlier = [r for r in all_regions() if r.code is frame.code is not None and r.owner is frame.owner]
-    failures = private.guard_failures(frame.code)
+    # With other settings it is another torch.compile of the same function, which Dynamo sees as a failed guard as well.
+    same = [r for r in all_regions() if r.code is frame.code is not None and r.owner is frame.owner]
+    earlier = [r for r in same if r.config == config]
     recompiled = bool(earlier) and not frame.compile_id.split("/")[-1].startswith("0")
     region = Region(
         name=f"{_short_name(frame)}_{next(_numbers)}",
@@ -168,15 +165,15 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
         location=frame.location,
         compile_id=frame.compile_id,
         config=config,
-        recompiled_because=(failures[-1] if failures else "unknown guard") if recompiled else "",
+        recompiled_because=(private.latest_guard_failure(frame.code) or "unknown guard") if recompiled else "",
         code=frame.code,
         _owner=weakref.ref(frame.owner) if isinstance(frame.owner, torch.nn.Module) else lambda: None,
         _tensors=[weakref.ref(t) for t in example_inputs if private.is_static_input(t)],
     )
     if recompiled and config.compilation_mode is CompilationMode.DYNAMO_TRACE_ONCE:
         raise RecompileError(
-            f"{region.function} was traced once and may not be traced again (compilation_mode=DYNAMO_TRACE_ONCE), but a "
-            f"guard failed: {region.recompiled_because}. Make that value constant or its dim dynamic, or use PIECEWISE."
+            f"{region.function} was traced once and may not be traced again (compilation_mode=DYNAMO_TRACE_ONCE), but "
+            f"a guard failed: {region.recompiled_because}. Make that value constant or its dim dynamic, or use PIECEWISE."
         )
     _warn_near_limit(region)
     with _lock:
@@ -195,8 +192,8 @@ def _warn_near_limit(region: Region) -> None:
     limit = private.recompile_limit()
     if index.isdigit() and int(index) + 1 >= limit:
         log.warning(
-            "%s (%s) was compiled %d times, which is Dynamo's recompile_limit: the next call that fits none of these graphs "
-            "runs eager. The last guard that failed: %s. Mark the changing size dynamic, or raise "
+            "%s (%s) was compiled %d times, which is Dynamo's recompile_limit: the next call that fits none of these "
+            "graphs runs eager. The last guard that failed: %s. Mark the changing size dynamic, or raise "
             "torch._dynamo.config.recompile_limit.",
             region.function, region.location, int(index) + 1, region.recompiled_because or "unknown",
         )  # fmt: skip

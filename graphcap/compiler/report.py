@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graphcap.compiler.region import PieceRecord, Region
 from graphcap.compiler.report_table import table
-from graphcap.config import Config
-from graphcap.cudagraph import PlanStats, RunnerStats
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -123,6 +117,7 @@ class RegionReport:
         recompiled_because: the guard that failed, ``""`` for a first compile.
         bypass: why nothing of ours runs here, ``""`` otherwise.
         no_capture: why nothing is captured here, ``""`` where it may be.
+        device: what captures: ``"cuda:0"``, ``"simulated"``; ``""`` where nothing does.
         seconds: our part of the compile.
         pieces: in execution order.
         key_sizes: size symbol in the graph key -> the input that carries it.
@@ -146,6 +141,7 @@ class RegionReport:
     recompiled_because: str
     bypass: str
     no_capture: str
+    device: str
     seconds: float
     pieces: tuple[PieceReport, ...]
     key_sizes: dict[str, str]
@@ -161,33 +157,6 @@ class RegionReport:
     settings: tuple[SettingReport, ...]
     dump_dir: str
     notes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, region: Region) -> RegionReport:
-        """A snapshot of a region and of what its runners have counted so far."""
-        all_stats = [runner.stats for runner in region.runners]
-        return cls(
-            name=region.name,
-            function=region.function,
-            location=region.location,
-            compile_id=region.compile_id,
-            recompiled_because=region.recompiled_because,
-            bypass=region.bypass,
-            no_capture=region.no_capture,
-            seconds=region.seconds,
-            pieces=_pieces(region.pieces),
-            key_sizes=dict(region.key_sizes),
-            live_sizes=dict(region.live_sizes),
-            plans=tuple(_plan(plan) for stats in all_stats for plan in stats.plans),
-            replays=sum(stats.replays for stats in all_stats),
-            failures=tuple(failure for stats in all_stats for failure in stats.failures),
-            recaptures=sum(stats.recaptures for stats in all_stats),
-            evictions=sum(stats.evictions for stats in all_stats),
-            settings=_settings(region.config),
-            dump_dir=region.dump_dir,
-            notes=tuple(region.notes),
-            **_merged(all_stats),
-        )
 
 
 @dataclass(frozen=True)
@@ -213,81 +182,22 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: dicts, lists, strings, numbers."""
-        plain = _plain(dataclasses.asdict(self))
-        assert isinstance(plain, dict)
-        return plain
+        found = plain(dataclasses.asdict(self))
+        assert isinstance(found, dict)
+        return found
 
     def __str__(self) -> str:
         return table(self)
 
 
-def _pieces(records: Sequence[PieceRecord]) -> tuple[PieceReport, ...]:
-    return tuple(_piece(records, index) for index in range(len(records)))
-
-
-def _piece(records: Sequence[PieceRecord], index: int) -> PieceReport:
-    record = records[index]
-    count = 1 + sum(other.twin_of == index for other in records)
-    fusions = [
-        FusionReport(each.name, each.matches, each.replaced, tuple(each.sites), count, each.error or "")
-        for each in record.passes
-        if each.matches or each.error
-    ]
-    return PieceReport(
-        name=record.name,
-        kind=record.kind,
-        capture=record.capture,
-        reason=record.reason,
-        module_path=record.module_path,
-        source=record.source,
-        num_nodes=record.num_nodes,
-        mutates=record.mutates,
-        origin=record.origin,
-        seconds=record.seconds,
-        key=record.key,
-        twin_of="" if record.twin_of is None else records[record.twin_of].name,
-        note=record.note,
-        fusions=tuple(fusions),
-    )
-
-
-def _plan(plan: PlanStats) -> PlanReport:
-    return PlanReport(
-        key=plan.key,
-        mode=plan.mode,
-        num_segments=plan.num_segments,
-        captured=tuple(plan.captured),
-        live=dict(plan.live),
-        mib=plan.bytes / MIB,
-        seconds=plan.seconds,
-        replays=plan.replays,
-    )
-
-
-def _merged(all_stats: Sequence[RunnerStats]) -> dict[str, dict[str, Any]]:
-    """The counters by name, added up over a region's runners (one, and one per specialised size)."""
-    live_calls: Counter[str] = Counter()
-    moves: Counter[str] = Counter()
-    bindings: dict[str, str] = {}
-    for stats in all_stats:
-        live_calls.update(stats.live_calls)
-        moves.update(stats.moves)
-        bindings.update(stats.bindings)
-    return {"live_calls": dict(live_calls), "moves": dict(moves), "bindings": bindings}
-
-
-def _settings(config: Config) -> tuple[SettingReport, ...]:
-    return tuple(SettingReport(name, _plain(value), origin) for name, value, origin in config.describe())
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value with nothing in it that JSON does not know."""
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return getattr(value, "__qualname__", None) or repr(value)

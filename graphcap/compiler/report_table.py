@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
+
+from graphcap.compiler.rows import LABEL, WIDTH, count, duration, row, some, wrap
 
 if TYPE_CHECKING:
     from graphcap.compiler.report import PieceReport, PlanReport, RegionReport, Report
 
-WIDTH = 110
-_LABEL = 14  # columns of the names on the left
 _SHOWN_TWINS = 3
 _SHOWN_PLANS = 12
-_SHOWN_NAMES = 6
+_SHOWN_SIZES = 2
 
 
 def table(report: Report) -> str:
@@ -23,32 +23,33 @@ def table(report: Report) -> str:
     regions = report.regions
     if not regions:
         return textwrap.fill(f"graphcap: {report.message}", WIDTH)
-    lines = [f"graphcap report for {report.target}: {_count(len(regions), 'region')}"]
+    lines = [f"graphcap report for {report.target}: {count(len(regions), 'region')}"]
     for note in report.notes:
-        lines += _row("note", note)
+        lines += row("note", note)
     for region in regions:
         lines += ["", *_region(region)]
     return "\n".join(lines)
 
 
 def _region(region: RegionReport) -> Iterator[str]:
-    yield from _wrap(f"{region.name}, graph {region.compile_id}: {_summary(region)}", "", "  ")
-    yield from _row("traced", f"{region.function} ({region.location})")
+    yield from wrap(f"{region.name}, graph {region.compile_id}: {_summary(region)}", "", "  ")
+    yield from row("traced", f"{region.function} ({region.location})")
     if region.recompiled_because:
-        yield from _row("recompiled", f"this guard failed: {region.recompiled_because}")
+        yield from row("recompiled", f"this guard failed: {region.recompiled_because}")
     if region.bypass:
-        yield from _row("bypassed", f"nothing of graphcap runs here: {region.bypass}")
+        yield from row("bypassed", f"nothing of graphcap runs here: {region.bypass}")
     if region.pieces:
         yield from _piece_table(region.pieces)
+        yield from _legend(region.pieces)
         yield from _fusions(region.pieces)
         yield from _sizes(region)
         yield from _graphs(region)
     chosen = [f"{each.name}={each.value} ({each.origin})" for each in region.settings if each.origin != "default"]
-    yield from _row("settings", ", ".join(chosen) or "all at their defaults")
+    yield from row("settings", ", ".join(chosen) or "all at their defaults")
     if region.dump_dir:
-        yield from _row("dump", region.dump_dir)
+        yield from row("dump", region.dump_dir)
     for note in region.notes:
-        yield from _row("note", note)
+        yield from row("note", note)
 
 
 _ORIGINS = {
@@ -68,37 +69,44 @@ def _summary(region: RegionReport) -> str:
     parts = []
     for origin, text in _ORIGINS.items():
         if origins[origin]:
-            parts.append(f"{origins[origin]} {text}" + (f" in {seconds[origin]:.2f} s" if seconds[origin] else ""))
-    made = f"{_count(len(region.pieces), 'piece')}, {len(distinct)} distinct ({', '.join(parts)})"
-    return f"{made}; ready after {region.seconds:.2f} s"
+            parts.append(f"{origins[origin]} {text}" + (f" in {duration(seconds[origin])}" if seconds[origin] else ""))
+    made = f"{count(len(region.pieces), 'piece')}, {len(distinct)} distinct ({', '.join(parts)})"
+    return f"{made}; ready after {duration(region.seconds)}"
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
 def _piece_table(pieces: Sequence[PieceReport]) -> Iterator[str]:
-    yield f"  {'piece':<26} {'how it runs':<19} {'ops':>5}  {'code':<16} where"
+    yield f"  {'piece':<23} {'how it runs':<14} {'ops':>4}  {'code':<15} where"
     for piece in pieces:
         if piece.twin_of:
             continue
         twins = [other.name for other in pieces if other.twin_of == piece.name]
-        code = f"{piece.origin} {piece.seconds:.2f} s" if piece.seconds else _CODE.get(piece.origin, piece.origin)
-        start = f"{_names(piece.name, twins):<26} {how_it_runs(piece):<19} {piece.num_nodes:>5}  {code:<16} "
-        yield from _wrap(start + _where(piece), "  ", " " * 8)
-        for label, text in (("why", piece.reason), ("writes", ", ".join(piece.mutates)), ("note", piece.note)):
+        code = f"{piece.origin} {duration(piece.seconds)}" if piece.seconds else _CODE.get(piece.origin, piece.origin)
+        start = f"{_names(piece.name, twins):<23} {how_it_runs(piece):<14} {piece.num_nodes:>4}  {code:<15} "
+        yield from wrap(start + _where(piece), "  ", " " * 8)
+        note = "" if piece.note in _ORDINARY_NOTES else piece.note
+        for label, text in (("why", piece.reason), ("writes", some(piece.mutates)), ("note", note)):
             if text:
-                yield from _wrap(f"{label}: {text}", " " * 8, " " * 10)
+                yield from wrap(f"{label}: {text}", " " * 8, " " * 10)
 
 
-_CODE = {"eager": "as it is", "failed": "as it is (failed)"}
+def _legend(pieces: Sequence[PieceReport]) -> Iterator[str]:
+    if any(piece.capture == "full" for piece in pieces):
+        yield from wrap("FULL only: part of the graph in a FULL plan, live in a PIECEWISE one", " " * 8, " " * 10)
+
+
+_CODE = {"eager": "as it is", "failed": "as it is"}
+_ORDINARY_NOTES = {"cache miss: absent", "cache off"}
 
 
 def how_it_runs(piece: PieceReport) -> str:
-    """``"captured"``, ``"captured in FULL"``, ``"live, compiled"`` or ``"live"``."""
+    """``"captured"``, ``"FULL only"`` (captured in FULL, else live), ``"live, compiled"`` or ``"live"``."""
     if piece.capture == "always":
         return "captured"
     if piece.capture == "full":
-        return "captured in FULL"
+        return "FULL only"
     return "live, compiled" if piece.kind == "compiled" else "live"
 
 
@@ -125,14 +133,14 @@ def _fusions(pieces: Sequence[PieceReport]) -> Iterator[str]:
     for piece in pieces:
         for fusion in piece.fusions:
             times = f" x{fusion.count}" if fusion.count > 1 else ""
-            what = f"{_count(fusion.matches, 'match', 'matches')}{times} in {piece.name}, {fusion.replaced} rewritten"
+            what = f"{count(fusion.matches, 'match', 'matches')}{times} in {piece.name}, {fusion.replaced} rewritten"
             left = "" if fusion.replaced == fusion.matches else "; what was not rewritten is left to Inductor"
             when = "; places as of its compilation" if piece.origin == "cache" else ""
-            yield from _row("fusion", f"{fusion.name}: {what}{left}{when}")
+            yield from row("fusion", f"{fusion.name}: {what}{left}{when}")
             for site in fusion.sites:
-                yield from _wrap(_short_site(site), " " * (_LABEL + 4), " " * (_LABEL + 6))
+                yield from wrap(_short_site(site), " " * (LABEL + 4), " " * (LABEL + 6))
             if fusion.error:
-                yield from _wrap(f"failed: {fusion.error}", " " * (_LABEL + 4), " " * (_LABEL + 6))
+                yield from wrap(f"failed: {fusion.error}", " " * (LABEL + 4), " " * (LABEL + 6))
 
 
 def _short_site(site: str) -> str:
@@ -146,68 +154,65 @@ def _short_site(site: str) -> str:
 def _sizes(region: RegionReport) -> Iterator[str]:
     if region.key_sizes:
         in_key = ", ".join(f"{symbol} = {carrier}" for symbol, carrier in region.key_sizes.items())
-        yield from _row("sizes", f"in the graph key: {in_key}")
-    for symbol, reason in region.live_sizes.items():
-        yield from _row("sizes", f"outside the graph key: {symbol}, as {reason}")
+        yield from row("sizes", f"in the graph key: {in_key}")
+    live = list(region.live_sizes.items())
+    for symbol, reason in live[:_SHOWN_SIZES]:
+        yield from row("sizes", f"outside the graph key: {symbol}, as {reason}")
+    if len(live) > _SHOWN_SIZES:
+        others = some([symbol for symbol, _ in live[_SHOWN_SIZES:]])
+        yield from row("sizes", f"outside the graph key for such reasons too: {others}")
 
 
 def _graphs(region: RegionReport) -> Iterator[str]:
     if region.no_capture:
-        yield from _row("graphs", f"none are captured: {region.no_capture}")
+        yield from row("graphs", f"none are captured: {region.no_capture}")
         return
+    if region.device == "simulated":
+        yield from row("graphs", "on the simulated device: a test of the logic, it says nothing about speed or memory")
     plans = region.plans
     mib = sum(plan.mib for plan in plans)
-    counts = f"{_count(len(plans), 'captured shape')}, {mib:.1f} MiB, {_count(region.replays, 'replay')}"
+    counts = f"{count(len(plans), 'captured shape')}, {mib:.1f} MiB, {count(region.replays, 'replay')}"
     extra = [f"{n} {word}" for n, word in ((region.recaptures, "recaptured"), (region.evictions, "dropped")) if n]
-    yield from _row("graphs", ", ".join([counts, *extra]))
+    yield from row("graphs", ", ".join([counts, *extra]))
     if plans:
         yield from _plan_table(plans)
+        yield from _unexpectedly_live(region)
     for reason, calls in sorted(region.live_calls.items(), key=lambda item: -item[1]):
-        yield from _row("without graph", f"{_count(calls, 'call')}: {reason}")
+        yield from row("without graph", f"{count(calls, 'call')}: {reason}")
     for failure in region.failures:
-        yield from _row("failed", f"a capture: {failure}")
+        yield from row("failed", f"a capture: {failure}")
     yield from _inputs(region)
 
 
 def _plan_table(plans: Sequence[PlanReport]) -> Iterator[str]:
-    left = " " * (_LABEL + 4)
+    left = " " * (LABEL + 4)
     yield f"{left}{'key':<22} {'mode':<10} {'segments':>8} {'MiB':>8} {'capture s':>10} {'replays':>8}  live"
     for plan in sorted(plans, key=lambda plan: -plan.replays)[:_SHOWN_PLANS]:
         key = ", ".join(map(str, plan.key)) or "one shape"
         numbers = f"{plan.num_segments:>8} {plan.mib:>8.1f} {plan.seconds:>10.2f} {plan.replays:>8}"
-        live = _count(len(plan.live), "piece") if plan.live else "-"
-        yield from _wrap(f"{key:<22} {plan.mode:<10} {numbers}  {live}", left, left + "  ")
-        reasons = Counter(plan.live.values())
-        for reason, count in reasons.items():
-            yield from _wrap(f"live: {reason}" + (f" (x{count})" if count > 1 else ""), left + "  ", left + "    ")
+        live = count(len(plan.live), "piece") if plan.live else "-"
+        yield from wrap(f"{key:<22} {plan.mode:<10} {numbers}  {live}", left, left + "  ")
     if len(plans) > _SHOWN_PLANS:
         yield f"{left}... and {len(plans) - _SHOWN_PLANS} more"
 
 
+def _unexpectedly_live(region: RegionReport) -> Iterator[str]:
+    """Pieces that could have been captured and run live in some plan; why the others do is said with the pieces."""
+    capturable = {piece.name for piece in region.pieces if piece.capture == "always"}
+    reasons = {(name, why): None for plan in region.plans for name, why in plan.live.items() if name in capturable}
+    for reason, pieces in _grouped(reasons).items():
+        yield from row("runs live", f"{some(pieces)}: {reason}")
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in pairs:
+        grouped.setdefault(reason, []).append(name)
+    return grouped
+
+
 def _inputs(region: RegionReport) -> Iterator[str]:
-    by_binding: dict[str, list[str]] = {}
-    for name, binding in region.bindings.items():
-        by_binding.setdefault(binding, []).append(name)
-    for binding, names in by_binding.items():
-        shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
-        yield from _row("inputs", f"{len(names)} {binding}: {shown}")
+    for binding, names in _grouped(region.bindings.items()).items():
+        yield from row("inputs", f"{len(names)} {binding}: {some(names)}")
     for name, times in region.moves.items():
-        yield from _row("moved", f"the address of {name}, {_count(times, 'time')}")
-
-
-# -- text --------------------------------------------------------------------------------------------------------------
-
-
-def _row(label: str, text: str) -> Iterator[str]:
-    return _wrap(f"{label:<{_LABEL}}{text}", "  ", " " * (_LABEL + 2))
-
-
-def _wrap(text: str, first: str, later: str) -> Iterator[str]:
-    """Lines of at most :data:`WIDTH` columns; runs of blanks within a line survive, as they align columns."""
-    yield from textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=later, drop_whitespace=True, break_on_hyphens=False
-    )
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+        yield from row("moved", f"the address of {name}, {count(times, 'time')}")

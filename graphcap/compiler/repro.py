@@ -7,25 +7,21 @@ that calls operators or functions of the user's says what to import.
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphcap.compiler import nodes, private
+from graphcap.compiler.graph_source import NotReproducible, class_sources, tensor_literal
 from graphcap.compiler.rules import op_name
 from graphcap.compiler.split import Piece
 from graphcap.config import Config
 
 #: Settings that decide what code a piece becomes; the others are about capture, the disk or reporting.
 OPTIONS = ("disable_passes", "inductor_compile_config")
-
-#: A constant tensor of more elements than this is replaced by random values.
-MAX_LITERAL_ELEMENTS = 1024
 
 _OWN_NAMESPACES = {"aten", "prims", "prim", "graphcap", "higher_order", "inductor", "_c10d_functional"}
 
@@ -70,10 +66,6 @@ if __name__ == "__main__":
 '''
 
 
-class NotReproducible(Exception):
-    """A piece holds something that has no Python source; the message says what."""
-
-
 @dataclass
 class _Input:
     """One placeholder: how it is made, or, for a size that some tensor has, that tensor and its dim."""
@@ -96,7 +88,7 @@ def repro_source(title: str, piece: Piece, config: Config) -> str:
         NotReproducible: for an input, attribute or function that cannot be written as Python source.
     """
     imports: dict[str, None] = {"import torch": None}
-    classes = list(_classes(piece.module, piece.name, imports))
+    classes = list(class_sources(piece.module, piece.name, imports))
     inputs = _inputs(piece.module)
     made = [each for each in inputs if each.carrier is None]
     return _TEMPLATE.format(
@@ -140,65 +132,6 @@ def _is_literal(value: Any) -> bool:
 def _autocast() -> str:
     on = [f"{d!r}: {torch.get_autocast_dtype(d)}" for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     return "{" + ", ".join(on) + "}"
-
-
-# -- the graph ---------------------------------------------------------------------------------------------------------
-
-
-def _classes(module: fx.GraphModule, name: str, imports: dict[str, None]) -> Iterator[str]:
-    """The source of a graph module, after that of the graph modules that it calls."""
-    lines = []
-    for node in module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        attribute = getattr(module, str(node.target), None)
-        if isinstance(attribute, fx.GraphModule):
-            inner = f"{name}_{node.target}"
-            yield from _classes(attribute, inner, imports)
-            lines.append(f"self.{node.target} = {inner}()")
-        elif isinstance(attribute, torch.Tensor):
-            imports.setdefault("from math import inf, nan")
-            lines.append(f"self.{node.target} = {_constant(attribute)}")
-        else:
-            raise NotReproducible(f"attribute {node.target} is a {type(attribute).__name__}")
-    code = module.graph.python_code("self")
-    used = {name: value for name, value in code.globals.items() if re.search(rf"\b{re.escape(name)}\b", code.src)}
-    for line in _imports(used):
-        imports.setdefault(line)
-    body = "\n".join(f"    {line}".rstrip() for line in code.src.strip().splitlines())
-    parts = [f"class {name}(torch.nn.Module):"]
-    if lines:
-        body_lines = ["super().__init__()", *dict.fromkeys(lines)]
-        parts += ["    def __init__(self):", *(f"        {line}" for line in body_lines), ""]
-    yield "\n".join([*parts, body])
-
-
-def _constant(value: torch.Tensor) -> str:
-    if value.numel() > MAX_LITERAL_ELEMENTS:
-        return f"{_tensor_literal(value)}  # a large constant: random here"
-    return f"torch.tensor({value.tolist()!r}, dtype={value.dtype}, device={str(value.device)!r})"
-
-
-def _imports(names: dict[str, Any]) -> Iterator[str]:
-    """Import lines for the global names that generated graph code uses."""
-    for name, value in sorted(names.items()):
-        if value is torch:
-            continue
-        if isinstance(value, ModuleType):
-            yield f"import {value.__name__}" if value.__name__ == name else f"import {value.__name__} as {name}"
-        elif value is type(None):
-            yield "NoneType = type(None)"
-        elif isinstance(value, float):
-            yield f"{name} = float({str(value)!r})"  # inf and nan
-        else:
-            yield _import_object(name, value)
-
-
-def _import_object(name: str, value: Any) -> str:
-    home, qualified = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
-    if not home or home == "__main__" or not qualified.isidentifier():
-        raise NotReproducible(f"it calls {op_name(value)}, which no module exports")
-    return f"from {home} import {qualified} as {name}" if qualified != name else f"from {home} import {name}"
 
 
 def _custom_op_check(module: fx.GraphModule) -> str:
@@ -251,7 +184,7 @@ def _input(node: fx.Node, carriers: dict[Any, tuple[str, int]]) -> _Input:
     name, value = str(node.target), nodes.value_of(node)
     if isinstance(value, torch.Tensor):
         symbolic = tuple(d for d, size in enumerate(value.shape) if private.symbol_expression(size) is not None)
-        return _Input(name, _tensor_literal(value), symbolic)
+        return _Input(name, tensor_literal(value), symbolic)
     if isinstance(value, torch.SymFloat):
         return _Input(name, "0.5")  # a float that changes between calls has no value that is worth recording
     expression = private.symbol_expression(value)
@@ -260,15 +193,6 @@ def _input(node: fx.Node, carriers: dict[Any, tuple[str, int]]) -> _Input:
     if _is_literal(value):
         return _Input(name, repr(value))
     raise NotReproducible(f"input {name} is a {type(value).__name__}")
-
-
-def _tensor_literal(value: torch.Tensor) -> str:
-    if value.layout is not torch.strided:
-        raise NotReproducible(f"an input has layout {value.layout}")
-    shape, stride = tuple(map(private.size_hint, value.shape)), tuple(map(private.size_hint, value.stride()))
-    offset = private.size_hint(value.storage_offset())
-    facts = [repr(shape), repr(stride), str(value.dtype), repr(str(value.device))] + ([str(offset)] if offset else [])
-    return f"tensor({', '.join(facts)})"
 
 
 def _sizes_used(module: fx.GraphModule) -> str:

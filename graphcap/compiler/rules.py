@@ -51,7 +51,10 @@ DEFAULT_SPLITTING_OPS: tuple[str, ...] = (
 
 #: Namespaces whose ops are functions of their tensor arguments alone, so that a CUDA graph may hold them.
 CAPTURABLE_NAMESPACES = frozenset(
-    {"aten", "prims", "prim", "higher_order", "inductor", "_c10d_functional", "graphcap", "rngprims", "quantized_decomposed"}
+    {
+        *("aten", "prims", "prim", "higher_order", "inductor", "_c10d_functional", "graphcap"),
+        *("rngprims", "quantized_decomposed"),
+    }
 )
 
 #: Third-party attention that is functional: shapes and values follow from its tensor arguments.
@@ -144,7 +147,7 @@ def eager(
 
 
 def op_name(target: Any) -> str:
-    """The qualified name that split rules match: ``"aten::mm"``, ``"higher_order::flex_attention"``, ``"pkg.mod.fn"``."""
+    """The qualified name that rules match: ``"aten::mm"``, ``"higher_order::flex_attention"``, ``"pkg.mod.fn"``."""
     if isinstance(target, str):
         return f"aten::{target}"  # a method call: Tensor.transpose is aten's
     if target in _PYTHON_SPELLINGS:

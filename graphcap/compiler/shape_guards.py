@@ -35,7 +35,7 @@ class ShapeGuards:
         return cls(tuple(dict.fromkeys(added)), tuple(symbols))
 
     def hold_for(self, symbols: Sequence[Any], fake_mode: Any) -> bool:
-        """Whether the guards hold at the sizes of this call, for a twin with ``symbols``; tells Dynamo to watch them."""
+        """Whether the guards hold at this call's sizes, for a twin with ``symbols``; makes Dynamo watch them."""
         if not self.expressions:
             return True
         renamed = dict(zip(self.symbols, symbols, strict=True))

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from graphcap.compiler import nodes, private
+from graphcap.compiler.inputs import input_name
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
@@ -73,7 +74,7 @@ def _flat(returned: Any) -> Sequence[Any]:
 
 
 def _input_spec(node: fx.Node, static: bool, sizes: SizeSymbols) -> InputSpec:
-    name = nodes.readable_source(private.source_name(node)) or node.name
+    name = input_name(node)
     value = nodes.value_of(node)
     expression = private.symbol_expression(value)
     if nodes.tensors_of(node):

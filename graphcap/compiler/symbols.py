@@ -7,7 +7,7 @@ live, and everything else stays capturable.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from graphcap.compiler import nodes, private
+from graphcap.compiler.inputs import input_name
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def analyse_sizes(graph: fx.Graph) -> SizeSymbols:
     """Sort the symbols of a Dynamo graph into the key and outside of it.
 
     Outside are floats that change between calls, and sizes that *grow*: the graph returns a tensor that is longer along
-    a size than the one it was given, so the caller's next call will bring another value.
+    a size than the one it was given, so the caller's next call will bring another value; and sizes that keep pace.
     """
     bound_by: dict[Any, fx.Node] = {}
     live: dict[Any, str] = {}
@@ -74,34 +75,74 @@ def analyse_sizes(graph: fx.Graph) -> SizeSymbols:
             bound_by.setdefault(expression, node)
             if isinstance(nodes.value_of(node), torch.SymFloat):
                 live[expression] = "a float that changes between calls"
-    live.update(_growing_symbols(graph))
+    growing = _growing_symbols(graph)
+    live.update(growing)
+    live.update(_symbols_keeping_pace(graph, growing))
     return SizeSymbols(frozenset(s for s in bound_by if s not in live), live, bound_by)
 
 
 def _growing_symbols(graph: fx.Graph) -> dict[Any, str]:
-    """Symbols ``s`` of an input size where an output has the size ``s + something`` in the same dimension."""
-    taken: dict[tuple[int, int, Any], str] = {}
+    """Symbols ``s`` of an input size where an output of the same other sizes has ``s + something`` in its place."""
+    taken: dict[tuple[Any, ...], str] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             for tensor in nodes.tensors_of(node):
                 for dim, symbol in _symbolic_dims(tensor):
                     if symbol.is_symbol:
-                        name = nodes.readable_source(private.source_name(node))
-                        taken.setdefault((tensor.dim(), dim, symbol), f"{name} dim {dim}")
+                        name = input_name(node)
+                        taken.setdefault((symbol, *_frame(tensor, dim)), f"{name} dim {dim}")
     growing: dict[Any, str] = {}
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     for node in output.all_input_nodes:
         for tensor in nodes.tensors_of(node):
             for dim, expression in _symbolic_dims(tensor):
                 for symbol in expression.free_symbols:
-                    where = taken.get((tensor.dim(), dim, symbol))
+                    where = taken.get((symbol, *_frame(tensor, dim)))
                     if where is not None and _longer_by(expression, symbol):
                         growing[symbol] = f"{where} grows with every call ({symbol} in, {expression} out)"
     return growing
 
 
+def _symbols_keeping_pace(graph: fx.Graph, growing: Mapping[Any, str]) -> dict[Any, str]:
+    """Symbols of an input that is as long as a grown output and does not grow itself: the mask beside a KV cache.
+
+    The caller makes it longer for every call, and nothing in the graph says so: equal lengths at trace time are all
+    there is to go by. A batch that happens to have that length is a size of the cache too, and so is told apart.
+    """
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    lengths = {
+        private.size_hint(tensor.shape[dim])
+        for node in output.all_input_nodes
+        for tensor in nodes.tensors_of(node)
+        for dim, expression in _symbolic_dims(tensor)
+        if not expression.is_symbol and not expression.free_symbols.isdisjoint(growing)
+    }
+    inputs = [(node, tensor) for node in graph.nodes if node.op == "placeholder" for tensor in nodes.tensors_of(node)]
+    sizes_of_caches = {
+        other
+        for _, tensor in inputs
+        if any(symbol in growing for _, symbol in _symbolic_dims(tensor))
+        for _, other in _symbolic_dims(tensor)
+    }
+    pace: dict[Any, str] = {}
+    for node, tensor in inputs:
+        for dim, symbol in _symbolic_dims(tensor):
+            if not symbol.is_symbol or symbol in sizes_of_caches or private.is_unbacked(symbol):
+                continue
+            if private.size_hint(tensor.shape[dim]) in lengths:
+                name = input_name(node)
+                pace[symbol] = f"{name} dim {dim} is as long as a cache that grows with every call"
+    return pace
+
+
+def _frame(tensor: torch.Tensor, dim: int) -> tuple[Any, ...]:
+    """A tensor's form without one size: a cache that grew has the form of the cache, a mask of that length has not."""
+    others = tuple(str(size) for index, size in enumerate(tensor.shape) if index != dim)
+    return tensor.dtype, dim, others
+
+
 def _longer_by(expression: Any, symbol: Any) -> bool:
-    """Whether a size is ``symbol`` plus something of its own. A batch that is doubled is longer too, but is not fed back."""
+    """Whether a size is ``symbol`` plus something of its own; a batch that is doubled is not fed back."""
     difference = expression - symbol
     return bool(difference.is_positive) and symbol not in difference.free_symbols
 

@@ -40,6 +40,15 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((span(tensor),), (1,), tensor.storage_offset())
 
 
+def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between tensors of the same size and strides, also where indices overlap."""
+    with torch.no_grad():
+        if overlaps_itself(target):
+            flat(target).copy_(flat(source))
+        else:
+            target.copy_(source)
+
+
 def buffer_like(block: torch.Tensor, offset: int, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with the size, strides and dtype of ``tensor`` at ``offset`` bytes into ``block``, a storage of its own.
 

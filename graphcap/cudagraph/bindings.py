@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.program import Capture, InputKind, Program
 
-LIMIT_STATIC = 2  #: moves that a declared static input may make in short order before it stops being static
-LIMIT_TENSOR = 1  #: the same for an argument that is used in place only because it is written or large
-
 
 class Binding(enum.Enum):
     """How one input reaches the captured steps."""
@@ -112,12 +109,6 @@ def _bind_one(facts: MemoryFacts, index: int, live: Collection[int], choice: Cho
             return Binding.STATIC
         return None if large else Binding.COPIED
     return Binding.COPIED
-
-
-def moves_allowed(program: Program, index: int, static_args: Collection[str]) -> int:
-    """How often the address of an input used in place may move in short order before that ends."""
-    spec = program.inputs[index]
-    return LIMIT_STATIC if spec.kind is InputKind.STATIC or spec.name in static_args else LIMIT_TENSOR
 
 
 def live_from_the_start(program: Program, choice: Choice) -> dict[int, str]:

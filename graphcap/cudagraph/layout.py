@@ -97,10 +97,10 @@ def _crossings(
                 continue
             of_live_step = facts.writer.get(root) in live
             if _stays_put(facts, root, of_live_step, bindings):
-                if readers or root >= len(facts.program.inputs):
+                if readers or root >= len(facts.program.inputs) or _given_by_plan(facts, number, root, live):
                     fixed.add(slot)
             elif not readers:
-                if not of_live_step and _may_view_a_copy(facts, number, root, live):
+                if not of_live_step and _given_by_plan(facts, number, root, live):
                     fixed.add(slot)
             elif of_live_step and root in facts.mutated:
                 evicted |= dict.fromkeys(readers, f"{_name(facts.program, slot)} is written in place after it was made")
@@ -116,8 +116,8 @@ def _stays_put(facts: MemoryFacts, root: int, of_live_step: bool, bindings: list
     return not of_live_step
 
 
-def _may_view_a_copy(facts: MemoryFacts, number: int, root: int, live: Mapping[int, str]) -> bool:
-    """Whether a live step is handed a captured view of this input, which then lies in the arena."""
+def _given_by_plan(facts: MemoryFacts, number: int, root: int, live: Mapping[int, str]) -> bool:
+    """Whether a live step is handed a captured view of this input, which is not the caller's tensor."""
     reads = facts.program.steps[number].reads
     return any(facts.seen.roots[slot] == root and facts.writer.get(slot, number) not in live for slot in reads)
 

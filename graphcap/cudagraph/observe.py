@@ -64,7 +64,7 @@ def observe(program: Program, args: Sequence[Any], device: torch.device) -> tupl
 
 
 def signature_of(program: Program, args: Sequence[Any]) -> tuple[Any, ...]:
-    """Layout of the tensors that may differ from call to call, and which arguments share memory.
+    """Layout of the tensors that may differ from call to call, and how arguments share memory.
 
     What only live steps read may have another size on every call (a cache that grows) and does not count.
     """
@@ -74,7 +74,16 @@ def signature_of(program: Program, args: Sequence[Any]) -> tuple[Any, ...]:
         for index, (arg, spec) in enumerate(zip(args, program.inputs, strict=True))
         if spec.kind is InputKind.TENSOR and index in read
     )
-    return (layouts, tuple(argument_roots(args)))
+    roots = argument_roots(args)
+    shared = tuple(
+        (index, root, *relation(args[index], args[root])) for index, root in enumerate(roots) if root not in (-1, index)
+    )
+    return layouts, shared
+
+
+def relation(one: torch.Tensor, other: torch.Tensor) -> tuple[bool, int]:
+    """Whether two tensors that share memory are the same object, and how many bytes lie between their first elements."""
+    return one is other, one.data_ptr() - other.data_ptr()
 
 
 def argument_roots(args: Sequence[Any]) -> list[int]:

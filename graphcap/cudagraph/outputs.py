@@ -95,7 +95,7 @@ def plan_outputs(
         recorded: the slots whose values a captured step made.
         memory: the plan's.
     """
-    order = tuple(each if isinstance(each, Constant) else identity[each] for each in outputs)
+    order = tuple(each if isinstance(each, Constant) else _giver(each, identity, slots, recorded) for each in outputs)
     makers: dict[int, AsIs | View | Clone] = {}
     inside: dict[int, list[int]] = {}
     for slot in dict.fromkeys(each for each in order if isinstance(each, int)):
@@ -114,6 +114,18 @@ def plan_outputs(
         makers |= _clone_makers({slot: slots[slot] for slot in sharers}, len(blocks))
         blocks.append(_block([slots[slot] for slot in sharers]))
     return OutputPlan(order, makers, tuple(blocks))
+
+
+def _giver(slot: int, identity: Sequence[int], slots: Sequence[Any], recorded: Collection[int]) -> int:
+    """The slot whose maker gives this output.
+
+    A live step may return its argument in one call and something else in the next, so its result stands for itself,
+    unless it is an object that the plan had handed to it.
+    """
+    same = identity[slot]
+    if slot in recorded or any(slots[slot] is slots[each] for each in recorded if identity[each] == same):
+        return same
+    return slot
 
 
 def _view_maker(value: torch.Tensor, stand_in: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -7,56 +7,20 @@ in slot 7, ``v9`` what a live step put into slot 9, ``g0()`` replays segment 0.
 
 from __future__ import annotations
 
-import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from graphcap.cudagraph.arena import flat, overlaps_itself
 from graphcap.cudagraph.bindings import Binding, MemoryFacts
-from graphcap.cudagraph.capture import Recorded, inputs_written_back, outputs_of, run_live
+from graphcap.cudagraph.observe import relation
 from graphcap.cudagraph.outputs import AsIs, View
+from graphcap.cudagraph.plan import Unfit, static_addresses
 from graphcap.cudagraph.private import same_addresses, storage_address
 from graphcap.cudagraph.program import Constant, InputKind
-from graphcap.cudagraph.stats import PlanStats
-
-
-class Unfit(enum.Enum):
-    """Why a plan does not serve a call. Nothing has run when a replay returns one of these."""
-
-    MOVED = "a static input has moved"
-    CHANGED = "an input has another layout or shares other memory than at capture"
-
-
-@dataclass(slots=True)
-class Plan:
-    """A captured shape, ready to be replayed.
-
-    Attributes:
-        replay: takes the tuple of arguments, returns the tuple of outputs or an :class:`Unfit`.
-        source: of ``replay``.
-        addresses: of the static inputs, by input; ``None`` elsewhere.
-        recorded: what must stay alive.
-        stats: for reports.
-        num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
-    """
-
-    replay: Callable[[tuple[Any, ...]], Any]
-    source: str
-    addresses: list[int | None]
-    recorded: Recorded
-    stats: PlanStats
-    num_changed: int = 0
-
-
-def static_addresses(recorded: Recorded) -> list[int | None]:
-    """For each input the address it must have, ``None`` where it may lie anywhere."""
-    static = set(recorded.layout.inputs_bound(Binding.STATIC))
-    indices = range(len(recorded.program.inputs))
-    return [recorded.stand_ins[index].data_ptr() if index in static else None for index in indices]
+from graphcap.cudagraph.recorded import Recorded, inputs_written_back, outputs_of, run_live
 
 
 def generate(
@@ -146,6 +110,7 @@ class _Writer:
                     **{f"STRIDE{index}": stand_in.stride()},
                 )
         self._alias_checks()
+        self._relation_checks()
 
     def _alias_checks(self) -> None:
         """A copy must not hide from a captured step what another step writes into the original."""
@@ -162,6 +127,21 @@ class _Writer:
             if others:
                 storages = ", ".join(_storage(self.value(other)) for other in others)
                 self.line(f"if ({_storage(self.value(index))} or None) in ({storages},): return CHANGED")
+
+    def _relation_checks(self) -> None:
+        """Arguments that shared memory at capture must share it in the same way: which of them a result is or views was
+        learned from that call."""
+        recorded = self._recorded
+        static = recorded.layout.inputs_bound(Binding.STATIC)
+        _, shared = recorded.seen.signature
+        for index, root, *how in shared:
+            if index in static and root in static:
+                continue
+            one, other = self.value(index), self.value(root)
+            self.line(
+                f"if relation({one}, {other}) != HOW{index} or {_storage(one)} != {_storage(other)}: return CHANGED",
+                **{"relation": relation, f"HOW{index}": tuple(how)},
+            )
 
     def copies_in(self) -> None:
         """One grouped copy for each dtype."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 import time
@@ -13,18 +14,20 @@ import torch
 
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.arena import Arena
-from graphcap.cudagraph.bindings import Choice, moves_allowed
-from graphcap.cudagraph.capture import Failure, Recorded, SegmentedCapture
+from graphcap.cudagraph.bindings import Choice
+from graphcap.cudagraph.capture import SegmentedCapture
 from graphcap.cudagraph.device import GraphDevice
 from graphcap.cudagraph.layout import Layout, lay_out
+from graphcap.cudagraph.moves import MoveRecord
 from graphcap.cudagraph.observe import Observation, observe, signature_of
+from graphcap.cudagraph.plan import Plan, Unfit, static_addresses
 from graphcap.cudagraph.program import Capture, InputKind, Program
-from graphcap.cudagraph.replay import Plan, Unfit, generate, static_addresses
+from graphcap.cudagraph.recorded import Failure, Recorded, describe
+from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
 
 _log = logging.getLogger("graphcap.cudagraph")
 
-_SHORT_ORDER = 64  #: calls; a static input that keeps its address for longer starts with a clean record
 _MAX_FAILURES = 2  #: failed captures after which a region runs without new graphs
 _MAX_REPLACED = 2  #: how often a plan gives way to one for another layout of the inputs under the same key
 _MAX_KEYS = 65536  #: sightings remembered
@@ -56,7 +59,7 @@ class GraphRunner:
         self._failed = ""
         self._num_failures = 0
         self._demoted: dict[int, str] = {}
-        self._moves = _MoveRecord(program, config)
+        self._moves = MoveRecord(program, config)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         key = self._key(args)
@@ -159,24 +162,31 @@ class GraphRunner:
         return lay_out(self._program, known, choice)
 
     def _capture(self, key: Any, known: Observation, layout: Layout, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        started, used = time.perf_counter(), self._device.used_bytes()
-        with self._device.session() as pool:
-            capture = SegmentedCapture(self._program, known, layout, self._device, pool, args)
-            capture.bind_inputs(self._arena)
-            with torch.set_grad_enabled(False):
+        started = time.perf_counter()
+        with contextlib.ExitStack() as session:
+            try:
+                used = self._device.used_bytes()
+                pool = session.enter_context(self._device.session())
+                capture = SegmentedCapture(self._program, known, layout, self._device, pool, args)
+                capture.bind_inputs(self._arena)
+            except Exception as error:  # nothing has run yet
+                self._note_failure(Failure((), describe(error)))
+                return self._live(args, "a capture could not begin")
+            with torch.no_grad():
                 outputs, failure = capture.run()
-        if failure is not None:
+        if failure is None:
+            recorded = capture.recorded
+            stats = _plan_stats(key, recorded, self._device.used_bytes() - used, time.perf_counter() - started)
+            self._add(key, recorded, stats)
+        else:
             self._note_failure(failure)
-            return outputs
-        recorded = capture.recorded
-        stats = _plan_stats(key, recorded, self._device.used_bytes() - used, time.perf_counter() - started)
+        return outputs
+
+    def _add(self, key: Any, recorded: Recorded, stats: PlanStats) -> None:
         at_end = self._device.at_end(recorded.segments)
         if at_end is not None:
             at_end()
-        self._add(key, recorded, at_end, stats)
-        return outputs
 
-    def _add(self, key: Any, recorded: Recorded, at_end: Callable[[], None] | None, stats: PlanStats) -> None:
         def mismatch(reason: str) -> None:
             self.stats.live_calls[reason] += 1
             self._refused[key] = reason
@@ -211,30 +221,6 @@ class GraphRunner:
 
     def _calls(self) -> int:
         return self.stats.replays + self.stats.live_calls.total()
-
-
-class _MoveRecord:
-    """How often the inputs that are used in place have moved, and which have moved too often."""
-
-    def __init__(self, program: Program, config: Config) -> None:
-        self.unstable: set[int] = set()
-        self._program = program
-        self._config = config
-        self._latest: dict[int, tuple[int, int, int]] = {}  # address, moves in short order, call of the last one
-
-    def note(self, expected: list[int | None], args: tuple[Any, ...], call: int, stats: RunnerStats) -> None:
-        """Compare the arguments of a call with the addresses that a plan expects."""
-        for index, address in enumerate(expected):
-            if address is None or (now := args[index].data_ptr()) == address:
-                continue
-            before, moves, moved_at = self._latest.get(index, (address, 0, call))
-            if now == before:  # another plan has already noticed
-                continue
-            moves = 1 if call - moved_at > _SHORT_ORDER else moves + 1
-            self._latest[index] = now, moves, call
-            stats.moves[self._program.inputs[index].name] += 1
-            if moves > moves_allowed(self._program, index, self._config.static_args):
-                self.unstable.add(index)
 
 
 def _captures_full(program: Program, mode: CUDAGraphMode) -> bool:

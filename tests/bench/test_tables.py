@@ -37,6 +37,11 @@ def test_a_failed_row_says_why_and_keeps_the_columns() -> None:
     assert lines[4].replace("\\|", "").count("|") == lines[2].count("|")
 
 
+def test_a_variant_that_does_not_apply_is_left_out() -> None:
+    skipped = {**decode_row("elsewhere"), "status": "skipped: needs CUDA"}
+    assert "elsewhere" not in table.render(decode_file(decode_row("eager"), skipped))
+
+
 def test_each_group_has_its_table() -> None:
     text = table.render(decode_file(decode_row("eager"), {**decode_row("eager"), "batch": 8}))
     assert "batch 4**" in text

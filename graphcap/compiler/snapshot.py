@@ -1,0 +1,101 @@
+"""From the records of a region and the counters of its runners to a report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from graphcap.compiler.region import PieceRecord, Region
+from graphcap.compiler.report import FusionReport, PieceReport, PlanReport, RegionReport, SettingReport, plain
+from graphcap.config import Config
+from graphcap.cudagraph import PlanStats, RunnerStats
+
+MIB = 2**20
+
+
+def snapshot(region: Region) -> RegionReport:
+    """What is known about a region now, and what its runners have counted so far."""
+    all_stats = [runner.stats for runner in region.runners]
+    return RegionReport(
+        name=region.name,
+        function=region.function,
+        location=region.location,
+        compile_id=region.compile_id,
+        recompiled_because=region.recompiled_because,
+        bypass=region.bypass,
+        no_capture=region.no_capture,
+        device=region.device,
+        seconds=region.seconds,
+        pieces=_pieces(region.pieces),
+        key_sizes=dict(region.key_sizes),
+        live_sizes=dict(region.live_sizes),
+        plans=tuple(_plan(plan) for stats in all_stats for plan in stats.plans),
+        replays=sum(stats.replays for stats in all_stats),
+        failures=tuple(failure for stats in all_stats for failure in stats.failures),
+        recaptures=sum(stats.recaptures for stats in all_stats),
+        evictions=sum(stats.evictions for stats in all_stats),
+        settings=_settings(region.config),
+        dump_dir=region.dump_dir,
+        notes=tuple(region.notes),
+        **_merged(all_stats),
+    )
+
+
+def _pieces(records: Sequence[PieceRecord]) -> tuple[PieceReport, ...]:
+    return tuple(_piece(records, index) for index in range(len(records)))
+
+
+def _piece(records: Sequence[PieceRecord], index: int) -> PieceReport:
+    record = records[index]
+    count = 1 + sum(other.twin_of == index for other in records)
+    fusions = [
+        FusionReport(each.name, each.matches, each.replaced, tuple(each.sites), count, each.error or "")
+        for each in record.passes
+        if each.matches or each.error
+    ]
+    return PieceReport(
+        name=record.name,
+        kind=record.kind,
+        capture=record.capture,
+        reason=record.reason,
+        module_path=record.module_path,
+        source=record.source,
+        num_nodes=record.num_nodes,
+        mutates=record.mutates,
+        origin=record.origin,
+        seconds=record.seconds,
+        key=record.key,
+        twin_of="" if record.twin_of is None else records[record.twin_of].name,
+        note=record.note,
+        fusions=tuple(fusions),
+    )
+
+
+def _plan(plan: PlanStats) -> PlanReport:
+    return PlanReport(
+        key=plan.key,
+        mode=plan.mode,
+        num_segments=plan.num_segments,
+        captured=tuple(plan.captured),
+        live=dict(plan.live),
+        mib=plan.bytes / MIB,
+        seconds=plan.seconds,
+        replays=plan.replays,
+    )
+
+
+def _merged(all_stats: Sequence[RunnerStats]) -> dict[str, dict[str, Any]]:
+    """The counters by name, added up over a region's runners (one, and one per specialised size)."""
+    live_calls: Counter[str] = Counter()
+    moves: Counter[str] = Counter()
+    bindings: dict[str, str] = {}
+    for stats in all_stats:
+        live_calls.update(stats.live_calls)
+        moves.update(stats.moves)
+        bindings.update(stats.bindings)
+    return {"live_calls": dict(live_calls), "moves": dict(moves), "bindings": bindings}
+
+
+def _settings(config: Config) -> tuple[SettingReport, ...]:
+    return tuple(SettingReport(name, plain(value), origin) for name, value, origin in config.describe())

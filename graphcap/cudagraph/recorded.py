@@ -1,0 +1,91 @@
+"""What a capture leaves behind, and what can be told from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.device import Pool, Segment
+from graphcap.cudagraph.layout import Layout
+from graphcap.cudagraph.observe import Observation
+from graphcap.cudagraph.outputs import OutputPlan, StaticMemory, plan_outputs
+from graphcap.cudagraph.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A capture that did not work out.
+
+    Attributes:
+        steps: the steps that may be to blame; empty when no step is.
+        reason: one line.
+    """
+
+    steps: tuple[int, ...]
+    reason: str
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What a capture leaves behind. It holds no tensor of the caller.
+
+    Attributes:
+        program, seen, layout: what was captured.
+        pool: pinned as long as this lives.
+        segments: in order.
+        timeline: ``~n`` replays segment n, ``n`` runs step n live.
+        stand_ins: for inputs and bridged slots the tensor that captured steps read in their place.
+        constants: non-owning views (and numbers) that captured steps made and others read.
+        places: for fixed slots the address and size they must have.
+        memory: which addresses are static.
+        outputs: how outputs leave.
+        blocks: memory that stand-ins lie in.
+    """
+
+    program: Program
+    seen: Observation
+    layout: Layout
+    pool: Pool
+    segments: list[Segment] = field(default_factory=list)
+    timeline: list[int] = field(default_factory=list)
+    stand_ins: dict[int, torch.Tensor] = field(default_factory=dict)
+    constants: dict[int, Any] = field(default_factory=dict)
+    places: dict[int, tuple[int, torch.Size]] = field(default_factory=dict)
+    memory: StaticMemory = field(default_factory=lambda: StaticMemory({}, set()))
+    outputs: OutputPlan = field(default_factory=lambda: OutputPlan((), {}, ()))
+    blocks: list[torch.Tensor] = field(default_factory=list)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line. The exception itself would keep the tensors of its frames alive."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def run_live(program: Program, slots: list[Any], start: int) -> None:
+    """Run the steps from ``start`` on without any graph, within the slot table."""
+    for step in program.steps[start:]:
+        for slot, value in zip(step.writes, step.fn(*[slots[slot] for slot in step.reads]), strict=True):
+            slots[slot] = value
+
+
+def outputs_of(recorded: Recorded, slots: Sequence[Any], captured_below: int) -> OutputPlan:
+    """How the values in ``slots`` leave, where the captured steps before ``captured_below`` were really captured."""
+    captured = captured_slots(recorded.program, recorded.layout, captured_below)
+    return plan_outputs(recorded.program.outputs, recorded.seen.identity, slots, captured, recorded.memory)
+
+
+def captured_slots(program: Program, layout: Layout, below: int) -> set[int]:
+    """The slots that captured steps before step ``below`` write."""
+    return {slot for number in range(below) if number not in layout.live for slot in program.steps[number].writes}
+
+
+def inputs_written_back(recorded: Recorded, first: int, stop: int) -> list[int]:
+    """The inputs copied in and out that the captured steps ``first <= step < stop`` write."""
+    roots = recorded.seen.roots
+    written = {roots[slot] for step in recorded.program.steps[first:stop] for slot in step.mutates}
+    return [index for index in recorded.layout.inputs_bound(Binding.COPIED_BACK) if roots[index] in written]

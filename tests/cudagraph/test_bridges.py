@@ -1,0 +1,121 @@
+"""Fresh results of live steps that captured steps read."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
+
+
+def bridged(live):
+    region = Region()
+    k, x = region.size("k", in_key=False), region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    z = region.step(live, k, y, capture=LIVE)
+    return region.returning(region.step(lambda z: z.sum(0) * 2, z), y)
+
+
+def test_fresh_result_crosses_into_the_next_segment():
+    program = bridged(lambda k, y: y * k)
+    runner = runner_of(program)
+    for k in range(6):
+        x = randn(2)
+        assert all(map(torch.equal, runner(k, x), program.run(k, x)))
+    assert runner.stats.replays == 3
+
+
+def test_result_of_another_size_finishes_the_call_live_and_drops_the_plan():
+    program = bridged(lambda k, y: y.expand(k, 2).contiguous())
+    runner = runner_of(program)
+    kept = []
+    for k in (3, 3, 3, 3, 5, 3, 5):
+        x = randn(2)
+        kept.append((runner(k, x), program.run(k, x)))
+    assert all(all(map(torch.equal, mine, theirs)) for mine, theirs in kept)
+    assert not runner.stats.plans
+    reason = "step_1 gave a result of another size or place than at capture"
+    assert runner.stats.live_calls[reason] == 3
+    assert runner.stats.replays == 1
+
+
+def test_result_that_would_broadcast_is_not_taken():
+    program = bridged(lambda k, y: (y * 3)[None].expand(k, 2))
+    runner = runner_of(program)
+    for k in (4, 4, 4, 4, 1):
+        x = randn(2)
+        assert all(map(torch.equal, runner(k, x), program.run(k, x)))
+
+
+def test_live_view_of_a_copied_argument_is_bridged():
+    region = Region()
+    x = region.tensor("x")
+    a = region.step(lambda x: x + 1, x)
+    view = region.step(lambda x, a: x[1:], x, a, capture=LIVE)
+    program = region.returning(region.step(lambda v, a: v * 2 + a[1:], view, a), view)
+    runner = runner_of(program)
+    for _ in range(5):
+        x = randn(3)
+        result, view = runner(x)
+        assert torch.equal(result, x[1:] * 2 + (x + 1)[1:])
+        assert view.data_ptr() == x.data_ptr() + 4
+    assert runner.stats.replays == 2
+
+
+def test_live_result_that_is_written_later_has_its_captured_readers_live():
+    region = Region()
+    x = region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    z = region.step(lambda y: y * 2, y, capture=LIVE)
+    w = region.step(lambda z: z.add_(1) * 3, z, mutates=[z])
+    program = region.returning(region.step(lambda z, w: z + w, z, w, capture=LIVE), region.step(lambda w: w - 1, w))
+    runner = runner_of(program)
+    for _ in range(5):
+        x = randn(2)
+        assert all(map(torch.equal, runner(x), program.run(x)))
+    assert runner.stats.plans[0].live["step_2"] == "result 0 of step_1 is written in place after it was made"
+
+
+def test_in_place_live_step_that_returns_a_static_argument_needs_no_bridge():
+    region = Region()
+    cache, x = region.static("cache"), region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    kept = region.step(lambda c, y: c.add_(y), cache, y, mutates=[cache], capture=LIVE)
+    program = region.returning(region.step(lambda k: k * 2, kept))
+    runner = runner_of(program)
+    cache = torch.zeros(2)
+    warm(runner, cache, torch.zeros(2))
+    cache.zero_()
+    assert torch.equal(runner(cache, torch.ones(2))[0], torch.full((2,), 4.0))
+    assert "copy_(v" not in runner.stats.plans[0].source
+
+
+def test_static_result_that_lies_elsewhere_finishes_the_call_live():
+    region = Region()
+    k, cache, x = region.size("k", in_key=False), region.static("cache"), region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    kept = region.step(lambda k, c, y: c.add_(y) if k < 4 else c + y, k, cache, y, mutates=[cache], capture=LIVE)
+    program = region.returning(region.step(lambda k: k * 2, kept), kept)
+    runner = runner_of(program)
+    cache, expected_cache = torch.zeros(2), torch.zeros(2)
+    for k in range(6):
+        x = randn(2)
+        expected = program.run(k, expected_cache, x)
+        assert all(map(torch.equal, runner(k, cache, x), expected))
+        assert torch.equal(cache, expected_cache)
+    assert runner.stats.replays == 1
+
+
+def test_live_step_may_return_its_argument_in_one_call_and_a_fresh_tensor_in_the_next():
+    region = Region()
+    k, cache, x = region.size("k", in_key=False), region.static("cache"), region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    kept = region.step(lambda k, c, y: c if k < 4 else c + y, k, cache, y, capture=LIVE)
+    program = region.returning(kept, y)
+    runner = runner_of(program)
+    cache = randn(2)
+    for k in range(6):
+        x = randn(2)
+        kept, _ = runner(k, cache, x)
+        assert (kept is cache) == (k < 4)
+        assert torch.equal(kept, program.run(k, cache, x)[0])
+    assert runner.stats.replays == 3

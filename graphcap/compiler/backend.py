@@ -35,7 +35,7 @@ from graphcap.compiler.stitch import build_program
 from graphcap.compiler.symbols import SizeSymbols, analyse_sizes
 from graphcap.compiler.target import will_retry
 from graphcap.config import Config, CUDAGraphMode
-from graphcap.cudagraph import GraphDevice, GraphRunner, Program, device_for
+from graphcap.cudagraph import GraphDevice, Program, device_for, graph_runner
 from graphcap.errors import GraphcapError
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,5 @@ def capturing(program: Program, device: GraphDevice | None, region: Region) -> C
     """Put the graph runtime around a program; without a device the program itself runs."""
     if device is None:
         return program.run
-    runner = GraphRunner(program, device, region.config)
-    region.attach(runner)
     region.device = device.name
-    return runner
+    return graph_runner(program, device, region.config, region.attach)

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from torch import fx
 
 from graphcap.compiler import private, readable
-from graphcap.compiler.folder import RegionFolder, write_new_plans
+from graphcap.compiler.folder import RegionFolder
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.region import Region
 from graphcap.compiler.split import Piece
+from graphcap.cudagraph import PlanStats
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ class Dump:
 
     def _open(self) -> None:
         assert self.region.config.debug_dir is not None
-        write_new_plans()
         self.folder = RegionFolder.create(self.region.config.debug_dir, self.region)
+        self.region.on_plan = self._plan
         self.region.dump_dir = str(self.folder.path)
         log.info("%s: dump in %s", self.region.name, self.folder.path)
 
@@ -62,7 +63,9 @@ class Dump:
                 self._trace(piece.name, lambda piece=piece: readable.graph_text(piece.module))  # type: ignore[misc]
         self._trace("stitched", lambda: self.region.source)
         self._in_folder(lambda folder: folder.close(pieces, compiled))
-        self._in_folder(lambda folder: folder.watch(self.region.runners))
+
+    def _plan(self, plan: PlanStats) -> None:
+        self._in_folder(lambda folder: folder.plan(plan))
 
     def _trace(self, name: str, text: Callable[[], str]) -> None:
         self._attempt(lambda: private.trace_artifact(f"graphcap_{name}", text))

@@ -1,7 +1,7 @@
 """What the ways in take from Dynamo that torch does not promise to keep. Checked on 2.11 and 2.13.
 
-Three things: to know when a trace begins (so that dims are marked only then), the marks themselves, and which failures
-of a trace are the fault of unbacked dims.
+Four things: to know when a trace begins (so that dims are marked only then), the marks themselves, which failures of a
+trace are the fault of unbacked dims, and what Dynamo keeps for a function: guards, and the code that they protect.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -147,3 +148,97 @@ def has_run(code: CodeType, error: BaseException, has_graph: bool) -> bool:
             return True
         trace = trace.tb_next
     return False
+
+
+# -- what Dynamo keeps for a function ---------------------------------------------------------------------------------
+
+
+class Guards:
+    """The guards of one graph, without keeping them alive: they belong to Dynamo, which drops them on a reset."""
+
+    __slots__ = ("_reference",)
+
+    def __init__(self, manager: Any) -> None:
+        self._reference = weakref.ref(manager)
+
+    def belong_to(self, manager: Any) -> bool:
+        """Whether these are the guards of ``manager``."""
+        return self._reference() is manager
+
+    @property
+    def are_dropped(self) -> bool:
+        """Whether Dynamo has forgotten the graph: a reset, or something that it guarded by identity has died."""
+        manager = self._reference()
+        return manager is None or manager.cache_entry is None
+
+    def __call__(self, f_locals: dict[str, Any]) -> bool:
+        """Whether the graph may serve a frame that begins with these variables; what the frame hook asks first."""
+        manager = self._reference()
+        return manager is not None and manager.cache_entry is not None and manager.root.check(f_locals)
+
+
+class CompiledFrame(NamedTuple):
+    """One graph of a function: what guards it (``GuardManagerWrapper``), and the code that Dynamo runs instead."""
+
+    manager: Any
+    code: CodeType
+
+
+def compiled_frames(code: CodeType) -> list[CompiledFrame]:
+    """What Dynamo has made of a function so far; empty where torch does not tell."""
+    try:
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+        # An entry lives in C++ and may go while Python still holds it: nothing here keeps one.
+        return [CompiledFrame(entry.guard_manager, entry.code) for entry in _debug_get_cache_entry_list(code)]
+    except (ImportError, AttributeError):
+        return []
+
+
+def graph_without_wrapper(f_globals: Mapping[str, Any], name: str) -> str:
+    """How code calls the graph that Dynamo installed as a global, without ``torch.compiler.disable`` around it.
+
+    The wrapper turns the frame hook off, which is off where nothing turned it on.
+    """
+    graph = f_globals[name]
+    if getattr(graph, "_torchdynamo_disable", False) and hasattr(graph, "_torchdynamo_orig_callable"):
+        return f"{name}._torchdynamo_orig_callable"
+    return name
+
+
+def plain_caller() -> Callable[[], bool]:
+    """A function that says whether a call comes from plain Python: only guards decide then what runs.
+
+    False where ``torch.compile``'s wrapper or the frame hook would do something else, or where we cannot know: inside
+    of a trace (Dynamo, fx, ``torch.jit``), of a function that Dynamo runs, of functorch transforms or a dispatch mode,
+    and under ``set_stance``. (``torch._dynamo.config.disable`` stops traces, and not the use of what was traced.)
+    """
+    import torch._dynamo.eval_frame as eval_frame
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    from torch._C._functorch import get_dynamic_layer_stack_depth
+    from torch._guards import TracingContext
+    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+    num_dispatch_modes, is_jit_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+    tracing_context = TracingContext.try_get
+
+    def is_plain() -> bool:
+        stance = eval_frame._stance
+        return (
+            get_eval_frame_callback() is None
+            and stance.stance == "default"
+            and not stance.skip_guard_eval_unsafe
+            and stance.backend is None
+            and not num_dispatch_modes()
+            and not get_dynamic_layer_stack_depth()
+            and not is_jit_tracing()
+            and not is_fx_symbolic_tracing()
+            and tracing_context() is None
+        )
+
+    return is_plain
+
+
+def leave_functorch_layers() -> None:
+    """What Dynamo does when a graph ends in an error: a transform inside of it may not have been left."""
+    torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)

@@ -67,3 +67,31 @@ def mutated_inputs(piece: fx.GraphModule) -> tuple[int, ...]:
     except Exception:  # whatever an operator's fake raises: assume the worst
         return tuple(i for i, storage in enumerate(storages) if storage is not None)
     return tuple(i for i, storage in enumerate(storages) if storage in recorder.written)
+
+
+def written_overlap(piece: fx.GraphModule, written: Sequence[int]) -> str:
+    """Why a piece must run as it is: two of its inputs share memory that it writes; ``""`` where none do.
+
+    AOTAutograd compiles such a piece for the tensor that both are views of, and finds another one, or none, where the
+    piece before it made the views. Inputs whose bytes lie apart (keys and values in one buffer) are no such case.
+    """
+    inputs = [node for node in piece.graph.nodes if node.op == "placeholder"]
+    for index, a in enumerate(written):
+        for b in written[:index]:
+            first, second = nodes.value_of(inputs[a]), nodes.value_of(inputs[b])
+            if private.storage_id(first) == private.storage_id(second) and not _lie_apart(first, second):
+                return f"{inputs[b].name} and {inputs[a].name} share memory that it writes"
+    return ""
+
+
+def _lie_apart(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the address ranges of two tensors of one storage are known, and disjoint."""
+    ranges = []
+    for tensor in (a, b):
+        if not all(isinstance(size, int) for size in (*tensor.shape, *tensor.stride(), tensor.storage_offset())):
+            return False
+        start = tensor.storage_offset() * tensor.element_size()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        ranges.append((start, start + (last + 1) * tensor.element_size()))
+    (a_start, a_end), (b_start, b_end) = ranges
+    return a_end <= b_start or b_end <= a_start

@@ -12,7 +12,6 @@ import torch
 
 from graphcap.compiler import private
 from graphcap.compiler.api import record_of
-from graphcap.compiler.folder import write_new_plans
 from graphcap.compiler.region import Region, all_regions
 from graphcap.compiler.report import Report
 from graphcap.compiler.snapshot import snapshot
@@ -33,7 +32,6 @@ def explain(target: Any = None) -> Report:
     Raises:
         TypeError: ``target`` is nothing that could have been compiled.
     """
-    write_new_plans()
     regions = all_regions()
     if target is None:
         message = "" if regions else "nothing was compiled through graphcap in this process yet."

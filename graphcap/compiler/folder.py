@@ -6,13 +6,10 @@ Twins get one line, not a copy.
 
 from __future__ import annotations
 
-import atexit
-import functools
 import itertools
 import logging
 import os
 import platform
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from graphcap.compiler.region import Region
 from graphcap.compiler.repro import repro_source
 from graphcap.compiler.split import Piece
 from graphcap.compiler.timeline import Timeline
-from graphcap.cudagraph import GraphRunner, PlanStats, RunnerStats
+from graphcap.cudagraph import PlanStats
 
 log = logging.getLogger(__name__)
 
@@ -42,27 +39,8 @@ pieces/piece_N.inductor.py the code that Inductor generated
 pieces/piece_N.repro.py    runs the piece eager and compiled on random inputs: python pieces/piece_N.repro.py
 plans/plan_N.py            the generated replay of a captured shape
 bytecode/                  what Dynamo made of the function that was traced
-timeline.jsonl             what happened when: one JSON object per line (plans: when they were written here)
+timeline.jsonl             what happened when: one JSON object per line
 """
-
-
-_watched: list[RegionFolder] = []
-_lock = threading.Lock()
-
-
-def write_new_plans() -> None:
-    """Bring the ``plans/`` of every folder up to date: at each report, at each further region and at exit."""
-    with _lock:
-        for folder in _watched:
-            try:
-                folder.new_plans()
-            except OSError as error:
-                log.warning("%s: its plans are not in the dump: %s", folder.region.name, error)
-
-
-@functools.cache
-def _write_at_exit() -> None:
-    atexit.register(write_new_plans)
 
 
 class RegionFolder:
@@ -73,8 +51,6 @@ class RegionFolder:
         self.region, self.path = region, path
         self.timeline = Timeline(path / "timeline.jsonl")
         self._plans = 0
-        self._stats: list[RunnerStats] = []
-        self._written: dict[int, PlanStats] = {}  # by identity, kept alive so that no id is used twice
         self._write("README.txt", self._readme(""))
         self.timeline.add(
             "opened", region=region.name, function=region.function, location=region.location,
@@ -122,21 +98,6 @@ class RegionFolder:
         self._write("README.txt", self._readme(_piece_table(pieces, compiled)))
         self.timeline.add("ready", seconds=round(self.region.seconds, 4), no_capture=self.region.no_capture)
 
-    def watch(self, runners: Sequence[GraphRunner]) -> None:
-        """Plans come into being while the model runs: remember whose to write in :func:`write_new_plans`."""
-        self._stats = [runner.stats for runner in runners]
-        with _lock:
-            _watched.append(self)
-        _write_at_exit()
-
-    def new_plans(self) -> None:
-        """Write the plans that were captured since the last time."""
-        for stats in self._stats:
-            for plan in stats.plans:
-                if id(plan) not in self._written:
-                    self._written[id(plan)] = plan
-                    self.plan(plan)
-
     def plan(self, plan: PlanStats) -> None:
         """A captured shape: its generated replay."""
         header = [f"# {self._title()}", f"# {plan.mode} plan for key {plan.key}: {plan.num_segments} segments"]
@@ -144,7 +105,7 @@ class RegionFolder:
         (self.path / "plans").mkdir(exist_ok=True)
         self._write(f"plans/plan_{self._plans}.py", "\n".join(header) + f"\n{plan.source}")
         self.timeline.add(
-            "plan_written", plan=self._plans, key=plan.key, mode=plan.mode, segments=plan.num_segments,
+            "captured", plan=self._plans, key=plan.key, mode=plan.mode, segments=plan.num_segments,
             seconds=round(plan.seconds, 4), bytes=plan.bytes,
         )  # fmt: skip
         self._plans += 1

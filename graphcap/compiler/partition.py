@@ -159,6 +159,10 @@ def normalise(graph: fx.Graph, sizes: SizeSymbols) -> None:
             for user in reversed(list(node.users)):
                 if user.target is operator.getitem:
                     node.append(user)
+    for node in graph.nodes:
+        itself = _returned_argument(node)
+        if itself is not None:
+            node.replace_all_uses_with(itself)
     for node in reversed(list(graph.nodes)):
         known = _known_size(node, sizes)
         if known is not None:
@@ -166,6 +170,14 @@ def normalise(graph: fx.Graph, sizes: SizeSymbols) -> None:
         no_op = is_pure_scalar(node) or _is_size_query(node) or getattr(node.target, "__name__", "") in _NO_OPS
         if not node.users and no_op:
             graph.erase_node(node)
+
+
+def _returned_argument(node: fx.Node) -> fx.Node | None:
+    """The argument that a torch function returns itself (``x.add_(1)``): one tensor under two names enters no piece."""
+    value = nodes.value_of(node)
+    if not isinstance(value, torch.Tensor) or not node.op.startswith("call_") or never_captured(node):
+        return None
+    return next((argument for argument in node.all_input_nodes if nodes.value_of(argument) is value), None)
 
 
 def _is_size_query(node: fx.Node) -> bool:
@@ -228,7 +240,7 @@ def _keep_spans_whole(judged: Judged) -> Judged:
 
 def _strictest(verdicts: Iterable[Verdict]) -> Verdict:
     order = [Capture.ALWAYS, Capture.FULL, Capture.NEVER]
-    return max(verdicts, key=lambda v: (order.index(v.capture), v.compiled), default=CAPTURED)
+    return max(verdicts, key=lambda v: (order.index(v.capture), not v.compiled), default=CAPTURED)
 
 
 def _merge(judged: Judged) -> list[Group]:

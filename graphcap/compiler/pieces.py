@@ -19,7 +19,7 @@ from graphcap.cache import ArtifactStore, Entry, PieceKey, cache_root, toolchain
 from graphcap.compiler import inductor, nodes, private
 from graphcap.compiler.ambient import ambient_state, device_identity
 from graphcap.compiler.canonical import canonical_symbols, canonical_text
-from graphcap.compiler.effects import mutated_inputs
+from graphcap.compiler.effects import mutated_inputs, written_overlap
 from graphcap.compiler.live import live_function
 from graphcap.compiler.shape_guards import ShapeGuards
 from graphcap.compiler.specialise import example_arguments
@@ -115,12 +115,17 @@ class _PieceCompiler:
         mutates = mutated_inputs(piece.module)
         if self.config.compiler == "eager" or not piece.verdict.compiled:
             result, artifact = CompiledPiece(self._as_is(piece), mutates, "eager"), None
-        elif example is None and (reason := inductor.reason_to_refuse(piece.module)):
+        elif reason := self._reason_to_refuse(piece, mutates, example):
             result, artifact = CompiledPiece(self._as_is(piece), mutates, "failed", note=reason), None
         else:
             result, artifact = self._compile(piece, text, mutates, example)
         self.seen[text] = (index, result, artifact)
         return result
+
+    @staticmethod
+    def _reason_to_refuse(piece: Piece, mutates: tuple[int, ...], example: list[Any] | None) -> str:
+        symbolic = inductor.reason_to_refuse(piece.module) if example is None else ""
+        return symbolic or written_overlap(piece.module, mutates)
 
     def _twin(self, piece: Piece, text: str) -> CompiledPiece | None:
         if text not in self.seen:

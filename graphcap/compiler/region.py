@@ -25,7 +25,7 @@ from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.config import CompilationMode, Config
-from graphcap.cudagraph import GraphRunner
+from graphcap.cudagraph import GraphRunner, PlanStats
 from graphcap.errors import RecompileError
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class Region:
         source: the stitched function.
         dump_dir: where its dump lies, ``""`` without one.
         notes: one-line remarks for the report.
+        on_plan: told of each captured plan.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Region:
     source: str = ""
     dump_dir: str = ""
     notes: list[str] = field(default_factory=list)
+    on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
     code: CodeType | None = field(default=None, repr=False)
     _owner: Callable[[], Any] = field(default=lambda: None, repr=False)
     _tensors: list[weakref.ref[torch.Tensor]] = field(default_factory=list, repr=False)
@@ -102,12 +104,13 @@ class Region:
 
     @property
     def runners(self) -> list[GraphRunner]:
-        """The graph runners of this region that are still alive: one, plus one per specialised size."""
+        """The graph runners of this region that are still alive: one per model instance and specialised size."""
         return [runner for ref in self._runners if (runner := ref()) is not None]
 
     def attach(self, runner: GraphRunner) -> None:
-        """Let reports find the runner's counters without keeping it alive."""
+        """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
         self._runners.append(weakref.ref(runner))
+        runner.stats.on_plan = self.on_plan
 
     def shares_tensor_with(self, tensors: set[int]) -> bool:
         """Whether one of the region's parameters or buffers is among these (by ``id``)."""

@@ -141,8 +141,9 @@ def eager(
             return fake(*args, **kwargs)
         return fn(*args, **kwargs)
 
-    live._graphcap_eager = True  # type: ignore[attr-defined]
-    allowed: Callable[P, R] = torch._dynamo.allow_in_graph(live)
+    # Disabled as well: where the trace has to break at this call, Dynamo must not compile the body on its own.
+    allowed: Callable[P, R] = torch._dynamo.allow_in_graph(torch._dynamo.disable(live))
+    allowed._graphcap_eager = fn  # type: ignore[attr-defined]
     return allowed
 
 
@@ -198,7 +199,7 @@ def never_captured(node: fx.Node) -> str | None:
     """Why a CUDA graph may not hold this operation, or ``None`` when it may."""
     target = node.target
     name = op_name(target)
-    if getattr(target, "_graphcap_eager", False):
+    if hasattr(target, "_graphcap_eager"):
         return f"@graphcap.eager function {name}"
     declared = _declared.get(name)
     if declared is not None:

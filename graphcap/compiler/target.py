@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,9 @@ import torch
 
 from graphcap.compiler import dynamo
 from graphcap.compiler.call_dims import CallDims
+from graphcap.compiler.direct_call import MISS, DirectCalls
 from graphcap.config import CompilationMode, Config
+from graphcap.environment import direct_call_wanted
 from graphcap.errors import DimError
 
 log = logging.getLogger("graphcap.compiler")
@@ -116,6 +119,7 @@ class CompiledTarget:
         marking: ``"unbacked"`` (one graph for every size) or ``"dynamic"`` (sizes 0 and 1 have their own graphs).
         notes: one line per decision that was not the user's.
         entry: the Python function that Dynamo sees; its code object belongs to this target alone.
+        direct: the ways around Dynamo's frame hook, for calls whose graph its guards allow.
     """
 
     def __init__(
@@ -139,6 +143,8 @@ class CompiledTarget:
         self.marking = UNBACKED
         self.notes: list[str] = []
         self.entry = entry
+        self.direct = DirectCalls(entry)
+        self._takes_direct = direct_call_wanted(os.environ)
         self._reference = _reference(original)
         self._request = (self.config, fullgraph, dims.dims)
         self._compiled: Callable[..., Any] | None = None
@@ -167,6 +173,8 @@ class CompiledTarget:
             DimError: the call does not have the declared dims.
         """
         self._check(args, kwargs)
+        if (result := self.direct(bound, args, kwargs)) is not MISS:
+            return result
         compiled = self._compiled or self._compile()
         if _on_trace_start not in self._trace_callbacks:
             self._trace_callbacks.append(_on_trace_start)
@@ -177,16 +185,32 @@ class CompiledTarget:
                 with dynamo.whole_graph():
                     result = compiled(*bound, *args, **kwargs)
                 self._first = False
-                return result
-            return compiled(*bound, *args, **kwargs)
+            else:
+                result = compiled(*bound, *args, **kwargs)
         except Exception as error:
             if not (call.traced or self._first) or dynamo.has_run(self.entry.__code__, error, call.has_graph):
                 raise
             failure = error  # of the compilation: nothing of the target has run
+        else:
+            if call.traced:
+                self._learn(bound)
+            return result
         finally:
             _local.call = outer
             call.unmark()
         return self._retry(failure, bound, args, kwargs)
+
+    def _learn(self, bound: tuple[Any, ...]) -> None:
+        if not self._takes_direct:
+            return
+        refused = list(self.direct.refused)
+        try:
+            self.direct.learn(bound)
+        except Exception as error:  # a fault of ours: Dynamo goes on serving
+            log.warning("%s: calls go through Dynamo: %s", self.name, error, exc_info=True)
+        for reason in self.direct.refused:
+            if reason not in refused:
+                self._note(f"calls go through Dynamo: {reason}")
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:

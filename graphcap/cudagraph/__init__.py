@@ -12,6 +12,7 @@ In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the comp
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.choose import device_for
 from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.instances import graph_runner
 from graphcap.cudagraph.program import Capture, Constant, InputKind, InputSpec, Program, Step
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
@@ -31,4 +32,5 @@ __all__ = [
     "SimulatedCaptureError",
     "Step",
     "device_for",
+    "graph_runner",
 ]

@@ -148,10 +148,11 @@ class SegmentedCapture:
     def _give_place(self, slot: int, value: Any) -> None:
         """Let captured steps find a live step's result at an address that lasts."""
         recorded = self.recorded
-        if slot in recorded.layout.fixed:
+        bridged = slot in recorded.layout.bridged
+        if slot in recorded.layout.fixed or (bridged and storage_address(value) in recorded.memory.homes):
             recorded.places[slot] = value.data_ptr(), value.size()
             self._bound[slot] = weak_view(value)
-        elif slot in recorded.layout.bridged:
+        elif bridged:
             block = aligned_block(self._device, span_bytes(value))
             bridge = buffer_like(block, 0, value)
             copy_into(bridge, value)

@@ -40,7 +40,8 @@ def observe(program: Program, args: Sequence[Any], device: torch.device) -> tupl
         What was seen, and the program's outputs.
     """
     table = StorageTable(program)
-    roots, identity = [-1] * num_slots(program), list(range(num_slots(program)))
+    roots = [-1] * num_slots(program)
+    identity = [*first_holders(args), *range(len(args), len(roots))]
     foreign: dict[int, str] = {}
     slots: list[Any] = [*args, *[None] * (len(roots) - len(args))]
     for index, root in enumerate(argument_roots(args)):
@@ -74,16 +75,22 @@ def signature_of(program: Program, args: Sequence[Any]) -> tuple[Any, ...]:
         for index, (arg, spec) in enumerate(zip(args, program.inputs, strict=True))
         if spec.kind is InputKind.TENSOR and index in read
     )
-    roots = argument_roots(args)
+    roots, firsts = argument_roots(args), first_holders(args)
     shared = tuple(
-        (index, root, *relation(args[index], args[root])) for index, root in enumerate(roots) if root not in (-1, index)
+        (index, root, args[index].data_ptr() - args[root].data_ptr())
+        for index, root in enumerate(roots)
+        if root not in (-1, index)
     )
-    return layouts, shared
+    same = tuple((index, first) for index, first in enumerate(firsts) if first != index)
+    return layouts, shared, same
 
 
-def relation(one: torch.Tensor, other: torch.Tensor) -> tuple[bool, int]:
-    """Whether two tensors that share memory are the same object, and how many bytes lie between their first elements."""
-    return one is other, one.data_ptr() - other.data_ptr()
+def first_holders(args: Sequence[Any]) -> list[int]:
+    """For each argument the first one that is the very same tensor; an argument that is no tensor is its own."""
+    holders: dict[int, int] = {}
+    return [
+        holders.setdefault(id(arg), index) if isinstance(arg, torch.Tensor) else index for index, arg in enumerate(args)
+    ]
 
 
 def argument_roots(args: Sequence[Any]) -> list[int]:

@@ -78,6 +78,11 @@ class StaticMemory:
     homes: dict[int, tuple[int, torch.Tensor]]
     pool: set[int]
 
+    def home_of(self, address: int, slot: int) -> tuple[int, torch.Tensor | None]:
+        """The other slot whose value this memory stands for, and its stand-in; ``slot`` and None if there is none."""
+        base, stand_in = self.homes.get(address, (slot, None))
+        return (base, stand_in) if address and base != slot else (slot, None)
+
 
 def plan_outputs(
     outputs: Sequence[int | Constant],
@@ -95,15 +100,16 @@ def plan_outputs(
         recorded: the slots whose values a captured step made.
         memory: the plan's.
     """
-    order = tuple(each if isinstance(each, Constant) else _giver(each, identity, slots, recorded) for each in outputs)
+    order = tuple(
+        each if isinstance(each, Constant) else _giver(each, identity, slots, recorded, memory) for each in outputs
+    )
     makers: dict[int, AsIs | View | Clone] = {}
     inside: dict[int, list[int]] = {}
     for slot in dict.fromkeys(each for each in order if isinstance(each, int)):
         value = slots[slot]
         address = storage_address(value) if isinstance(value, torch.Tensor) else 0
-        base, stand_in = memory.homes.get(address, (slot, None)) if address else (slot, None)
-        elsewhere = base != slot and storage_address(slots[base]) != address
-        if stand_in is not None and base != slot and (slot in recorded or elsewhere):
+        base, stand_in = memory.home_of(address, slot)
+        if stand_in is not None and (slot in recorded or storage_address(slots[base]) != address):
             makers[slot] = View(base, _view_maker(value, stand_in))
         elif isinstance(value, torch.Tensor) and (slot in recorded or address in memory.pool):
             inside.setdefault(address or -slot - 1, []).append(slot)
@@ -116,16 +122,21 @@ def plan_outputs(
     return OutputPlan(order, makers, tuple(blocks))
 
 
-def _giver(slot: int, identity: Sequence[int], slots: Sequence[Any], recorded: Collection[int]) -> int:
+def _giver(
+    slot: int, identity: Sequence[int], slots: Sequence[Any], recorded: Collection[int], memory: StaticMemory
+) -> int:
     """The slot whose maker gives this output.
 
     A live step may return its argument in one call and something else in the next, so its result stands for itself,
-    unless it is an object that the plan had handed to it.
+    unless it lies in memory of the plan or is an object that the plan had handed to it.
     """
-    same = identity[slot]
-    if slot in recorded or any(slots[slot] is slots[each] for each in recorded if identity[each] == same):
+    same, value = identity[slot], slots[slot]
+    if slot in recorded or any(value is slots[each] for each in recorded if identity[each] == same):
         return same
-    return slot
+    address = storage_address(value) if isinstance(value, torch.Tensor) else 0
+    base, stand_in = memory.home_of(address, slot)
+    elsewhere = stand_in is not None and storage_address(slots[base]) != address
+    return same if elsewhere or address in memory.pool else slot
 
 
 def _view_maker(value: torch.Tensor, stand_in: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

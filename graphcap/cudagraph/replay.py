@@ -15,7 +15,6 @@ import torch
 
 from graphcap.cudagraph.arena import flat, overlaps_itself
 from graphcap.cudagraph.bindings import Binding, MemoryFacts
-from graphcap.cudagraph.observe import relation
 from graphcap.cudagraph.outputs import AsIs, View
 from graphcap.cudagraph.plan import Unfit, static_addresses
 from graphcap.cudagraph.private import same_addresses, storage_address
@@ -131,17 +130,17 @@ class _Writer:
     def _relation_checks(self) -> None:
         """Arguments that shared memory at capture must share it in the same way: which of them a result is or views was
         learned from that call."""
-        recorded = self._recorded
-        static = recorded.layout.inputs_bound(Binding.STATIC)
-        _, shared = recorded.seen.signature
-        for index, root, *how in shared:
-            if index in static and root in static:
-                continue
-            one, other = self.value(index), self.value(root)
-            self.line(
-                f"if relation({one}, {other}) != HOW{index} or {_storage(one)} != {_storage(other)}: return CHANGED",
-                **{"relation": relation, f"HOW{index}": tuple(how)},
-            )
+        static = self._recorded.layout.inputs_bound(Binding.STATIC)
+        _, shared, same = self._recorded.seen.signature
+        for index, first in same:
+            self.line(f"if {self.value(index)} is not {self.value(first)}: return CHANGED")
+        for index, root, distance in shared:
+            if index not in static or root not in static:
+                one, other = self.value(index), self.value(root)
+                self.line(
+                    f"if {one}.data_ptr() - {other}.data_ptr() != {distance} "
+                    f"or {_storage(one)} != {_storage(other)}: return CHANGED"
+                )
 
     def copies_in(self) -> None:
         """One grouped copy for each dtype."""

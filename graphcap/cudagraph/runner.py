@@ -194,9 +194,9 @@ class GraphRunner:
 
         replay, stats.source = generate(recorded, at_end, mismatch)
         self._plans[key] = Plan(replay, stats.source, static_addresses(recorded), recorded, stats)
-        self.stats.plans.append(stats)
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self.stats.bindings = {spec.name: binding.value for spec, binding in bound}
+        self.stats.add(stats)
 
     def _drop(self, key: Any) -> None:
         plan = self._plans.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,7 @@ class RunnerStats:
         retired_replays: replays of plans that are no longer in ``plans``.
         bindings: how each input gets into the graph, by its name, for the latest plan.
         moves: how often the address of a static input changed, by its name.
+        on_plan: told of each plan when it has been captured.
     """
 
     plans: list[PlanStats] = field(default_factory=list)
@@ -57,6 +59,13 @@ class RunnerStats:
     retired_replays: int = 0
     bindings: dict[str, str] = field(default_factory=dict)
     moves: Counter[str] = field(default_factory=Counter)
+    on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
+
+    def add(self, plan: PlanStats) -> None:
+        """A plan can be replayed from now on."""
+        self.plans.append(plan)
+        if self.on_plan is not None:
+            self.on_plan(plan)
 
     @property
     def replays(self) -> int:

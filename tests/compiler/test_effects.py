@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from graphcap.compiler.effects import mutated_inputs
+from graphcap.compiler.effects import mutated_inputs, written_overlap
 from graphcap.compiler.rules import eager
 from tests.compiler.graphs import in_backend, pieces_of
 
@@ -181,3 +181,48 @@ def test_looking_adds_no_guard_and_changes_no_recorded_value() -> None:
     torch._dynamo.mark_dynamic(x, 0)
     ((before, after),) = in_backend(look, f, x)
     assert before == after
+
+
+def overlaps(fn: Any, *inputs: Tensor) -> list[str]:
+    """For each piece of the function why it must run as it is."""
+
+    def look(gm: torch.fx.GraphModule, _: Any) -> list[str]:
+        return [written_overlap(piece.module, mutated_inputs(piece.module)) for piece in pieces_of(gm)]
+
+    (reasons,) = in_backend(look, fn, *inputs)
+    assert isinstance(reasons, list)
+    return reasons
+
+
+def test_a_view_and_its_base_must_not_be_written_in_one_piece() -> None:
+    def f(x: Tensor) -> Tensor:
+        base = x + 1
+        view = base[1:]
+        broken(base)
+        base.mul_(2)
+        return view + base[1:]
+
+    *before, last = overlaps(f, X)
+    assert "share memory that it writes" in last
+    assert not any(before)
+
+
+def test_keys_and_values_in_one_buffer_lie_apart() -> None:
+    def f(kv: Tensor, new: Tensor) -> Tensor:
+        keys, values = kv[0], kv[1]
+        broken(new)
+        keys[0] = new[0]
+        values[0] = new[1]
+        return keys + values
+
+    assert not any(overlaps(f, torch.zeros(2, 4, 4), X))
+
+
+def test_a_view_that_is_only_read_is_no_obstacle() -> None:
+    def f(x: Tensor) -> Tensor:
+        base = x + 1
+        view = base[1:]
+        broken(base)
+        return view + base[1:]
+
+    assert not any(overlaps(f, X))

@@ -113,6 +113,24 @@ def test_vmap_is_not_cut_even_where_a_rule_matches_inside() -> None:
     assert span.reason == "user rule rule"
 
 
+def test_vmap_around_an_eager_function_is_not_compiled() -> None:
+    """Inductor must not get to see the function, whatever else in the span could be compiled."""
+
+    def f(x: Tensor, cache: Tensor) -> Any:
+        cache = torch.cat([cache, x])
+        y = cache
+        for _ in range(6):
+            y = torch.sin(y)
+        return torch.vmap(lambda row: live(row) + row.sum())(y), cache
+
+    cache = torch.randn(5, 6)
+    mark_dynamic(cache, 0)
+    groups = groups_of(trace(f, X, cache))
+    span = next(g for g in groups if any("increment_nesting" in n.name for n in g.nodes))
+    assert any("live" in n.name for n in span.nodes)
+    assert span.verdict.kind == "eager"
+
+
 def growing(num_extra: int) -> Any:
     def f(x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         cache = torch.cat([cache, x])
@@ -203,3 +221,30 @@ def test_order_of_effects_never_changes() -> None:
     groups = groups_of(gm)
     grouped = [order[n] for g in groups for n in g.nodes]
     assert grouped == sorted(grouped)
+
+
+def test_a_tensor_has_one_name_however_often_it_is_written() -> None:
+    """``x.add_(1)`` returns ``x``: a piece that took both would be compiled for one tensor and be given two."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x + 1
+        z = live(y).add_(y)
+        w = z.mul_(2).contiguous()
+        return live(w) + z + w
+
+    gm = trace(f, X)
+    groups_of(gm)
+    assert {n.target for n in gm.graph.nodes if n.op == "call_method" and not n.users} == {"add_", "mul_", "contiguous"}
+
+
+def test_what_an_eager_function_says_to_return_is_not_taken_for_its_argument() -> None:
+    """A ``fake`` that returns its argument tells a shape, not an identity."""
+
+    @eager(fake=lambda x: x)
+    def scaled(x: Tensor) -> Tensor:
+        return x * 2
+
+    gm = trace(lambda x: scaled(x + 1) + 1, X)
+    groups_of(gm)
+    (call,) = [n for n in gm.graph.nodes if "scaled" in n.name]
+    assert len(call.users) == 1

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from graphcap.compiler import rules
 from graphcap.compiler.rules import SplitRules, eager, never_captured, op_name, register_op
 from graphcap.errors import ConfigError
-from tests.compiler.graphs import call_nodes, groups_of, kinds, trace
+from tests.compiler.graphs import call_nodes, groups_of, in_backend, kinds, trace
 
 Q = torch.randn(1, 2, 4, 8)
 DEFAULT = SplitRules.of(None, ())
@@ -217,3 +217,17 @@ def test_a_tuple_of_ops_replaces_the_built_in_list() -> None:
     assert kinds(groups_of(gm, ops=())) == ["captured"]
     cut, _ = groups_of(trace(lambda q: q.relu() + 1, Q), ops=["aten::relu"])
     assert cut.reason == "splitting op aten::relu"
+
+
+def test_dynamo_never_compiles_the_body_even_where_the_trace_breaks_at_it() -> None:
+    """Without a ``fake`` a function that reads values cannot be in a graph; it still runs as it is."""
+    compiling: list[bool] = []
+
+    @eager
+    def reads(x: Tensor) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return x * float(x.sum())
+
+    graphs = in_backend(lambda gm, _: len(call_nodes(gm, "")), lambda x: reads(x + 1) * 2, Q)
+    assert graphs == [1, 1]
+    assert compiling[-1] is False

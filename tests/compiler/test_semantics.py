@@ -325,6 +325,16 @@ def _(x: Tensor) -> Any:
     return y * 2, live(z) + y
 
 
+@case("a view and its base cross a cut and one is written", calls=6)
+def _(x: Tensor) -> Any:
+    base = live(x.sin())
+    view = base.view(-1)[3:]
+    other = live(base)
+    base.mul_(2)
+    base.t().add_(other.t())
+    return view + 1, base, base.add_(1)
+
+
 @case("out= writes an input", lambda i: (x(), x()))
 def _(x: Tensor, out: Tensor) -> Tensor:
     torch.add(x, 1, out=out)
@@ -474,6 +484,16 @@ class Growing(nn.Module):
         return (x * 2) @ self.cache.t() @ self.cache + (x.sin() + 1)
 
 
+class ReturnsDetachedView(ReturnsParameter):
+    def forward(self, x: Tensor) -> Any:
+        return self.w.detach()[1:], live(x * self.w) + 1
+
+
+@pytest.mark.xfail(strict=True, reason="a replay makes the view from the parameter itself, which requires grad")
+def test_a_detached_view_of_a_parameter_comes_back() -> None:
+    assert_like_eager(ReturnsDetachedView, lambda i: (x(),))
+
+
 def build(each: Case) -> Callable[[], Any]:
     return each.fn if each.module else (lambda: each.fn)
 
@@ -499,6 +519,7 @@ THROUGH_INDUCTOR = (
     "running statistics",
     "a cache filled by an opaque op",
     "in-place metadata of an intermediate after a cut",
+    "a view and its base cross a cut and one is written",
     "views of an input come back",
     "outputs share memory",
     "a view of a buffer comes back",

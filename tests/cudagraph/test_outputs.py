@@ -117,6 +117,24 @@ def test_live_view_of_a_captured_view_of_a_copied_argument_may_change_its_size()
         assert torch.equal(double, x[1:] * 2)
 
 
+def test_captured_view_of_a_live_view_of_a_captured_view_of_a_copied_argument():
+    region = Region()
+    x, w = region.tensor("x"), region.static("w")
+    tail = region.step(lambda x: x[1:], x)
+    further = region.step(lambda t: t[1:], tail, capture=LIVE)
+    again = region.step(lambda f: f[1:], further)
+    program = region.returning(again, region.step(lambda f, w: f * w, further, w))
+    runner = runner_of(program)
+    w = torch.full((), 2.0)
+    for _ in range(5):
+        x = randn(5)
+        view, double = runner(x, w)
+        assert view.data_ptr() == x.data_ptr() + 12
+        assert torch.equal(view, x[3:])
+        assert torch.equal(double, x[2:] * 2)
+    assert runner.stats.replays == 2
+
+
 def test_live_step_that_writes_into_a_captured_result():
     region = Region()
     x = region.tensor("x")

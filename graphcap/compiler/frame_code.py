@@ -1,0 +1,337 @@
+"""Reads the code that Dynamo made of a frame: straight-line bytecode that fetches inputs, calls the graph, rebuilds results.
+
+:func:`read` turns it into lines of Python, instruction by instruction and in the same order, so that they do what the
+bytecode does, side effects included. What it does not know it refuses, by name: an unknown instruction can cost speed,
+never a result. It knows what Dynamo writes on Python 3.11 to 3.13.
+"""
+
+from __future__ import annotations
+
+import dis
+import keyword
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+#: Dynamo's names for a compiled graph and for the rest of a frame after a graph break.
+_GRAPH, _RESUME = "__compiled_fn", "__resume_at"
+
+#: Instructions that prepare, cache or forget, and mean nothing here: a variable is forgotten when the call ends.
+_IGNORED = frozenset({"RESUME", "NOP", "CACHE", "PRECALL", "COPY_FREE_VARS", "EXTENDED_ARG", "DELETE_FAST"})
+
+
+class Unreadable(Exception):  # noqa: N818 - an answer, not a fault
+    """Code that does something that cannot be expressed here; the text says what."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """Something on Dynamo's stack.
+
+    Attributes:
+        text: how the lines refer to it: a variable, a parameter or a literal.
+        origin: ``"parameter"``, ``"global"`` or ``"cell"`` for what does not come out of another value.
+        name: of the parameter, global or cell.
+        parent: what an attribute or an item with a constant key was loaded from.
+        step: ``("attribute", name)`` or ``("item", key)``.
+    """
+
+    text: str
+    origin: str = ""
+    name: str = ""
+    parent: Value | None = None
+    step: tuple[str, Any] | None = None
+
+    def path(self) -> list[Value]:
+        """The values from the origin to this one; empty where it was computed."""
+        found: list[Value] = [self]
+        while (parent := found[-1].parent) is not None:
+            found.append(parent)
+        return found[::-1] if found[-1].origin else []
+
+
+_NULL = Value("<null>")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One statement: its text, what it makes, what it needs."""
+
+    text: str
+    makes: Value | None
+    uses: tuple[Value, ...]
+
+
+@dataclass
+class FrameCode:
+    """What the frame does.
+
+    Attributes:
+        prefix: with which every variable of the lines begins, and no name of the frame.
+        before: the statements before the graph is called.
+        graph: the global that holds the compiled graph.
+        arguments: what it is called with.
+        output: the variable for what it returns.
+        after: the statements after the call.
+        result: what the frame returns.
+        constants: objects that the lines use by name. (A closure cell ``x`` is called ``<prefix>cell_x`` there.)
+    """
+
+    prefix: str
+    before: list[Line] = field(default_factory=list)
+    graph: str = ""
+    arguments: tuple[Value, ...] = ()
+    output: Value | None = None
+    after: list[Line] = field(default_factory=list)
+    result: Value | None = None
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+def read(code: CodeType) -> FrameCode:
+    """Read what Dynamo made of a frame.
+
+    Raises:
+        Unreadable: it has branches, other than one graph, or an instruction that is not known here.
+    """
+    reader = _Reader(code)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _IGNORED:
+            continue
+        handler = getattr(reader, f"op_{instruction.opname.lower()}", None)
+        if handler is None:
+            raise Unreadable(f"Dynamo's code has a {instruction.opname}")
+        handler(instruction.arg or 0, instruction.argval)
+    if not reader.frame.graph:
+        raise Unreadable("there is no graph")
+    if reader.frame.result is None:
+        raise Unreadable("Dynamo's code does not return")
+    return reader.frame
+
+
+class _Reader:
+    """A stack machine whose values are pieces of Python text. One method per instruction."""
+
+    def __init__(self, code: CodeType) -> None:
+        names = {*code.co_varnames, *code.co_names, *code.co_freevars, *code.co_cellvars}
+        prefix = "v"
+        while any(name.startswith(prefix) for name in names):
+            prefix = f"_{prefix}"
+        self.frame = FrameCode(prefix)
+        self.stack: list[Value] = []
+        self.number = 0
+        self.keywords: tuple[str, ...] = ()
+        self.literals: dict[str, Any] = {}
+        flags = bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)  # *args, **kwargs
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + flags]
+        self.variables = {name: Value(name, origin="parameter", name=name) for name in parameters}
+
+    # -- the stack, and the text
+
+    def pop(self, count: int) -> list[Value]:
+        if count == 0:
+            return []
+        values = self.stack[-count:]
+        del self.stack[-count:]
+        return values
+
+    def fresh(self) -> str:
+        self.number += 1
+        return f"{self.frame.prefix}{self.number}"
+
+    def line(self, text: str, uses: Sequence[Value], makes: Value | None = None) -> None:
+        lines = self.frame.after if self.frame.graph else self.frame.before
+        lines.append(Line(text, makes, tuple(uses)))
+
+    def push(self, expression: str, uses: Sequence[Value]) -> None:
+        """Push the value of an expression, which is evaluated now and once."""
+        value = Value(self.fresh())
+        self.line(f"{value.text} = {expression}", uses, value)
+        self.stack.append(value)
+
+    def push_load(self, expression: str, parent: Value, step: tuple[str, Any]) -> None:
+        value = Value(self.fresh(), parent=parent, step=step)
+        self.line(f"{value.text} = {expression}", (parent,), value)
+        self.stack.append(value)
+
+    def constant(self, value: Any) -> Value:
+        if type(value) in (bool, int, str, type(None)) or (type(value) is float and math.isfinite(value)):
+            self.literals[repr(value)] = value
+            return Value(repr(value))
+        name = self.fresh()
+        self.frame.constants[name] = value
+        return Value(name)
+
+    def call(self, callee: Value, arguments: Sequence[Value], keywords: dict[str, Value]) -> None:
+        if callee.name.startswith(_RESUME):
+            raise Unreadable("there is a graph break")
+        if not callee.name.startswith(_GRAPH):
+            listed = [a.text for a in arguments] + [f"{name}={value.text}" for name, value in keywords.items()]
+            self.push(f"{callee.text}({', '.join(listed)})", [callee, *arguments, *keywords.values()])
+            return
+        if self.frame.graph:
+            raise Unreadable("there are several graphs")
+        if keywords:
+            raise Unreadable("the graph takes keywords")
+        self.frame.graph, self.frame.arguments = callee.name, tuple(arguments)
+        self.frame.output = Value(self.fresh())
+        self.stack.append(self.frame.output)
+
+    # -- loads and stores
+
+    def op_load_const(self, arg: int, value: Any) -> None:
+        self.stack.append(self.constant(value))
+
+    def op_load_fast(self, arg: int, name: str) -> None:
+        if name not in self.variables:
+            raise Unreadable(f"Dynamo's code reads {name!r} before it is set")
+        self.stack.append(self.variables[name])
+
+    op_load_fast_check = op_load_fast
+
+    def op_store_fast(self, arg: int, name: str) -> None:
+        self.variables[name] = self.stack.pop()
+
+    def op_load_global(self, arg: int, name: str) -> None:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise Unreadable(f"a global is named {name!r}")
+        value = Value(self.fresh(), origin="global", name=name)
+        if not name.startswith((_GRAPH, _RESUME)):
+            self.line(f"{value.text} = {name}", (), value)
+        self._push_callable(value, has_null=bool(arg & 1))
+
+    def op_load_deref(self, arg: int, name: str) -> None:
+        value = Value(self.fresh(), origin="cell", name=name)
+        self.line(f"{value.text} = {self.frame.prefix}cell_{name}.cell_contents", (), value)
+        self.stack.append(value)
+
+    def op_load_attr(self, arg: int, name: str) -> None:
+        parent = self.stack.pop()
+        # A bound method and its call are two steps here as in the source.
+        self.push_load(f"{parent.text}.{name}", parent, ("attribute", name))
+        if _LOAD_ATTR_HAS_METHOD_BIT and arg & 1:
+            self._push_callable(self.stack.pop(), has_null=True)
+
+    def op_load_method(self, arg: int, name: str) -> None:
+        parent = self.stack.pop()
+        self.push_load(f"{parent.text}.{name}", parent, ("attribute", name))
+        self._push_callable(self.stack.pop(), has_null=True)
+
+    def op_store_attr(self, arg: int, name: str) -> None:
+        value, target = self.pop(2)
+        self.line(f"{target.text}.{name} = {value.text}", (value, target))
+
+    def op_binary_subscr(self, arg: int, argval: Any) -> None:
+        container, key = self.pop(2)
+        expression = f"{container.text}[{key.text}]"
+        if key.text in self.literals:
+            self.push_load(expression, container, ("item", self.literals[key.text]))
+        else:
+            self.push(expression, (container, key))
+
+    def op_store_subscr(self, arg: int, argval: Any) -> None:
+        value, container, key = self.pop(3)
+        self.line(f"{container.text}[{key.text}] = {value.text}", (value, container, key))
+
+    def op_delete_subscr(self, arg: int, argval: Any) -> None:
+        container, key = self.pop(2)
+        self.line(f"del {container.text}[{key.text}]", (container, key))
+
+    # -- moves on the stack
+
+    def op_push_null(self, arg: int, argval: Any) -> None:
+        self.stack.append(_NULL)
+
+    def op_pop_top(self, arg: int, argval: Any) -> None:
+        self.stack.pop()
+
+    def op_copy(self, depth: int, argval: Any) -> None:
+        self.stack.append(self.stack[-depth])
+
+    def op_swap(self, depth: int, argval: Any) -> None:
+        self.stack[-1], self.stack[-depth] = self.stack[-depth], self.stack[-1]
+
+    # -- containers
+
+    def op_build_tuple(self, count: int, argval: Any) -> None:
+        values = self.pop(count)
+        self.push(f"({''.join(f'{v.text}, ' for v in values)})", values)
+
+    def op_build_list(self, count: int, argval: Any) -> None:
+        values = self.pop(count)
+        self.push(f"[{', '.join(v.text for v in values)}]", values)
+
+    def op_build_map(self, count: int, argval: Any) -> None:
+        values = self.pop(2 * count)
+        pairs = zip(values[::2], values[1::2], strict=True)
+        self.push(f"{{{', '.join(f'{key.text}: {value.text}' for key, value in pairs)}}}", values)
+
+    def op_build_const_key_map(self, count: int, argval: Any) -> None:
+        keys = self._constant_tuple(self.stack.pop())
+        values = self.pop(count)
+        pairs = zip((self.constant(key) for key in keys), values, strict=True)
+        self.push(f"{{{', '.join(f'{key.text}: {value.text}' for key, value in pairs)}}}", values)
+
+    def op_build_slice(self, count: int, argval: Any) -> None:
+        values = self.pop(count)
+        name = f"{self.frame.prefix}slice"
+        self.frame.constants[name] = slice
+        self.push(f"{name}({', '.join(v.text for v in values)})", values)
+
+    def op_list_extend(self, depth: int, argval: Any) -> None:
+        more = self.stack.pop()
+        target = self.stack[-depth]
+        self.line(f"{target.text}.extend({more.text})", (target, more))
+
+    def op_unpack_sequence(self, count: int, argval: Any) -> None:
+        whole = self.stack.pop()
+        parts = [Value(self.fresh()) for _ in range(count)]
+        self.line(f"{''.join(f'{part.text}, ' for part in parts)} = {whole.text}", (whole,))
+        self.stack.extend(reversed(parts))
+
+    # -- calls and the end
+
+    def op_kw_names(self, arg: int, names: Any) -> None:
+        self.keywords = tuple(names)
+
+    def op_call(self, count: int, argval: Any) -> None:
+        arguments = self.pop(count)
+        callee = self._pop_callee(arguments)
+        names, self.keywords = self.keywords, ()
+        split = len(arguments) - len(names)
+        self.call(callee, arguments[:split], dict(zip(names, arguments[split:], strict=True)))
+
+    def op_call_kw(self, count: int, argval: Any) -> None:
+        self.keywords = self._constant_tuple(self.stack.pop())
+        self.op_call(count, argval)
+
+    def op_return_value(self, arg: int, argval: Any) -> None:
+        if self.frame.result is not None:
+            raise Unreadable("Dynamo's code has several ends")
+        self.frame.result = self.stack.pop()
+
+    def op_return_const(self, arg: int, value: Any) -> None:
+        self.stack.append(self.constant(value))
+        self.op_return_value(arg, value)
+
+    def _push_callable(self, value: Value, *, has_null: bool) -> None:
+        # Which of the two is on top differs between Pythons; _pop_callee takes either.
+        self.stack.extend([_NULL, value] if has_null else [value])
+
+    def _pop_callee(self, arguments: list[Value]) -> Value:
+        below, top = self.pop(2)
+        if below is _NULL or top is _NULL:
+            return top if below is _NULL else below
+        arguments.insert(0, top)  # a callable, and the object that it is a method of
+        return below
+
+    def _constant_tuple(self, value: Value) -> tuple[Any, ...]:
+        found = self.frame.constants.get(value.text)
+        if not isinstance(found, tuple):
+            raise Unreadable("Dynamo's code has keys that are no constants")
+        return found
+
+
+_LOAD_ATTR_HAS_METHOD_BIT = "LOAD_METHOD" not in dis.opmap or dis.opmap["LOAD_METHOD"] > 255
+

@@ -1,0 +1,88 @@
+"""Several model instances that Dynamo serves with one graph have plans of their own."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphcap
+from graphcap.compiler.backend import graphcap as backend
+from graphcap.config import Config
+from graphcap.cudagraph import GraphRunner, InputKind, InputSpec, Program, Step, graph_runner
+from graphcap.cudagraph.simulated import SimulatedDevice
+
+
+def scale(weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (weight * x,)
+
+
+def weighted() -> Program:
+    """Returns weight * x."""
+    inputs = (InputSpec("weight", InputKind.STATIC), InputSpec("x", InputKind.TENSOR))
+    return Program("weighted", inputs, (Step("scale", scale, (0, 1), (2,)),), (2,), scale)
+
+
+@pytest.fixture
+def runners() -> list[GraphRunner]:
+    return []
+
+
+@pytest.fixture
+def call(runners: list[GraphRunner]) -> Any:
+    return graph_runner(weighted(), SimulatedDevice(), Config(simulate=True), runners.append)
+
+
+def test_instances_alternate_without_disturbing_each_other(call: Any, runners: list[GraphRunner]) -> None:
+    first, second = torch.full((3,), 2.0), torch.full((3,), 5.0)
+    for number in range(6):
+        x = torch.full((3,), float(number))
+        assert torch.equal(call(first, x)[0], 2 * x)
+        assert torch.equal(call(second, x)[0], 5 * x)
+    assert [(r.stats.replays, r.stats.recaptures) for r in runners] == [(3, 0), (3, 0)]
+
+
+def test_moved_weights_of_one_instance_stay_that_instance(call: Any, runners: list[GraphRunner]) -> None:
+    weight, x = torch.ones(3), torch.ones(3)
+    for value in (2.0, 3.0):
+        weight.data = torch.full((3,), value)
+        for _ in range(4):
+            assert torch.equal(call(weight, x)[0], value * x)
+    assert len(runners) == 1
+    assert runners[0].stats.recaptures == 1
+
+
+def test_plans_go_with_their_instance(call: Any, runners: list[GraphRunner]) -> None:
+    weight = torch.ones(3)
+    for _ in range(4):
+        call(weight, torch.ones(3))
+    runner = weakref.ref(runners.pop())
+    del weight
+    gc.collect()
+    assert runner() is None
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+def test_two_models_of_one_class_under_torch_compile() -> None:
+    models = [Layer().eval() for _ in range(2)]
+    fast = [torch.compile(m, backend=backend, options={"compiler": "eager", "simulate": True}) for m in models]
+    with torch.no_grad():
+        for _ in range(6):
+            x = torch.randn(2, 4)
+            for model, compiled in zip(models, fast, strict=True):
+                assert torch.equal(compiled(x), model(x))
+    regions = graphcap.explain(fast[0]).regions
+    assert sum(region.replays for region in regions) >= 6
+    assert all(region.recaptures == 0 for region in regions)

@@ -64,6 +64,7 @@ def examine() -> list[Finding]:
         _settings,
         _cxx_compiler,
         _cache_directory,
+        _native_checks,
         _gpu,
     ]
     return [finding for check in checks for finding in check()]
@@ -151,6 +152,18 @@ def _cache_directory() -> Iterator[Finding]:
         yield Finding("cache", f"{root}: writable, {mib:.1f} MiB")
     else:
         yield Finding("cache", f"{root}: not there yet, can be made")
+
+
+def _native_checks() -> Iterator[Finding]:
+    try:
+        native = import_module("graphcap.native")
+        config = Config.resolve()
+    except (ImportError, ConfigError):
+        return  # already reported: torch, the environment
+    if not config.cache:
+        yield Finding("native checks", "python: there is no cache to build the extension in")
+        return
+    yield Finding("native checks", native.look(cache_root(config.cache_dir)))
 
 
 def _gpu() -> Iterator[Finding]:

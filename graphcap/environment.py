@@ -11,12 +11,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphcap.errors import ConfigError, nearest
-from graphcap.values import BadValue, Kind
+from graphcap.values import BOOL, BadValue, Kind
 
 PREFIX = "GRAPHCAP_"
 
+#: Whether the checks of a replay may use an extension that is compiled on the user's machine.
+NATIVE = "GRAPHCAP_NATIVE"
+
+#: Whether calls of what ``graphcap.compile`` made may go around Dynamo's frame hook, its guards evaluated all the same.
+DIRECT_CALL = "GRAPHCAP_DIRECT_CALL"
+
 #: Variables with our prefix that are no settings of a compilation.
-OTHER_VARIABLES = frozenset({"GRAPHCAP_COMMIT"})  # what a bench writes into its results where there is no git
+OTHER_VARIABLES = frozenset(
+    {
+        "GRAPHCAP_COMMIT",  # what a bench writes into its results where there is no git
+        NATIVE,
+        DIRECT_CALL,
+    }
+)
 
 _warned: set[str] = set()
 
@@ -38,6 +50,7 @@ def read_environment(
         ConfigError: a value that the setting cannot take, or a setting given under both of its names. An unknown
             variable is only warned about, once per process: it may belong to another version.
     """
+    native_wanted(environ)  # a value that it cannot take is reported here, not in the middle of a capture
     names = {PREFIX + name.upper(): name for name, kind in kinds.items() if kind.read is not None}
     names |= {PREFIX + alias.upper(): name for alias, name in aliases.items()}
     found: dict[str, tuple[Any, str]] = {}
@@ -52,6 +65,26 @@ def read_environment(
             raise ConfigError(f"{found[name][1]} and {variable} are two names of one setting: set one of them")
         found[name] = (_read(variable, text.strip(), kinds[name]), variable)
     return found
+
+
+def native_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether :data:`NATIVE` allows the extension; it does unless it says no.
+
+    Raises:
+        ConfigError: for a value that is neither yes nor no.
+    """
+    text = environ.get(NATIVE, "").strip()
+    return bool(_read(NATIVE, text, BOOL)) if text else True
+
+
+def direct_call_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether :data:`DIRECT_CALL` allows direct calls; it does unless it says no.
+
+    Raises:
+        ConfigError: for a value that is neither yes nor no.
+    """
+    text = environ.get(DIRECT_CALL, "").strip()
+    return bool(_read(DIRECT_CALL, text, BOOL)) if text else True
 
 
 def _read(variable: str, text: str, kind: Kind) -> Any:

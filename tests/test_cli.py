@@ -158,3 +158,11 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(doctor, "_first_line", lambda command: f"from {command[0]}")
     assert finding("gpu 0").value == "Made-up GPU 0, capability 9.0, driver from nvidia-smi"
+
+
+def test_native_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert finding("native checks").value.startswith("python: the extension is built when")
+    monkeypatch.setenv("GRAPHCAP_NATIVE", "0")
+    assert finding("native checks").value == "python: GRAPHCAP_NATIVE=0"
+    monkeypatch.setenv("GRAPHCAP_CACHE", "0")
+    assert "no cache" in finding("native checks").value

@@ -2,8 +2,8 @@
 
 from graphcap.cache.entry import Entry, Miss
 from graphcap.cache.key import KeyParts, PieceKey, toolchain_identity
-from graphcap.cache.root import cache_root
 from graphcap.cache.store import ArtifactStore, StoredEntry
+from graphcap.cache_root import cache_root
 
 __all__ = [
     "ArtifactStore",

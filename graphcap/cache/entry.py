@@ -11,7 +11,7 @@
        108     8   length of the payload in bytes
        116     -   payload
 
-Bytes are trusted by who owns the file (:mod:`graphcap.cache.trust`); the checksums find damage, not malice.
+Bytes are trusted by who owns the file (:mod:`graphcap.trust`); the checksums find damage, not malice.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from typing import Any
 
 from graphcap.cache.entry import FORMAT_VERSION, Entry, Miss, pack, unpack
 from graphcap.cache.key import PieceKey
-from graphcap.cache.lock import file_lock
-from graphcap.cache.trust import distrust_directory, read_trusted
+from graphcap.lock import file_lock
+from graphcap.trust import distrust_directory, read_trusted
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class ArtifactStore:
     def lock(self, key: PieceKey, timeout_seconds: float = 600.0) -> AbstractContextManager[bool]:
         """Hold the lock of ``key``, so that of several processes one compiles it and the others then load it.
 
-        The context's value says whether the lock is held; see :func:`graphcap.cache.lock.file_lock`.
+        The context's value says whether the lock is held; see :func:`graphcap.lock.file_lock`.
         """
         locks = self.root / "locks"
         with contextlib.suppress(OSError):  # the lock itself then says that it cannot be had

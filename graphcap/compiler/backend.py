@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcap.compiler import dump, nodes, private
+from graphcap.compiler import dump, nodes
 from graphcap.compiler.bypass import reason_to_bypass, run_bypass
 from graphcap.compiler.inputs import name_inputs
 from graphcap.compiler.partition import partition
@@ -100,10 +100,9 @@ def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Re
     compiled = compile_pieces(pieces, config, home_device(devices))
     region.record_pieces(pieces, compiled, sizes)
 
-    static = [private.is_static_input(example) for example in example_inputs]
-    program, region.source = build_program(region.name, gm.graph, pieces, compiled, static, sizes)
+    program, region.source = build_program(region.name, gm.graph, pieces, compiled, example_inputs, sizes)
     run = capturing(program, device, region)
-    run = with_special_sizes(run, gm.graph, pieces, static, sizes, region, device)
+    run = with_special_sizes(run, gm.graph, pieces, example_inputs, sizes, region, device)
 
     region.seconds = time.perf_counter() - started
     dumper.close(pieces, compiled)
@@ -115,7 +114,7 @@ def with_special_sizes(
     general: Callable[..., Any],
     graph: fx.Graph,
     pieces: Sequence[Piece],
-    static: Sequence[bool],
+    example_inputs: Sequence[Any],
     sizes: SizeSymbols,
     region: Region,
     device: GraphDevice | None,
@@ -130,7 +129,7 @@ def with_special_sizes(
     special = {}
     for size in config.compile_sizes:
         compiled = compile_pieces(pieces, config, home_device(devices_of(graph)), at=(symbol, size))
-        program, _ = build_program(f"{region.name}_at_{size}", graph, pieces, compiled, static, sizes)
+        program, _ = build_program(f"{region.name}_at_{size}", graph, pieces, compiled, example_inputs, sizes)
         special[size] = capturing(program, device, region)
         region.notes.append(f"compiled for {symbol} = {size} too")
     return by_size(general, special, position_of(symbol, [n for n in graph.nodes if n.op == "placeholder"]))

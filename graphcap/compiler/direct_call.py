@@ -17,6 +17,7 @@ frame for the graph, and steps aside when they are gone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from types import CellType, CodeType, FunctionType
 from typing import Any, cast
@@ -24,6 +25,8 @@ from typing import Any, cast
 from graphcap.compiler import dynamo
 from graphcap.compiler.frame_code import FrameCode, Line, Unreadable, Value, read
 from graphcap.compiler.statics import Statics, leads_to_tensor
+
+log = logging.getLogger(__name__)
 
 #: What a call returns that Dynamo has to decide.
 MISS: Any = type("_Miss", (), {"__repr__": lambda self: "MISS", "__slots__": ()})()
@@ -34,7 +37,7 @@ class DirectCalls:
 
     Attributes:
         count: calls that took one.
-        refused: why others go through Dynamo, one line for each reason.
+        refused: why there is none to a graph, one line for each reason.
     """
 
     def __init__(self, entry: FunctionType) -> None:
@@ -59,12 +62,16 @@ class DirectCalls:
                 raise
         return MISS
 
-    def learn(self, bound: tuple[Any, ...]) -> None:
+    def learn(self, bound: tuple[Any, ...]) -> list[str]:
         """Take over what Dynamo has compiled since, and forget what it has dropped.
 
         Args:
             bound: the object that the function takes before the caller's arguments, if any.
+
+        Returns:
+            New reasons in ``refused``.
         """
+        num_refused = len(self.refused)
         known = [(guards, function) for guards, function in self._ways if not guards.are_dropped]
         ways = []
         for manager, code in dynamo.compiled_frames(self._entry.__code__):
@@ -74,16 +81,21 @@ class DirectCalls:
         self._functions = tuple(function for _, function in ways if function is not None)
         if self._functions:
             self._is_plain = dynamo.plain_caller()
+        return self.refused[num_refused:]
 
     def _way(
         self, guards: dynamo.Guards, code: CodeType, bound: tuple[Any, ...]
     ) -> tuple[dynamo.Guards, Callable[..., Any] | None]:
         try:
             return guards, _Writer(read(code), self._entry, bound).function(guards)
-        except Unreadable as reason:
-            if str(reason) not in self.refused:
-                self.refused.append(str(reason))
-            return guards, None
+        except Unreadable as unreadable:
+            reason = str(unreadable)
+        except Exception as error:  # a fault of ours: Dynamo goes on serving
+            log.warning("%s: no direct calls: %s", self._entry.__qualname__, error, exc_info=True)
+            reason = f"{type(error).__name__}: {error}"
+        if reason not in self.refused:
+            self.refused.append(reason)
+        return guards, None
 
 
 class _Writer:
@@ -126,10 +138,9 @@ class _Writer:
         graph = dynamo.graph_without_wrapper(self._entry.__globals__, frame.graph)
         assert frame.output is not None
         assert frame.result is not None
-        body = [
-            f"if not {prefix}guards({{{', '.join(self._frame_variables())}}}): return {prefix}MISS",
-            *(line.text for line in self._kept(frame.before)),
-        ]
+        before, after = self._kept()
+        variables = ", ".join(self._frame_variables())
+        body = [f"if not {prefix}guards({{{variables}}}): return {prefix}MISS", *before]
         if self._paths:
             names[f"{prefix}statics"] = self._statics()
             body.append(f"{prefix}args = {prefix}statics({', '.join(begin.text for begin in self._begins)})")
@@ -138,7 +149,7 @@ class _Writer:
             body.append(f"{frame.output.text} = {graph}(*{prefix}args)")
         else:
             body.append(f"{frame.output.text} = {graph}({', '.join(each.text for each in frame.arguments)})")
-        body += [*(line.text for line in frame.after), f"return {frame.result.text}"]
+        body += [*after, f"return {frame.result.text}"]
         function = self._define("frame", self._parameters(), body, names)
         function.__defaults__, function.__kwdefaults__ = self._entry.__defaults__, self._entry.__kwdefaults__
         return function
@@ -153,17 +164,16 @@ class _Writer:
         steps = {i: tuple(value.step for value in path) for i, (_, path) in self._paths.items()}
         return Statics(fetch, [(i, number, cast(Any, steps[i])) for i, (number, _) in self._paths.items()])
 
-    def _kept(self, lines: Sequence[Line]) -> list[Line]:
-        """Without the loads that only static inputs need."""
+    def _kept(self) -> tuple[list[str], list[str]]:
+        """The lines before and after the call of the graph, without what only static inputs or nobody needs."""
+        frame = self._frame
+        assert frame.result is not None
         walked = {id(value) for _, path in self._paths.values() for value in path}
-        begun = {id(value) for begin in self._begins for value in begin.path()}
-        needed = {id(value) for i, value in enumerate(self._frame.arguments) if i not in self._paths} | begun
-        kept = []
-        for line in reversed(lines):
-            if line.makes is None or id(line.makes) not in walked or id(line.makes) in needed:
-                kept.append(line)
-                needed |= {id(value) for value in line.uses}
-        return kept[::-1]
+        needed = {id(frame.result)}
+        after = _needed(frame.after, needed, walked)
+        needed |= {id(value) for i, value in enumerate(frame.arguments) if i not in self._paths}
+        needed |= {id(begin) for begin in self._begins}
+        return _needed(frame.before, needed, walked), after
 
     def _frame_variables(self) -> list[str]:
         """What the frame's variables are when it begins, as the items of a dict display."""
@@ -193,7 +203,8 @@ class _Writer:
         lines = [f"def {prefix}make({', '.join(names)}):", f"  def {prefix}direct({parameters}):"]
         lines += [*(f"    {line}" for line in body), f"  return {prefix}direct"]
         made: dict[str, Any] = {}
-        exec(compile("\n".join(lines) + "\n", f"<graphcap {name} of {entry.__qualname__}>", "exec"), entry.__globals__, made)
+        code = compile("\n".join(lines) + "\n", f"<graphcap {name} of {entry.__qualname__}>", "exec")
+        exec(code, entry.__globals__, made)
         function = made[f"{prefix}make"](**names)
         function.__name__, function.__qualname__ = entry.__name__, entry.__qualname__
         return cast(FunctionType, function)
@@ -202,3 +213,14 @@ class _Writer:
 def _parameter_names(code: CodeType) -> tuple[str, ...]:
     stars = bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]
+
+
+def _needed(lines: Sequence[Line], needed: set[int], droppable: set[int]) -> list[str]:
+    """The lines that make what is needed or do more than that; ``needed`` grows by what these need."""
+    kept = []
+    for line in reversed(lines):
+        can_go = line.is_pure or id(line.makes) in droppable
+        if not can_go or id(line.makes) in needed:
+            kept.append(line.text)
+            needed |= {id(value) for value in line.uses}
+    return kept[::-1]

@@ -1,4 +1,4 @@
-"""Reads the code that Dynamo made of a frame: straight-line bytecode that fetches inputs, calls the graph, rebuilds results.
+"""Reads the code that Dynamo made of a frame: straight-line bytecode that fetches inputs and calls the graph.
 
 :func:`read` turns it into lines of Python, instruction by instruction and in the same order, so that they do what the
 bytecode does, side effects included. What it does not know it refuses, by name: an unknown instruction can cost speed,
@@ -17,12 +17,17 @@ from typing import Any
 
 #: Dynamo's names for a compiled graph and for the rest of a frame after a graph break.
 _GRAPH, _RESUME = "__compiled_fn", "__resume_at"
+#: Its names for modules that its code imports.
+_MODULE = "__import_"
+
+#: Calls that only show a span in a profile, without a result that is used.
+_SPANS = (("attribute", "record_pregraph_bytecode_enter"), ("attribute", "record_pregraph_bytecode_exit"))
 
 #: Instructions that prepare, cache or forget, and mean nothing here: a variable is forgotten when the call ends.
 _IGNORED = frozenset({"RESUME", "NOP", "CACHE", "PRECALL", "COPY_FREE_VARS", "EXTENDED_ARG", "DELETE_FAST"})
 
 
-class Unreadable(Exception):  # noqa: N818 - an answer, not a fault
+class Unreadable(Exception):
     """Code that does something that cannot be expressed here; the text says what."""
 
 
@@ -57,11 +62,19 @@ _NULL = Value("<null>")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One statement: its text, what it makes, what it needs."""
+    """One statement.
+
+    Attributes:
+        text: the statement.
+        makes: the value that it makes or, a list, fills; ``None`` where it changes something else.
+        uses: the values that it needs.
+        is_pure: whether it can be left out where nothing needs what it makes.
+    """
 
     text: str
     makes: Value | None
     uses: tuple[Value, ...]
+    is_pure: bool = False
 
 
 @dataclass
@@ -123,6 +136,7 @@ class _Reader:
         self.number = 0
         self.keywords: tuple[str, ...] = ()
         self.literals: dict[str, Any] = {}
+        self.constants = code.co_consts
         flags = bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)  # *args, **kwargs
         parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + flags]
         self.variables = {name: Value(name, origin="parameter", name=name) for name in parameters}
@@ -140,19 +154,20 @@ class _Reader:
         self.number += 1
         return f"{self.frame.prefix}{self.number}"
 
-    def line(self, text: str, uses: Sequence[Value], makes: Value | None = None) -> None:
+    def line(self, text: str, uses: Sequence[Value], makes: Value | None = None, *, is_pure: bool = False) -> None:
         lines = self.frame.after if self.frame.graph else self.frame.before
-        lines.append(Line(text, makes, tuple(uses)))
+        lines.append(Line(text, makes, tuple(uses), is_pure))
 
-    def push(self, expression: str, uses: Sequence[Value]) -> None:
+    def push(self, expression: str, uses: Sequence[Value], *, is_pure: bool = False) -> None:
         """Push the value of an expression, which is evaluated now and once."""
         value = Value(self.fresh())
-        self.line(f"{value.text} = {expression}", uses, value)
+        self.line(f"{value.text} = {expression}", uses, value, is_pure=is_pure)
         self.stack.append(value)
 
     def push_load(self, expression: str, parent: Value, step: tuple[str, Any]) -> None:
         value = Value(self.fresh(), parent=parent, step=step)
-        self.line(f"{value.text} = {expression}", (parent,), value)
+        # An imported module gives what it has; another object may run code when it is asked.
+        self.line(f"{value.text} = {expression}", (parent,), value, is_pure=_is_from_import(value))
         self.stack.append(value)
 
     def constant(self, value: Any) -> Value:
@@ -166,6 +181,9 @@ class _Reader:
     def call(self, callee: Value, arguments: Sequence[Value], keywords: dict[str, Value]) -> None:
         if callee.name.startswith(_RESUME):
             raise Unreadable("there is a graph break")
+        if _is_from_import(callee) and callee.step in _SPANS:
+            self.stack.append(self.constant(None))
+            return
         if not callee.name.startswith(_GRAPH):
             listed = [a.text for a in arguments] + [f"{name}={value.text}" for name, value in keywords.items()]
             self.push(f"{callee.text}({', '.join(listed)})", [callee, *arguments, *keywords.values()])
@@ -193,17 +211,29 @@ class _Reader:
     def op_store_fast(self, arg: int, name: str) -> None:
         self.variables[name] = self.stack.pop()
 
+    def op_load_fast_load_fast(self, arg: int, names: tuple[str, str]) -> None:
+        for name in names:
+            self.op_load_fast(arg, name)
+
+    def op_store_fast_store_fast(self, arg: int, names: tuple[str, str]) -> None:
+        for name in names:
+            self.op_store_fast(arg, name)
+
+    def op_store_fast_load_fast(self, arg: int, names: tuple[str, str]) -> None:
+        self.op_store_fast(arg, names[0])
+        self.op_load_fast(arg, names[1])
+
     def op_load_global(self, arg: int, name: str) -> None:
         if not name.isidentifier() or keyword.iskeyword(name):
             raise Unreadable(f"a global is named {name!r}")
         value = Value(self.fresh(), origin="global", name=name)
         if not name.startswith((_GRAPH, _RESUME)):
-            self.line(f"{value.text} = {name}", (), value)
+            self.line(f"{value.text} = {name}", (), value, is_pure=True)
         self._push_callable(value, has_null=bool(arg & 1))
 
     def op_load_deref(self, arg: int, name: str) -> None:
         value = Value(self.fresh(), origin="cell", name=name)
-        self.line(f"{value.text} = {self.frame.prefix}cell_{name}.cell_contents", (), value)
+        self.line(f"{value.text} = {self.frame.prefix}cell_{name}.cell_contents", (), value, is_pure=True)
         self.stack.append(value)
 
     def op_load_attr(self, arg: int, name: str) -> None:
@@ -256,16 +286,16 @@ class _Reader:
 
     def op_build_tuple(self, count: int, argval: Any) -> None:
         values = self.pop(count)
-        self.push(f"({''.join(f'{v.text}, ' for v in values)})", values)
+        self.push(f"({''.join(f'{v.text}, ' for v in values)})", values, is_pure=True)
 
     def op_build_list(self, count: int, argval: Any) -> None:
         values = self.pop(count)
-        self.push(f"[{', '.join(v.text for v in values)}]", values)
+        self.push(f"[{', '.join(v.text for v in values)}]", values, is_pure=True)
 
     def op_build_map(self, count: int, argval: Any) -> None:
         values = self.pop(2 * count)
         pairs = zip(values[::2], values[1::2], strict=True)
-        self.push(f"{{{', '.join(f'{key.text}: {value.text}' for key, value in pairs)}}}", values)
+        self.push(f"{{{', '.join(f'{key.text}: {value.text}' for key, value in pairs)}}}", values, is_pure=True)
 
     def op_build_const_key_map(self, count: int, argval: Any) -> None:
         keys = self._constant_tuple(self.stack.pop())
@@ -282,7 +312,7 @@ class _Reader:
     def op_list_extend(self, depth: int, argval: Any) -> None:
         more = self.stack.pop()
         target = self.stack[-depth]
-        self.line(f"{target.text}.extend({more.text})", (target, more))
+        self.line(f"{target.text}.extend({more.text})", (target, more), target, is_pure=True)
 
     def op_unpack_sequence(self, count: int, argval: Any) -> None:
         whole = self.stack.pop()
@@ -292,8 +322,8 @@ class _Reader:
 
     # -- calls and the end
 
-    def op_kw_names(self, arg: int, names: Any) -> None:
-        self.keywords = tuple(names)
+    def op_kw_names(self, arg: int, argval: Any) -> None:
+        self.keywords = self.constants[arg]
 
     def op_call(self, count: int, argval: Any) -> None:
         arguments = self.pop(count)
@@ -335,3 +365,6 @@ class _Reader:
 
 _LOAD_ATTR_HAS_METHOD_BIT = "LOAD_METHOD" not in dis.opmap or dis.opmap["LOAD_METHOD"] > 255
 
+
+def _is_from_import(value: Value) -> bool:
+    return value.parent is not None and value.parent.name.startswith(_MODULE)

@@ -17,7 +17,8 @@ def name_inputs(graph: fx.Graph, owner: Any) -> None:
 
     Args:
         graph: a Dynamo graph.
-        owner: the ``self`` of the traced frame. A module's frame takes ``*args``; its forward knows what they are called.
+        owner: the ``self`` of the traced frame. A module's frame takes ``*args``; its forward knows what they are
+            called.
     """
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -1,9 +1,10 @@
 """How a live piece is called: as flat Python, with custom ops called directly where the dispatcher would add nothing.
 
-A ``torch.library.custom_op`` costs a few microseconds in the dispatcher before its kernel's first line runs; at one attention
-per layer that is a good part of a decode step. Its kernel is the very function that the dispatcher would reach, so calling it
-directly is equivalent as long as nothing wants to see the call: grad mode, autocast, a dispatch or function mode, functorch,
-the profiler. That is asked on every call; otherwise the call goes through the resolved ``OpOverload``.
+A ``torch.library.custom_op`` costs a few microseconds in the dispatcher before its kernel's first line runs; at one
+attention per layer that is a good part of a decode step. Its kernel is the very function that the dispatcher would
+reach, so calling it directly is equivalent as long as nothing wants to see the call: grad mode, autocast, a dispatch
+or function mode, functorch, the profiler. That is asked on every call; otherwise the call goes through the resolved
+``OpOverload``.
 """
 
 from __future__ import annotations

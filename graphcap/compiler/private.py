@@ -225,7 +225,7 @@ def call_is_watched(device_type: str) -> bool:
         or torch._C._len_torch_function_stack()
         or torch.is_autocast_enabled(device_type)
         or torch._C._functorch.maybe_current_level() is not None
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
     )
 
 

@@ -176,7 +176,8 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
     if recompiled and config.compilation_mode is CompilationMode.DYNAMO_TRACE_ONCE:
         raise RecompileError(
             f"{region.function} was traced once and may not be traced again (compilation_mode=DYNAMO_TRACE_ONCE), but "
-            f"a guard failed: {region.recompiled_because}. Make that value constant or its dim dynamic, or use PIECEWISE."
+            f"a guard failed: {region.recompiled_because}. Make that value constant or its dim dynamic, or use "
+            "PIECEWISE."
         )
     _warn_near_limit(region)
     with _lock:

@@ -25,19 +25,18 @@ Step = tuple[str, Any]
 #: One entry of :func:`graphcap.native.identity_check`: ``holder[key] is value``.
 _Entry = tuple[dict[Any, Any], Any, Any]
 
-_MAX_CHANGES = 8  #: after so many something is replaced all the time, and fetching is cheaper than proving
+#: When each of so many changes comes before so many calls were served, fetching is cheaper than proving.
+_MAX_CHANGES, _FEW_CALLS = 4, 100
 
 
 class Statics:
     """Fetches the static inputs of a call, or proves that they are still those of the last one.
 
     Attributes:
-        num_changes: how often they were fetched in order to be kept.
+        num_changes: how often in a row they were kept for only a few calls.
     """
 
-    def __init__(
-        self, fetch: Callable[..., list[Any]], paths: Sequence[tuple[int, int, tuple[Step, ...]]]
-    ) -> None:
+    def __init__(self, fetch: Callable[..., list[Any]], paths: Sequence[tuple[int, int, tuple[Step, ...]]]) -> None:
         """Fetch nothing yet.
 
         Args:
@@ -49,6 +48,7 @@ class Statics:
         self._fetch = fetch
         self._paths = tuple(paths)
         self._known: tuple[Callable[[], bool], tuple[Any, ...], list[Any]] | None = None
+        self._num_served = 0
         self.num_changes = 0
 
     def __call__(self, *begin: Any) -> list[Any]:
@@ -57,6 +57,7 @@ class Statics:
         if known is not None:
             unchanged, begun, values = known
             if all(map(operator.is_, begin, begun)) and unchanged():
+                self._num_served += 1
                 return values.copy()
         values = self._fetch(*begin)
         if self.num_changes < _MAX_CHANGES and native.status() == "extension":
@@ -72,7 +73,8 @@ class Statics:
                 reached = entry[2]
             if reached is not values[position]:  # changed meanwhile by another thread
                 return
-        self.num_changes += 1
+        self.num_changes = self.num_changes + 1 if self._num_served < _FEW_CALLS else 0
+        self._num_served = 0
         self._known = native.identity_check(list(entries.values())), begin, values.copy()
 
 
@@ -95,8 +97,8 @@ def leads_to_tensor(begin: Any, steps: Sequence[Step]) -> bool:
     """Whether dict entries alone decide where a walk leads, and that is a tensor."""
     reached = begin
     try:
-        for _, _, reached in walk(begin, steps):
-            pass
+        for entry in walk(begin, steps):
+            reached = entry[2]
     except LookupError:
         return False
     return bool(steps) and isinstance(reached, torch.Tensor)
@@ -106,6 +108,7 @@ def _attributes(owner: Any, name: str) -> Any:
     """The dict where the attribute of an object is found, ``None`` where its class has a say in it."""
     cls = type(owner)
     found = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
-    if cls.__getattribute__ is not object.__getattribute__ or hasattr(type(found), "__set__"):
+    lookup: Any = cls.__getattribute__
+    if lookup is not object.__getattribute__ or hasattr(type(found), "__set__"):
         return None
     return getattr(owner, "__dict__", None)

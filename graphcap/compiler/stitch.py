@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphcap.compiler import nodes, private
@@ -27,7 +28,7 @@ def build_program(
     graph: fx.Graph,
     pieces: Sequence[Piece],
     compiled: Sequence[CompiledPiece],
-    static: Sequence[bool],
+    examples: Sequence[Any],
     sizes: SizeSymbols,
 ) -> tuple[Program, str]:
     """Number every value that crosses a border, and generate the live function.
@@ -37,7 +38,7 @@ def build_program(
         graph: the whole graph; its placeholders are the inputs, its output names what to return.
         pieces: in execution order.
         compiled: for each piece the callable to run, and the positions of the inputs that it writes.
-        static: for each placeholder whether it keeps its address between calls.
+        examples: the first call's value of each placeholder.
         sizes: tells which scalars are part of the graph key.
 
     Returns:
@@ -63,7 +64,7 @@ def build_program(
         )
     returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     outputs = tuple(slots[v] if isinstance(v, fx.Node) else Constant(v) for v in _flat(returned))
-    inputs = tuple(_input_spec(n, s, sizes) for n, s in zip(placeholders, static, strict=True))
+    inputs = tuple(_input_spec(n, e, sizes) for n, e in zip(placeholders, examples, strict=True))
     comments = [f"{p.verdict.kind}{', ' + p.module_path if p.module_path else ''}" for p in pieces]
     source = live_source(name, inputs, steps, outputs, comments)
     return Program(name, inputs, tuple(steps), outputs, _compile(name, source, steps, outputs)), source
@@ -73,12 +74,13 @@ def _flat(returned: Any) -> Sequence[Any]:
     return returned if isinstance(returned, (tuple, list)) else (returned,)
 
 
-def _input_spec(node: fx.Node, static: bool, sizes: SizeSymbols) -> InputSpec:
+def _input_spec(node: fx.Node, example: Any, sizes: SizeSymbols) -> InputSpec:
     name = input_name(node)
     value = nodes.value_of(node)
     expression = private.symbol_expression(value)
     if nodes.tensors_of(node):
-        return InputSpec(name, InputKind.STATIC if static else InputKind.TENSOR)
+        kind = InputKind.STATIC if private.is_static_input(example) else InputKind.TENSOR
+        return InputSpec(name, kind, is_parameter=isinstance(example, torch.nn.Parameter))
     in_key = expression is None or expression.free_symbols <= sizes.key
     return InputSpec(name, InputKind.SCALAR, symbol=str(expression) if expression is not None else None, in_key=in_key)
 
@@ -113,9 +115,7 @@ def _slot_names(inputs: Sequence[InputSpec], steps: Sequence[Step]) -> dict[int,
     return names
 
 
-def _last_uses(
-    inputs: Sequence[InputSpec], steps: Sequence[Step], outputs: Sequence[int | Constant]
-) -> dict[int, int]:
+def _last_uses(inputs: Sequence[InputSpec], steps: Sequence[Step], outputs: Sequence[int | Constant]) -> dict[int, int]:
     """For each slot worth dropping (no parameter, no number, not returned) the last step that touches it."""
     keep = {slot for slot, spec in enumerate(inputs) if spec.kind is not InputKind.TENSOR} | set(outputs)
     uses: dict[int, int] = {}

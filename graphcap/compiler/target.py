@@ -203,14 +203,8 @@ class CompiledTarget:
     def _learn(self, bound: tuple[Any, ...]) -> None:
         if not self._takes_direct:
             return
-        refused = list(self.direct.refused)
-        try:
-            self.direct.learn(bound)
-        except Exception as error:  # a fault of ours: Dynamo goes on serving
-            log.warning("%s: calls go through Dynamo: %s", self.name, error, exc_info=True)
-        for reason in self.direct.refused:
-            if reason not in refused:
-                self._note(f"calls go through Dynamo: {reason}")
+        for reason in self.direct.learn(bound):
+            self._note(f"calls go through Dynamo: {reason}")
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:

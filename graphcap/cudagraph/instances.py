@@ -2,7 +2,8 @@
 
 Dynamo may serve several instances of a class with one graph: their parameters are arguments of it. Graphs hold
 addresses, so the instances must not share plans, or each would find the other's weights moved. An instance is known by
-two of its static tensors, the first and the last; when one of them dies, the instance's plans go with it.
+two of its parameters, the first and the last (a buffer may be assigned anew on every call); when one of them dies, the
+instance's plans go with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from graphcap.config import Config
 from graphcap.cudagraph.device import GraphDevice
-from graphcap.cudagraph.program import InputKind, Program
+from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.runner import GraphRunner
 
 Identity = tuple[int, int]
@@ -30,9 +31,9 @@ def graph_runner(
         config: the settings of its runners.
         announce: told of each runner when it is made. It should not keep the runner alive.
     """
-    static = [index for index, spec in enumerate(program.inputs) if spec.kind is InputKind.STATIC]
-    if static:
-        return InstanceRunners(program, device, config, announce, static[0], static[-1])
+    parameters = [index for index, spec in enumerate(program.inputs) if spec.is_parameter]
+    if parameters:
+        return InstanceRunners(program, device, config, announce, parameters[0], parameters[-1])
     runner = GraphRunner(program, device, config)
     announce(runner)
     return runner
@@ -51,8 +52,8 @@ class InstanceRunners:
         last: int,
     ) -> None:
         """Know instances by the arguments ``first`` and ``last``."""
-        self._program, self._device, self._config, self._announce = program, device, config, announce
         self._first, self._last = first, last
+        self._program, self._device, self._config, self._announce = program, device, config, announce
         self._runners: dict[Identity, GraphRunner] = {}
         self._deaths: dict[Identity, list[weakref.ref[Any]]] = {}
 

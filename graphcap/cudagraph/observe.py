@@ -22,6 +22,7 @@ class Observation:
         roots: for each slot the first slot with the same storage; ``-1`` for what is no tensor.
         identity: for each slot the first slot that held the very same object.
         foreign: slots whose tensor cannot be part of a graph, each with the reason.
+        needing_grad: slots whose tensor says that it requires grad.
         nbytes: for each input the bytes a copy takes; 0 for what is no tensor.
         signature: what a later call must have in common for all this to hold; see :func:`signature_of`.
     """
@@ -29,6 +30,7 @@ class Observation:
     roots: tuple[int, ...]
     identity: tuple[int, ...]
     foreign: Mapping[int, str]
+    needing_grad: frozenset[int]
     nbytes: tuple[int, ...]
     signature: tuple[Any, ...]
 
@@ -43,6 +45,7 @@ def observe(program: Program, args: Sequence[Any], device: torch.device) -> tupl
     roots = [-1] * num_slots(program)
     identity = [*first_holders(args), *range(len(args), len(roots))]
     foreign: dict[int, str] = {}
+    needing_grad = {index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad}
     slots: list[Any] = [*args, *[None] * (len(roots) - len(args))]
     for index, root in enumerate(argument_roots(args)):
         roots[index] = root
@@ -57,10 +60,12 @@ def observe(program: Program, args: Sequence[Any], device: torch.device) -> tupl
             if roots[slot] >= 0:
                 identity[slot] = holders.setdefault(id(value), slot)
                 foreign |= _why_foreign(slot, value, device)
+                needing_grad.update([slot] if value.requires_grad else [])
         for slot in table.expire(number):
             slots[slot] = None
     nbytes = tuple(_copy_bytes(arg) for arg in args)
-    seen = Observation(tuple(roots), tuple(identity), foreign, nbytes, signature_of(program, args))
+    signature = signature_of(program, args)
+    seen = Observation(tuple(roots), tuple(identity), foreign, frozenset(needing_grad), nbytes, signature)
     return seen, tuple(each.value if isinstance(each, Constant) else slots[each] for each in program.outputs)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.arena import overlaps_itself, span_bytes
+from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.private import storage_address, weak_view
 from graphcap.cudagraph.program import Constant
 
@@ -31,6 +32,23 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Rehomed:
+    """What a live step made of memory that it saw through a value of the plan, as a view of slot ``base``, its owner.
+
+    Without that the result would point into memory that nothing keeps alive once the caller drops the owner.
+    ``stand_in`` is what stood for the owner, at the same distance. The size is the result's own: it may vary.
+    """
+
+    slot: int
+    base: int
+    stand_in: torch.Tensor
+
+    def make(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """The same elements, owned by ``base``; ``base`` itself where that is what the live step returned."""
+        return value if value is base else _view_maker(value, self.stand_in, value.requires_grad)(base)
+
+
+@dataclass(frozen=True, slots=True)
 class Clone:
     """A part of the fresh copy of block number ``block``, made by ``part(copy)``; ``None`` is all of it."""
 
@@ -49,7 +67,7 @@ class OutputPlan:
     """
 
     order: tuple[int | Constant, ...]
-    makers: Mapping[int, AsIs | View | Clone]
+    makers: Mapping[int, AsIs | View | Rehomed | Clone]
     blocks: tuple[torch.Tensor, ...]
 
     def collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
@@ -61,6 +79,8 @@ class OutputPlan:
                 made[slot] = slots[maker.slot]
             elif isinstance(maker, View):
                 made[slot] = maker.make(slots[maker.base])
+            elif isinstance(maker, Rehomed):
+                made[slot] = maker.make(slots[maker.slot], slots[maker.base])
             else:
                 made[slot] = maker.part(copies[maker.block]) if maker.part else copies[maker.block]
         return tuple(each.value if isinstance(each, Constant) else made[each] for each in self.order)
@@ -86,31 +106,35 @@ class StaticMemory:
 
 def plan_outputs(
     outputs: Sequence[int | Constant],
-    identity: Sequence[int],
+    seen: Observation,
     slots: Sequence[Any],
     recorded: Collection[int],
+    borrowed: Collection[int],
     memory: StaticMemory,
 ) -> OutputPlan:
     """Decide how each output leaves the plan.
 
     Args:
         outputs: the program's.
-        identity: for each slot the first slot that holds the very same object.
+        seen: what a warm-up showed.
         slots: the values of one call.
         recorded: the slots whose values a captured step made.
+        borrowed: the slots whose values a live step may have made of one of those, without copying.
         memory: the plan's.
     """
     order = tuple(
-        each if isinstance(each, Constant) else _giver(each, identity, slots, recorded, memory) for each in outputs
+        each if isinstance(each, Constant) else _giver(each, seen.identity, slots, recorded, memory) for each in outputs
     )
-    makers: dict[int, AsIs | View | Clone] = {}
+    makers: dict[int, AsIs | View | Rehomed | Clone] = {}
     inside: dict[int, list[int]] = {}
     for slot in dict.fromkeys(each for each in order if isinstance(each, int)):
         value = slots[slot]
         address = storage_address(value) if isinstance(value, torch.Tensor) else 0
         base, stand_in = memory.home_of(address, slot)
         if stand_in is not None and (slot in recorded or storage_address(slots[base]) != address):
-            makers[slot] = View(base, _view_maker(value, stand_in))
+            makers[slot] = View(base, _view_maker(value, stand_in, slot in seen.needing_grad))
+        elif stand_in is not None and slot in borrowed:
+            makers[slot] = Rehomed(slot, base, stand_in)
         elif isinstance(value, torch.Tensor) and (slot in recorded or address in memory.pool):
             inside.setdefault(address or -slot - 1, []).append(slot)
         else:
@@ -139,7 +163,9 @@ def _giver(
     return same if elsewhere or address in memory.pool else slot
 
 
-def _view_maker(value: torch.Tensor, stand_in: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _view_maker(
+    value: torch.Tensor, stand_in: torch.Tensor, needs_grad: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """How to get from an argument to the view of it that ``value`` is of ``stand_in``."""
     size, stride, dtype, item = value.size(), value.stride(), value.dtype, value.element_size()
     distance = value.storage_offset() * item - stand_in.storage_offset() * stand_in.element_size()
@@ -152,7 +178,9 @@ def _view_maker(value: torch.Tensor, stand_in: torch.Tensor) -> Callable[[torch.
         empty = torch.empty(0, dtype=dtype, device=base.device)
         return empty.set_(base.untyped_storage(), offset, size, stride)
 
-    return same_dtype if dtype is stand_in.dtype else other_dtype
+    make = same_dtype if dtype is stand_in.dtype else other_dtype
+    # A view of a parameter requires grad also under no_grad; what was detached from it before must not.
+    return make if needs_grad else lambda base: make(base).detach() if base.requires_grad else make(base)
 
 
 def _block(values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -180,7 +208,7 @@ def _reach(values: Sequence[torch.Tensor]) -> tuple[int, int]:
     return min(starts) // _WORD * _WORD, max(stops)
 
 
-def _clone_makers(values: Mapping[int, torch.Tensor], block: int) -> dict[int, AsIs | View | Clone]:
+def _clone_makers(values: Mapping[int, torch.Tensor], block: int) -> dict[int, Clone]:
     held = list(values.values())
     if _alone(held):
         return {slot: Clone(block, None) for slot in values}

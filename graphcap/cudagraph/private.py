@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -42,17 +42,6 @@ def weak_view(tensor: torch.Tensor) -> torch.Tensor:
             return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     nowhere_owned = unowned(storage.data_ptr(), tensor.device, storage.nbytes())
     return over_storage(nowhere_owned, tensor, int(tensor.storage_offset()))
-
-
-def _same_addresses_in_python(tensors: list[Any], addresses: list[int | None], indices: list[int]) -> bool:
-    return all(tensors[index].data_ptr() == addresses[index] for index in indices)
-
-
-#: ``same_addresses(args, addresses, indices)``: whether ``args[i].data_ptr() == addresses[i]`` for each listed i. One
-#: call into C++; builds without CUDA lack it.
-same_addresses: Callable[[list[Any], list[int | None], list[int]], bool] = getattr(
-    torch._C, "_tensors_data_ptrs_at_indices_equal", _same_addresses_in_python
-)
 
 
 def current_raw_stream() -> Callable[[int], int]:

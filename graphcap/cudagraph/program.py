@@ -41,12 +41,14 @@ class InputSpec:
         symbol: for a scalar, the symbol or expression it holds (``"s77"``), otherwise ``None``.
         in_key: for a scalar, whether its value is part of the graph key. Steps that depend on a scalar outside the
             key are ``Capture.NEVER``.
+        is_parameter: whether it is a model's parameter, by which one instance of the model is told from another.
     """
 
     name: str
     kind: InputKind
     symbol: str | None = None
     in_key: bool = False
+    is_parameter: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,12 +76,23 @@ def run_live(program: Program, slots: list[Any], start: int) -> None:
 def outputs_of(recorded: Recorded, slots: Sequence[Any], captured_below: int) -> OutputPlan:
     """How the values in ``slots`` leave, where the captured steps before ``captured_below`` were really captured."""
     captured = captured_slots(recorded.program, recorded.layout, captured_below)
-    return plan_outputs(recorded.program.outputs, recorded.seen.identity, slots, captured, recorded.memory)
+    borrowed = borrowed_slots(recorded.program, recorded.layout, recorded.seen.roots, captured)
+    return plan_outputs(recorded.program.outputs, recorded.seen, slots, captured, borrowed, recorded.memory)
 
 
 def captured_slots(program: Program, layout: Layout, below: int) -> set[int]:
     """The slots that captured steps before step ``below`` write."""
     return {slot for number in range(below) if number not in layout.live for slot in program.steps[number].writes}
+
+
+def borrowed_slots(program: Program, layout: Layout, roots: Sequence[int], captured: set[int]) -> set[int]:
+    """The results of live steps that may share memory with a captured value that these steps read."""
+    without_owner = set(captured)
+    for number in sorted(layout.live):
+        step = program.steps[number]
+        through = {roots[slot] for slot in step.reads if slot in without_owner and roots[slot] >= 0}
+        without_owner.update(slot for slot in step.writes if roots[slot] in through)
+    return without_owner - captured
 
 
 def inputs_written_back(recorded: Recorded, first: int, stop: int) -> list[int]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from graphcap import native
 from graphcap.cudagraph.arena import flat, overlaps_itself
 from graphcap.cudagraph.bindings import Binding, MemoryFacts
-from graphcap.cudagraph.outputs import AsIs, View
+from graphcap.cudagraph.outputs import AsIs, Rehomed, View
 from graphcap.cudagraph.plan import Unfit, static_addresses
-from graphcap.cudagraph.private import same_addresses, storage_address
+from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import Constant, InputKind
 from graphcap.cudagraph.recorded import Recorded, inputs_written_back, outputs_of, run_live
 
@@ -61,7 +63,6 @@ class _Writer:
         self._lines: list[str] = []
         self._used: dict[int, None] = {}  # arguments that need a local variable
         self._names: dict[str, Any] = {
-            "same_addresses": same_addresses,
             "copy_many": torch._foreach_copy_,
             "flat": flat,
             "finish": _make_finish(recorded, on_mismatch),
@@ -72,8 +73,9 @@ class _Writer:
             slot for entry in recorded.timeline if entry >= 0 for slot in recorded.program.steps[entry].reads
         )
         makers = recorded.outputs.makers
-        self._reads_left.update(each.slot if isinstance(each, AsIs) else each.base for each in _movers(makers.values()))
+        self._reads_left.update(slot for maker in makers.values() for slot in _read_by(maker))
         self._alive: list[int] = []
+        self._places: tuple[list[int], list[int]] | None = None
 
     def line(self, text: str, **names: Any) -> None:
         self._lines.append(text)
@@ -94,8 +96,8 @@ class _Writer:
         addresses = static_addresses(self._recorded)
         static = [index for index, address in enumerate(addresses) if address is not None]
         if static:
-            text = "if not same_addresses([*args], ADDRESSES, STATIC): return MOVED"
-            self.line(text, ADDRESSES=addresses, STATIC=static)
+            self._places = static, [address for address in addresses if address is not None]
+            self.line("if not addresses_hold(args): return MOVED", addresses_hold=native.address_check(*self._places))
         for index, stand_in in self._recorded.stand_ins.items():
             if index >= len(self._recorded.program.inputs):
                 continue
@@ -218,6 +220,10 @@ class _Writer:
             elif isinstance(maker, View):
                 made[slot] = f"o{slot}"
                 self.line(f"o{slot} = view{slot}({self.value(maker.base)})", **{f"view{slot}": maker.make})
+            elif isinstance(maker, Rehomed):
+                made[slot] = f"o{slot}"
+                owner = self.value(maker.base)
+                self.line(f"o{slot} = rehome{slot}(v{slot}, {owner})", **{f"rehome{slot}": maker.make})
             elif maker.part is None:
                 made[slot] = f"k{maker.block}"
             else:
@@ -238,11 +244,26 @@ class _Writer:
         prelude = [f"a{index} = args[{index}]" for index in self._used]
         source = "\n    ".join(["def replay(args):", *prelude, *self._lines]) + "\n"
         exec(compile(source, f"<graphcap replay of {self._recorded.program.name}>", "exec"), self._names)
-        return self._names["replay"], source
+        replay = self._names.pop("replay")  # not in its own globals: a dropped plan must not wait for the collector
+        if self._places is not None:
+            native.when_ready(replay, _check_natively(*self._places))
+        return replay, source
 
 
-def _movers(makers: Any) -> list[AsIs | View]:
-    return [maker for maker in makers if isinstance(maker, AsIs | View)]
+def _check_natively(static: list[int], addresses: list[int]) -> Callable[[FunctionType], None]:
+    def exchange(replay: FunctionType) -> None:
+        replay.__globals__["addresses_hold"] = native.address_check(static, addresses)
+
+    return exchange
+
+
+def _read_by(maker: Any) -> tuple[int, ...]:
+    """The slots that an output is made of when the steps are done."""
+    if isinstance(maker, AsIs):
+        return (maker.slot,)
+    if isinstance(maker, View):
+        return (maker.base,)
+    return (maker.slot, maker.base) if isinstance(maker, Rehomed) else ()
 
 
 def _storage(name: str) -> str:

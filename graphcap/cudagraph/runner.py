@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from graphcap import native
+from graphcap.cache_root import cache_root
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.bindings import Choice
@@ -197,6 +199,8 @@ class GraphRunner:
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self.stats.bindings = {spec.name: binding.value for spec, binding in bound}
         self.stats.add(stats)
+        if self._device.device.type == "cuda" and self._config.cache:
+            native.prepare(cache_root(self._config.cache_dir))
 
     def _drop(self, key: Any) -> None:
         plan = self._plans.pop(key, None)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcap.compiler import private
 from graphcap.compiler.backend import devices_of, home_device
 from graphcap.compiler.effects import mutated_inputs
 from graphcap.compiler.partition import Group, partition
@@ -71,8 +70,7 @@ def stitched(gm: fx.GraphModule, example_inputs: Sequence[Any], rules: Sequence[
     sizes: SizeSymbols = analyse_sizes(gm.graph)
     pieces = pieces_of(gm, rules=rules)
     compiled = [CompiledPiece(p.module.forward, mutated_inputs(p.module), "eager") for p in pieces]
-    static = [private.is_static_input(example) for example in example_inputs]
-    return build_program("f_0", gm.graph, pieces, compiled, static, sizes)
+    return build_program("f_0", gm.graph, pieces, compiled, example_inputs, sizes)
 
 
 def kinds(groups_or_pieces: Sequence[Group | Piece]) -> list[str]:

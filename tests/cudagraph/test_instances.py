@@ -23,7 +23,7 @@ def scale(weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:
 
 def weighted() -> Program:
     """Returns weight * x."""
-    inputs = (InputSpec("weight", InputKind.STATIC), InputSpec("x", InputKind.TENSOR))
+    inputs = (InputSpec("weight", InputKind.STATIC, is_parameter=True), InputSpec("x", InputKind.TENSOR))
     return Program("weighted", inputs, (Step("scale", scale, (0, 1), (2,)),), (2,), scale)
 
 

@@ -135,6 +135,20 @@ def test_captured_view_of_a_live_view_of_a_captured_view_of_a_copied_argument():
     assert runner.stats.replays == 2
 
 
+def test_one_tensor_given_for_two_arguments_is_returned_as_itself():
+    region = Region()
+    w, x = region.static("w"), region.tensor("x")
+    same = region.step(lambda x: x.add_(1), x, mutates=[x])
+    through = region.step(lambda s, w: s, same, w, capture=LIVE)
+    runner = runner_of(region.returning(through, w))
+    both = torch.zeros(2)
+    for _ in range(5):
+        through, got = runner(both, both)
+        assert through is both
+        assert got is both
+    assert runner.stats.replays == 2
+
+
 def test_live_step_that_writes_into_a_captured_result():
     region = Region()
     x = region.tensor("x")

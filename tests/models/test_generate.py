@@ -12,35 +12,24 @@ import torch
 import transformers
 
 import graphcap
+from graphcap.compiler.region import forget_regions
 from tests.models.decoders import (
     CACHES,
     FAMILIES,
     NEW_TOKENS,
     Generation,
-    all_regions,
     assert_same,
     backend,
     build_decoder,
     distinct_pieces,
-    forget_regions,
     generate,
     plans,
     prompts,
+    regions_of,
     served,
 )
 
 SIMULATED = {"simulate": True, "compiler": "eager", "cache": False}
-
-
-@pytest.fixture(autouse=True)
-def _no_earlier_regions() -> None:
-    forget_regions()
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A cache of compiled pieces that the tests of this module share."""
-    return str(tmp_path_factory.mktemp("artifacts"))
 
 
 def through_module(model: Any) -> dict[str, Any]:
@@ -64,60 +53,72 @@ def through_generation_config(model: Any) -> dict[str, Any]:
     return {"compile_config": config}
 
 
-def compare_with_eager(family: str, cache: str, enter: Any) -> None:
-    """Two generations from different prompts, eager and after ``enter(model)``."""
+def compare_with_eager(family: str, cache: str, enter: Any, lengths: tuple[int, int] = (9, 14)) -> Any:
+    """Two generations from different prompts, eager and after ``enter(model)``; returns the model."""
+    given = prompts(*lengths)
     model = build_decoder(family)
-    eager: list[Generation] = [generate(model, prompt, cache, disable_compile=True) for prompt in prompts()]
+    eager: list[Generation] = [generate(model, prompt, cache, disable_compile=True) for prompt in given]
     model = build_decoder(family)
     arguments = enter(model) or {"disable_compile": True}
-    for prompt, expected in zip(prompts(), eager, strict=True):
+    for prompt, expected in zip(given, eager, strict=True):
         assert_same(generate(model, prompt, cache, **arguments), expected)
+    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_growing_cache_is_replayed_around_live_attention(family: str) -> None:
-    compare_with_eager(family, "dynamic", through_module)
+    model = compare_with_eager(family, "dynamic", through_module)
 
-    assert served().total == 2 * NEW_TOKENS, "a call of the model did not go through graphcap"
-    # Prefill, first step, any later step, prefill of any length. Two layers: what precedes the first attention, what
-    # lies between the two, what follows, and attention twice, which shares its code.
-    assert [(len(region.pieces), distinct_pieces(region)) for region in all_regions()] == [(5, 4)] * 4
+    assert served(model).total == 2 * NEW_TOKENS, "a call of the model did not go through graphcap"
+    first_prefill, first_step, decode, prefill = regions_of(model)
+    # Two layers: what precedes the first attention, what lies between the two, what follows, and attention twice, which
+    # shares its code.
+    for region in (first_prefill, first_step, prefill):
+        assert (len(region.pieces), distinct_pieces(region)) == (5, 4), region.name
 
-    (plan,) = plans()
-    assert (plan.mode, plan.num_segments, len(plan.captured)) == ("PIECEWISE", 3, 3)
-    assert len(plan.live) == 2
-    assert all("grows with every call" in reason for reason in plan.live.values())
+    (plan,) = plans(model)
+    assert plan.mode == "PIECEWISE"
+    assert len(plan.live) >= 2
+    for reason in plan.live.values():
+        assert "grows with every call" in reason
+    if not any("attention_mask" in reason for reason in decode.live_sizes.values()):
+        # Some releases of transformers (5.17) build a mask as long as the cache, which is a few live pieces more.
+        assert (len(decode.pieces), distinct_pieces(decode)) == (5, 4)
+        assert (plan.num_segments, len(plan.captured), len(plan.live)) == (3, 3, 2)
     # The second prompt is longer than the first, and its decode steps need no new plan.
     assert plan.replays >= 2 * NEW_TOKENS - 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_static_cache_is_one_graph(family: str) -> None:
-    compare_with_eager(family, "static", through_module)
+    model = compare_with_eager(family, "static", through_module)
 
-    assert served().total == 2 * NEW_TOKENS, "a call of the model did not go through graphcap"
+    assert served(model).total == 2 * NEW_TOKENS, "a call of the model did not go through graphcap"
     # Prefill and decode, for the length of the first cache and then for any length.
-    assert [len(region.pieces) for region in all_regions()] == [5] * 4
+    assert [len(region.pieces) for region in regions_of(model)] == [5] * 4
     # The prefill makes the cache. Where that may have any length, each layer's length is a symbol of its own; with a
     # mask that serves both, the two attentions are not the same code.
-    first_prefill, first_decode, prefill, decode = map(distinct_pieces, all_regions())
+    first_prefill, first_decode, prefill, decode = map(distinct_pieces, regions_of(model))
     assert (first_prefill, first_decode, decode) == (4, 4, 4)
     assert prefill in (4, 5)
 
     # The length of the cache is that of the prompt and the new tokens: a plan for each.
-    assert [(plan.mode, plan.num_segments, plan.live) for plan in plans()] == [("FULL", 1, {})] * 2
-    assert served().replayed >= 2 * NEW_TOKENS - 8
+    assert [(plan.mode, plan.num_segments, plan.live) for plan in plans(model)] == [("FULL", 1, {})] * 2
+    assert served(model).replayed >= 2 * NEW_TOKENS - 8
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_pieces_compiled_by_inductor_generate_eagers_tokens(family: str, cache: str, artifacts: str) -> None:
-    options = {"simulate": True, "cache_dir": artifacts}
-    compare_with_eager(family, cache, lambda model: model.compile(backend=backend(), options=options))
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "cache"), [("llama", "dynamic"), ("gpt2", "static")])
+def test_pieces_compiled_by_inductor_generate_eagers_tokens(family: str, cache: str) -> None:
+    # Prompts of one length need no regions for a second one: a third less to compile.
+    options = {"simulate": True}
+    model = compare_with_eager(
+        family, cache, lambda model: model.compile(backend=backend(), options=options), lengths=(9, 9)
+    )
 
-    assert served().total == 2 * NEW_TOKENS
-    assert served().replayed > 0
-    for region in all_regions():
+    assert served(model).total == 2 * NEW_TOKENS
+    assert served(model).replayed > 0
+    for region in regions_of(model):
         compiled = [piece for piece in region.pieces if piece.kind == "captured"]
         assert {piece.origin for piece in compiled} <= {"compiled", "cache"}, [piece.note for piece in compiled]
         assert len({piece.key for piece in compiled}) == 3
@@ -126,25 +127,26 @@ def test_pieces_compiled_by_inductor_generate_eagers_tokens(family: str, cache: 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("enter", [through_forward, through_graphcap])
 def test_other_ways_in_serve_every_call(enter: Any, cache: str) -> None:
-    compare_with_eager("llama", cache, enter)
+    model = compare_with_eager("llama", cache, enter)
 
-    assert served().total == 2 * NEW_TOKENS
-    assert served().replayed > 0
+    assert served(model).total == 2 * NEW_TOKENS
+    assert served(model).replayed > 0
 
 
 def test_compile_config_serves_every_decode_step() -> None:
     """``generate()`` uses a CompileConfig with a static cache, and not for the prefill."""
-    compare_with_eager("llama", "static", through_generation_config)
+    model = compare_with_eager("llama", "static", through_generation_config)
 
-    assert served().total == 2 * (NEW_TOKENS - 1)
-    assert served().replayed > 0
+    assert served(model).total == 2 * (NEW_TOKENS - 1)
+    assert served(model).replayed > 0
 
 
 def test_generate_of_a_torch_compile_result_runs_the_original_module() -> None:
     """Why the README says ``model.compile()``: this one never reaches graphcap, and explain() says so."""
+    forget_regions()
     model = build_decoder("llama")
     compiled = torch.compile(model, backend=backend(), options=SIMULATED)
-    compiled.generate(prompts()[0], do_sample=False, max_new_tokens=4)
+    compiled.generate(*prompts(9), do_sample=False, max_new_tokens=4)
 
-    assert served().total == 0
+    assert served(model).total == 0
     assert "no call of it has reached graphcap" in str(graphcap.explain(compiled))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcap
-from tests.models.decoders import all_regions, distinct_pieces, forget_regions, plans, served
+from tests.models.decoders import distinct_pieces, plans, regions_of, served
 
 BLOCK = 4
 NUM_BLOCKS = 24
@@ -150,7 +150,6 @@ def test_opaque_attention_runs_live_between_captured_pieces() -> None:
     model = Decoder().eval()
     eager, ours = Engine(copy.deepcopy(model)), Engine(model)
     tokens, reqs = {0: "num_tokens"}, {0: "num_reqs"}
-    forget_regions()
     graphcap.compile(
         model,
         dynamic_arg_dims={
@@ -165,11 +164,11 @@ def test_opaque_attention_runs_live_between_captured_pieces() -> None:
         for mine, theirs in zip(model.buffers(), eager.model.buffers(), strict=True):
             assert torch.equal(mine, theirs), work
 
-    (region,) = all_regions()
+    (region,) = regions_of(model)
     assert (len(region.pieces), distinct_pieces(region)) == (2 * LAYERS + 1, 4)
-    assert served().total == len(mixed_steps())
+    assert served(model).total == len(mixed_steps())
     # Two tokens come 9 times, three tokens 5 times; each is captured at the third.
-    assert sorted((plan.key[0], plan.replays) for plan in plans()) == [(2, 6), (3, 2)]
-    for plan in plans():
+    assert sorted((plan.key[0], plan.replays) for plan in plans(model)) == [(2, 6), (3, 2)]
+    for plan in plans(model):
         assert (plan.mode, plan.num_segments, len(plan.live)) == ("PIECEWISE", LAYERS + 1, LAYERS)
         assert all("paged_attention" in reason for reason in plan.live.values())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import graphcap
-from tests.models.decoders import all_regions, backend, distinct_pieces, forget_regions, plans, served
+from tests.models.decoders import backend, distinct_pieces, plans, regions_of, served
 
 TINY = ViTConfig(
     image_size=32,
@@ -21,34 +23,36 @@ TINY = ViTConfig(
 BATCHES = (1, 4, 4, 4, 4, 2)
 
 
-def compare_with_eager(compile_in_place) -> None:
+def compare_with_eager(compile_in_place: Any) -> Any:
     torch.manual_seed(0)
     model = ViTForImageClassification(TINY).eval()
     images = [torch.randn(batch, 3, 32, 32) for batch in BATCHES]
     with torch.no_grad():
         eager = [model(pixel_values=batch).logits for batch in images]
-        forget_regions()
         compile_in_place(model)
         for batch, expected in zip(images, eager, strict=True):
             torch.testing.assert_close(model(pixel_values=batch).logits, expected, rtol=1e-4, atol=1e-4)
 
-    assert served().total == len(images)
-    assert served().replayed == 1
-    assert [(plan.mode, plan.key, plan.num_segments) for plan in plans()] == [("FULL", (4,), 1)]
+    assert served(model).total == len(images)
+    assert served(model).replayed == 1
+    assert [(plan.mode, plan.key, plan.num_segments) for plan in plans(model)] == [("FULL", (4,), 1)]
     # Three layers: before the first attention, between two (twice the same), after the last; attention three times.
-    assert {(len(region.pieces), distinct_pieces(region)) for region in all_regions()} == {(7, 4)}
+    assert {(len(region.pieces), distinct_pieces(region)) for region in regions_of(model)} == {(7, 4)}
+    return model
 
 
 def test_class_scores_are_eagers() -> None:
-    compare_with_eager(lambda model: model.compile(backend=backend(), options={"simulate": True}))
+    model = compare_with_eager(lambda model: model.compile(backend=backend(), options={"simulate": True}))
 
-    assert len(all_regions()) == 2, "one image, and any number of them"
-    assert {piece.origin for region in all_regions() for piece in region.pieces} <= {"compiled", "cache", "eager"}
+    assert len(regions_of(model)) == 2, "one image, and any number of them"
+    assert {piece.origin for region in regions_of(model) for piece in region.pieces} <= {"compiled", "cache", "eager"}
 
 
 def test_convolution_of_a_batch_of_any_size_is_not_left_to_inductor() -> None:
-    compare_with_eager(lambda model: graphcap.compile(model, dynamic_arg_dims={"pixel_values": 0}, simulate=True))
+    model = compare_with_eager(
+        lambda model: graphcap.compile(model, dynamic_arg_dims={"pixel_values": 0}, simulate=True)
+    )
 
-    (region,) = all_regions()
+    (region,) = regions_of(model)
     (patches,) = (piece for piece in region.pieces if piece.origin == "failed")
     assert "convolution of unknown batch size" in patches.note

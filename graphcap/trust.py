@@ -1,4 +1,4 @@
-"""Whether a file may be unpickled: artifacts are code, so who can write one can run code as us."""
+"""Whether a file may be unpickled or loaded: artifacts are code, so who can write one can run code as us."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ def distrust_directory(path: Path) -> str | None:
     info = path.lstat()
     if not stat.S_ISDIR(info.st_mode):
         return f"not trusted: {path} is not a directory"
+    return distrust(info, str(path))
+
+
+def distrust_library(path: Path) -> str | None:
+    """The same for a shared library, a regular file. Sound where its directory is trusted: who could swap it then?
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    info = path.lstat()
+    if not stat.S_ISREG(info.st_mode):
+        return f"not trusted: {path} is not a regular file"
     return distrust(info, str(path))
 
 

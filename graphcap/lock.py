@@ -1,4 +1,4 @@
-"""One process compiles, the others wait for its artifact."""
+"""One process makes something on disk, the others wait for it."""
 
 from __future__ import annotations
 

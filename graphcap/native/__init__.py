@@ -1,0 +1,29 @@
+"""Checks over hundreds of objects that cost microseconds: two small C++ types, built on the user's machine in the
+background, and the same in Python until they are there.
+
+In reading order: :mod:`~graphcap.native.fallback` (the contract, in Python), ``checks.cpp`` (the same in C++),
+:mod:`~graphcap.native.extension` (which of them is used), :mod:`~graphcap.native.build` and
+:mod:`~graphcap.native.loader` (how the extension is made and found). ``GRAPHCAP_NATIVE=0`` switches it off.
+"""
+
+from graphcap.native.extension import AddressCheck, Extension, IdentityCheck
+
+_of_this_process = Extension()
+
+address_check = _of_this_process.address_check
+identity_check = _of_this_process.identity_check
+when_ready = _of_this_process.when_ready
+status = _of_this_process.status
+prepare = _of_this_process.prepare
+look = _of_this_process.look
+
+__all__ = [
+    "AddressCheck",
+    "IdentityCheck",
+    "address_check",
+    "identity_check",
+    "look",
+    "prepare",
+    "status",
+    "when_ready",
+]

@@ -1,0 +1,339 @@
+// Two questions about hundreds of objects, asked on every call: are these tensors still where they were, and do these
+// dicts still hold the objects that they held? fallback.py has the same in Python and the contract of both.
+//
+// Needs the GIL: build.py does not build it for a free-threaded Python.
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <c10/core/impl/COW.h>
+
+#include <cstdint>
+#include <new>
+#include <vector>
+
+#include <structmember.h>
+
+namespace {
+
+// ---- AddressCheck ----------------------------------------------------------------------------------------------------
+
+struct Place {
+  Py_ssize_t index;
+  std::uintptr_t address;
+};
+
+struct AddressCheck {
+  PyObject_HEAD
+  vectorcallfunc call;
+  std::vector<Place> places;
+};
+
+// May throw: some tensors refuse to name an address.
+bool lies_at(PyObject* object, std::uintptr_t address) {
+  // Not THPVariable_Check: it believes an object's __class__, and a mock has no tensor inside.
+  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
+    return false;
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!impl->has_storage() || c10::impl::cow::is_cow_data_ptr(impl->unsafe_storage().data_ptr())) {
+    // A copy-on-write tensor moves when it is written, but a graph writes to the address: it must not count as in place.
+    return false;
+  }
+  return reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) == address;
+}
+
+bool all_lie_there(const std::vector<Place>& places, PyObject* const* items, Py_ssize_t size) noexcept {
+  try {
+    for (const Place& place : places) {
+      if (place.index >= size || !lies_at(items[place.index], place.address)) {
+        return false;
+      }
+    }
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+PyObject* AddressCheck_call(PyObject* self, PyObject* const* args, std::size_t nargsf, PyObject* names) {
+  if (PyVectorcall_NARGS(nargsf) != 1 || (names != nullptr && PyTuple_GET_SIZE(names) != 0) ||
+      !(PyTuple_Check(args[0]) || PyList_Check(args[0]))) {
+    PyErr_SetString(PyExc_TypeError, "AddressCheck takes one argument, a tuple or a list");
+    return nullptr;
+  }
+  // Nothing below runs Python code, so nobody can resize the list meanwhile.
+  const auto& places = reinterpret_cast<AddressCheck*>(self)->places;
+  const bool holds = all_lie_there(places, PySequence_Fast_ITEMS(args[0]), PySequence_Fast_GET_SIZE(args[0]));
+  return PyBool_FromLong(holds);
+}
+
+// Appends one Place for each pair of items; false with an exception set.
+bool read_places(PyObject* indices, PyObject* addresses, std::vector<Place>& places) {
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(indices);
+  if (count != PySequence_Fast_GET_SIZE(addresses)) {
+    PyErr_Format(PyExc_ValueError, "%zd indices, but %zd addresses", count, PySequence_Fast_GET_SIZE(addresses));
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const Py_ssize_t index = PyLong_AsSsize_t(PySequence_Fast_GET_ITEM(indices, i));
+    if (index == -1 && PyErr_Occurred() != nullptr) {
+      return false;
+    }
+    if (index < 0) {
+      PyErr_Format(PyExc_ValueError, "an index must not be negative, got %zd", index);
+      return false;
+    }
+    const unsigned long long address = PyLong_AsUnsignedLongLong(PySequence_Fast_GET_ITEM(addresses, i));
+    if (address == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr) {
+      return false;
+    }
+    places.push_back({index, static_cast<std::uintptr_t>(address)});
+  }
+  return true;
+}
+
+PyObject* AddressCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"indices", "addresses", nullptr};
+  PyObject *indices = nullptr, *addresses = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", const_cast<char**>(names), &indices, &addresses)) {
+    return nullptr;
+  }
+  // Tuples of our own: reading an item as an integer may run code that changes the caller's list.
+  indices = PySequence_Tuple(indices);
+  addresses = indices == nullptr ? nullptr : PySequence_Tuple(addresses);
+  PyObject* self = addresses == nullptr ? nullptr : type->tp_alloc(type, 0);
+  if (self != nullptr) {
+    auto* check = reinterpret_cast<AddressCheck*>(self);
+    check->call = AddressCheck_call;
+    new (&check->places) std::vector<Place>();
+    try {
+      if (!read_places(indices, addresses, check->places)) {
+        Py_CLEAR(self);
+      }
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
+      Py_CLEAR(self);
+    }
+  }
+  Py_XDECREF(indices);
+  Py_XDECREF(addresses);
+  return self;
+}
+
+void AddressCheck_dealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  reinterpret_cast<AddressCheck*>(self)->places.~vector();
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMemberDef AddressCheck_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(AddressCheck, call), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr}};
+
+PyType_Slot AddressCheck_slots[] = {
+    {Py_tp_doc, const_cast<char*>("AddressCheck(indices, addresses): see graphcap.native.fallback.AddressCheck")},
+    {Py_tp_new, reinterpret_cast<void*>(AddressCheck_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(AddressCheck_dealloc)},
+    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+    {Py_tp_members, AddressCheck_members},
+    {0, nullptr}};
+
+PyType_Spec AddressCheck_spec = {
+    "graphcap_native.AddressCheck",
+    sizeof(AddressCheck),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    AddressCheck_slots};
+
+// ---- IdentityCheck ---------------------------------------------------------------------------------------------------
+
+struct IdentityCheck {
+  PyObject_HEAD
+  vectorcallfunc call;
+  // (dict, key, held, dict, key, held, ...); held is a weak reference, or a tuple of one where the object cannot be
+  // referred to weakly. NULL once cleared. A tuple, so that a call can keep all of it alive with one reference.
+  PyObject* entries;
+};
+
+// Borrowed; NULL once the object is dead.
+PyObject* expected_object(PyObject* held) {
+  if (PyTuple_CheckExact(held)) {
+    return PyTuple_GET_ITEM(held, 0);
+  }
+  PyObject* object = reinterpret_cast<PyWeakReference*>(held)->wr_object;
+  return object == Py_None ? nullptr : object;
+}
+
+bool all_hold(PyObject* entries) {
+  const Py_ssize_t size = PyTuple_GET_SIZE(entries);
+  for (Py_ssize_t i = 0; i < size; i += 3) {
+    PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(entries, i), PyTuple_GET_ITEM(entries, i + 1));
+    if (found == nullptr) {
+      PyErr_Clear();  // a key's __eq__ raised; without an error there is nothing to clear
+      return false;
+    }
+    if (found != expected_object(PyTuple_GET_ITEM(entries, i + 2))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+PyObject* IdentityCheck_call(PyObject* self, PyObject* const*, std::size_t nargsf, PyObject* names) {
+  if (PyVectorcall_NARGS(nargsf) != 0 || (names != nullptr && PyTuple_GET_SIZE(names) != 0)) {
+    PyErr_SetString(PyExc_TypeError, "IdentityCheck takes no arguments");
+    return nullptr;
+  }
+  PyObject* entries = reinterpret_cast<IdentityCheck*>(self)->entries;
+  if (entries == nullptr) {
+    Py_RETURN_FALSE;
+  }
+  Py_INCREF(entries);  // a key's __eq__ may call clear()
+  const bool holds = all_hold(entries);
+  Py_DECREF(entries);
+  return PyBool_FromLong(holds);
+}
+
+// A weak reference, or a tuple of one; new, NULL with an exception set.
+PyObject* hold(PyObject* object) {
+  PyObject* held = PyWeakref_NewRef(object, nullptr);
+  if (held == nullptr && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    PyErr_Clear();
+    held = PyTuple_Pack(1, object);
+  }
+  return held;
+}
+
+// Fills in items i, i + 1, i + 2 of `flat`; false with an exception set.
+bool read_entry(PyObject* entry, PyObject* flat, Py_ssize_t i) {
+  if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != 3 || !PyDict_Check(PyTuple_GET_ITEM(entry, 0))) {
+    PyErr_Format(PyExc_TypeError, "entry %zd: expected a tuple (dict, key, object), got %R", i / 3, entry);
+    return false;
+  }
+  PyObject* key = PyTuple_GET_ITEM(entry, 1);
+  if (PyObject_Hash(key) == -1) {
+    return false;
+  }
+  PyObject* held = hold(PyTuple_GET_ITEM(entry, 2));
+  if (held == nullptr) {
+    return false;
+  }
+  PyObject* dict = PyTuple_GET_ITEM(entry, 0);
+  Py_INCREF(dict);
+  PyTuple_SET_ITEM(flat, i, dict);
+  Py_INCREF(key);
+  if (PyUnicode_CheckExact(key)) {
+    PyUnicode_InternInPlace(&key);  // names of attributes are interned: the look-up then compares no characters
+  }
+  PyTuple_SET_ITEM(flat, i + 1, key);
+  PyTuple_SET_ITEM(flat, i + 2, held);
+  return true;
+}
+
+PyObject* IdentityCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"entries", nullptr};
+  PyObject* given = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O", const_cast<char**>(names), &given)) {
+    return nullptr;
+  }
+  given = PySequence_Tuple(given);
+  if (given == nullptr) {
+    return nullptr;
+  }
+  const Py_ssize_t count = PyTuple_GET_SIZE(given);
+  PyObject* flat = PyTuple_New(3 * count);
+  for (Py_ssize_t i = 0; flat != nullptr && i < count; ++i) {
+    if (!read_entry(PyTuple_GET_ITEM(given, i), flat, 3 * i)) {
+      Py_CLEAR(flat);
+    }
+  }
+  Py_DECREF(given);
+  PyObject* self = flat == nullptr ? nullptr : type->tp_alloc(type, 0);
+  if (self == nullptr) {
+    Py_XDECREF(flat);
+    return nullptr;
+  }
+  reinterpret_cast<IdentityCheck*>(self)->call = IdentityCheck_call;
+  reinterpret_cast<IdentityCheck*>(self)->entries = flat;
+  return self;
+}
+
+int IdentityCheck_traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  Py_VISIT(reinterpret_cast<IdentityCheck*>(self)->entries);
+  return 0;
+}
+
+int IdentityCheck_clear(PyObject* self) {
+  Py_CLEAR(reinterpret_cast<IdentityCheck*>(self)->entries);
+  return 0;
+}
+
+PyObject* IdentityCheck_clear_method(PyObject* self, PyObject*) {
+  IdentityCheck_clear(self);
+  Py_RETURN_NONE;
+}
+
+void IdentityCheck_dealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  IdentityCheck_clear(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMethodDef IdentityCheck_methods[] = {
+    {"clear", IdentityCheck_clear_method, METH_NOARGS, "Let go of everything; the check is false from here on."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyMemberDef IdentityCheck_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(IdentityCheck, call), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr}};
+
+PyType_Slot IdentityCheck_slots[] = {
+    {Py_tp_doc, const_cast<char*>("IdentityCheck(entries): see graphcap.native.fallback.IdentityCheck")},
+    {Py_tp_new, reinterpret_cast<void*>(IdentityCheck_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(IdentityCheck_dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(IdentityCheck_traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(IdentityCheck_clear)},
+    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+    {Py_tp_methods, IdentityCheck_methods},
+    {Py_tp_members, IdentityCheck_members},
+    {0, nullptr}};
+
+PyType_Spec IdentityCheck_spec = {
+    "graphcap_native.IdentityCheck",
+    sizeof(IdentityCheck),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    IdentityCheck_slots};
+
+// ---- the module ------------------------------------------------------------------------------------------------------
+
+int add_types(PyObject* module) {
+  for (PyType_Spec* spec : {&AddressCheck_spec, &IdentityCheck_spec}) {
+    PyObject* type = PyType_FromModuleAndSpec(module, spec, nullptr);
+    if (type == nullptr) {
+      return -1;
+    }
+    const int added = PyModule_AddType(module, reinterpret_cast<PyTypeObject*>(type));
+    Py_DECREF(type);
+    if (added < 0) {
+      return -1;
+    }
+  }
+  return 0;
+}
+
+PyModuleDef_Slot module_slots[] = {{Py_mod_exec, reinterpret_cast<void*>(add_types)}, {0, nullptr}};
+
+PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT, "graphcap_native", nullptr, 0, nullptr, module_slots, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_graphcap_native() {
+  return PyModuleDef_Init(&module_definition);
+}

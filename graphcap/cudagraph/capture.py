@@ -31,6 +31,7 @@ from graphcap.cudagraph.recorded import (
     outputs_of,
     run_live,
 )
+from graphcap.progress import Progress
 
 
 class SegmentedCapture:
@@ -70,8 +71,8 @@ class SegmentedCapture:
             if index in copied:
                 copy_into(stand_in, self._slots[index])
 
-    def run(self) -> tuple[tuple[Any, ...], Failure | None]:
-        """Run the call.
+    def run(self, bar: Progress) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call, one step after the other; ``bar`` is told of each.
 
         Returns:
             The program's outputs, and why there is no plan if there is none.
@@ -80,7 +81,7 @@ class SegmentedCapture:
             Exception: what a live step raises, as it would without any graph.
         """
         try:
-            failure = self._run_segments()
+            failure = self._run_segments(bar)
         except BaseException:
             self._abort()
             raise
@@ -92,11 +93,12 @@ class SegmentedCapture:
         recorded.outputs = outputs_of(recorded, self._slots, captured_below)
         return recorded.outputs.collect(self._slots), failure
 
-    def _run_segments(self) -> Failure | None:
-        for number in range(len(self.recorded.program.steps)):
+    def _run_segments(self, bar: Progress) -> Failure | None:
+        for number, step in enumerate(self.recorded.program.steps):
             failure = self._live(number) if number in self.recorded.layout.live else self._record(number)
             if failure is not None:
                 return failure
+            bar.advance(step.name)
         return self._close(len(self.recorded.program.steps))
 
     def _record(self, number: int) -> Failure | None:

@@ -27,6 +27,7 @@ from graphcap.cudagraph.program import Capture, InputKind, Program
 from graphcap.cudagraph.recorded import Failure, Recorded, describe
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.progress import Progress
 
 _log = logging.getLogger("graphcap.cudagraph")
 
@@ -174,8 +175,10 @@ class GraphRunner:
             except Exception as error:  # nothing has run yet
                 self._note_failure(Failure((), describe(error)))
                 return self._live(args, "a capture could not begin")
+            label = f"capturing {self._program.name}"
+            bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
             with torch.no_grad():
-                outputs, failure = capture.run()
+                outputs, failure = capture.run(bar)
         if failure is None:
             recorded = capture.recorded
             stats = _plan_stats(key, recorded, self._device.used_bytes() - used, time.perf_counter() - started)

@@ -13,6 +13,22 @@ made of it, :class:`DirectCalls` has a generated function that
 Whatever is not understood, and every call for which no guards hold, goes through Dynamo, which decides, traces and
 recompiles. Nothing here keeps a graph alive: a generated function asks Dynamo for its guards and the globals of the
 frame for the graph, and steps aside when they are gone.
+
+Microseconds per call of a decoder with 226 parameters in 312 modules and a graph that does nothing (one CPU core):
+
+=====================================  ==========  ==========
+..                                     torch 2.11  torch 2.13
+=====================================  ==========  ==========
+``nn.Module.compile()``                        29         109
+``graphcap.compile``, through Dynamo           32         113
+``graphcap.compile``, direct                   18          94
+of it the guards                              4.6          75
+of it the proof of 848 dict entries           7.4         7.3
+instead of it, fetching                        21          21
+=====================================  ==========  ==========
+
+(The proof is the C++ one; without it inputs are fetched.) From 2.12 on torch no longer skips module trees whose dicts
+are unchanged (``use_recursive_dict_tags_for_guards``), because the skip has crashed; it is not turned on here either.
 """
 
 from __future__ import annotations

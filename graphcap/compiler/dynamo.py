@@ -195,6 +195,21 @@ def compiled_frames(code: CodeType) -> list[CompiledFrame]:
         return []
 
 
+def forget(code: CodeType) -> None:
+    """Drop what Dynamo has made of a function: its next call is traced."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    reset_code(code)
+
+
+def hook_guards() -> contextlib.AbstractContextManager[Any]:
+    """Within it a trace also guards that modules without hooks have none."""
+    import torch._dynamo.config as config
+
+    patch: contextlib.AbstractContextManager[Any] = config.patch(skip_nnmodule_hook_guards=False)
+    return patch
+
+
 def graph_without_wrapper(f_globals: Mapping[str, Any], name: str) -> str:
     """How code calls the graph that Dynamo installed as a global, without ``torch.compiler.disable`` around it.
 
@@ -241,4 +256,6 @@ def plain_caller() -> Callable[[], bool]:
 
 def leave_functorch_layers() -> None:
     """What Dynamo does when a graph ends in an error: a transform inside of it may not have been left."""
-    torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
+    for _ in range(torch._C._functorch.get_dynamic_layer_stack_depth()):
+        with contextlib.suppress(RuntimeError):  # torch 2.11 leaves one layer and then fails an assertion of its own
+            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)

@@ -1,8 +1,9 @@
 """Reads the code that Dynamo made of a frame: straight-line bytecode that fetches inputs and calls the graph.
 
 :func:`read` turns it into lines of Python, instruction by instruction and in the same order, so that they do what the
-bytecode does, side effects included. What it does not know it refuses, by name: an unknown instruction can cost speed,
-never a result. It knows what Dynamo writes on Python 3.11 to 3.13.
+bytecode does, side effects included. A loop over items, as Dynamo writes it to fill an ``OrderedDict``, stays a loop.
+What it does not know it refuses, by name: an unknown instruction can cost speed, never a result. It knows what Dynamo
+writes on Python 3.11 to 3.13.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dis
 import keyword
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import CodeType
@@ -108,10 +110,13 @@ def read(code: CodeType) -> FrameCode:
     Raises:
         Unreadable: it has branches, other than one graph, or an instruction that is not known here.
     """
+    if any(name.startswith(_RESUME) for name in code.co_names):
+        raise Unreadable("there is a graph break")
     reader = _Reader(code)
     for instruction in dis.get_instructions(code):
         if instruction.opname in _IGNORED:
             continue
+        reader.at(instruction.offset)
         handler = getattr(reader, f"op_{instruction.opname.lower()}", None)
         if handler is None:
             raise Unreadable(f"Dynamo's code has a {instruction.opname}")
@@ -121,6 +126,17 @@ def read(code: CodeType) -> FrameCode:
     if reader.frame.result is None:
         raise Unreadable("Dynamo's code does not return")
     return reader.frame
+
+
+@dataclass
+class _Loop:
+    """A loop whose body is being read: where it begins, how deep the stack is, its variables."""
+
+    start: int
+    end: int
+    depth: int
+    read: set[str] = field(default_factory=set)
+    set: set[str] = field(default_factory=set)
 
 
 class _Reader:
@@ -137,9 +153,19 @@ class _Reader:
         self.keywords: tuple[str, ...] = ()
         self.literals: dict[str, Any] = {}
         self.constants = code.co_consts
+        self.offset = 0
+        self.loop: _Loop | None = None
+        self.loop_end = -1
         flags = bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)  # *args, **kwargs
         parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + flags]
         self.variables = {name: Value(name, origin="parameter", name=name) for name in parameters}
+
+    def at(self, offset: int) -> None:
+        """Go on to the instruction at ``offset``."""
+        self.offset = offset
+        if self.loop_end >= 0 and offset != self.loop_end:
+            raise Unreadable("a loop is left to another place than its end")
+        self.loop_end = -1
 
     # -- the stack, and the text
 
@@ -156,7 +182,10 @@ class _Reader:
 
     def line(self, text: str, uses: Sequence[Value], makes: Value | None = None, *, is_pure: bool = False) -> None:
         lines = self.frame.after if self.frame.graph else self.frame.before
-        lines.append(Line(text, makes, tuple(uses), is_pure))
+        if self.loop is None:
+            lines.append(Line(text, makes, tuple(uses), is_pure))
+        else:  # what one round leaves the next may need: nothing goes
+            lines.append(Line(f"  {text}", makes, tuple(uses)))
 
     def push(self, expression: str, uses: Sequence[Value], *, is_pure: bool = False) -> None:
         """Push the value of an expression, which is evaluated now and once."""
@@ -179,8 +208,6 @@ class _Reader:
         return Value(name)
 
     def call(self, callee: Value, arguments: Sequence[Value], keywords: dict[str, Value]) -> None:
-        if callee.name.startswith(_RESUME):
-            raise Unreadable("there is a graph break")
         if _is_from_import(callee) and callee.step in _SPANS:
             self.stack.append(self.constant(None))
             return
@@ -190,8 +217,8 @@ class _Reader:
             return
         if self.frame.graph:
             raise Unreadable("there are several graphs")
-        if keywords:
-            raise Unreadable("the graph takes keywords")
+        if keywords or self.loop is not None:
+            raise Unreadable("the graph is called with keywords or in a loop")
         self.frame.graph, self.frame.arguments = callee.name, tuple(arguments)
         self.frame.output = Value(self.fresh())
         self.stack.append(self.frame.output)
@@ -203,12 +230,18 @@ class _Reader:
 
     def op_load_fast(self, arg: int, name: str) -> None:
         if name not in self.variables:
-            raise Unreadable(f"Dynamo's code reads {name!r} before it is set")
+            raise Unreadable(f"Dynamo's code reads {name!r} where it may not be set")
+        if self.loop is not None:
+            self.loop.read.add(name)
         self.stack.append(self.variables[name])
 
     op_load_fast_check = op_load_fast
 
     def op_store_fast(self, arg: int, name: str) -> None:
+        if self.loop is not None:
+            if name in self.loop.read - self.loop.set:
+                raise Unreadable(f"a loop hands {name!r} on to its next round")
+            self.loop.set.add(name)
         self.variables[name] = self.stack.pop()
 
     def op_load_fast_load_fast(self, arg: int, names: tuple[str, str]) -> None:
@@ -227,7 +260,7 @@ class _Reader:
         if not name.isidentifier() or keyword.iskeyword(name):
             raise Unreadable(f"a global is named {name!r}")
         value = Value(self.fresh(), origin="global", name=name)
-        if not name.startswith((_GRAPH, _RESUME)):
+        if not name.startswith(_GRAPH):
             self.line(f"{value.text} = {name}", (), value, is_pure=True)
         self._push_callable(value, has_null=bool(arg & 1))
 
@@ -320,6 +353,35 @@ class _Reader:
         self.line(f"{''.join(f'{part.text}, ' for part in parts)} = {whole.text}", (whole,))
         self.stack.extend(reversed(parts))
 
+    # -- a loop
+
+    def op_get_iter(self, arg: int, argval: Any) -> None:
+        iterable = self.stack.pop()
+        self.push(f"iter({iterable.text})", (iterable,))
+
+    def op_for_iter(self, arg: int, end: int) -> None:
+        if self.loop is not None:
+            raise Unreadable("a loop is in a loop")
+        iterator, item = self.stack[-1], Value(self.fresh())
+        self.line(f"for {item.text} in {iterator.text}:", (iterator,))
+        self.loop = _Loop(self.offset, end, len(self.stack))
+        self.stack.append(item)
+
+    def op_jump_backward(self, arg: int, start: int) -> None:
+        loop = self.loop
+        if loop is None or start != loop.start or len(self.stack) != loop.depth:
+            raise Unreadable("Dynamo's code has a JUMP_BACKWARD that ends no simple loop")
+        self.line("pass", ())
+        self.loop, self.loop_end = None, loop.end
+        for name in loop.set:
+            self.variables.pop(name, None)
+        if sys.version_info < (3, 12):  # later Pythons have instructions that take the iterator away
+            self.stack.pop()
+
+    def op_end_for(self, arg: int, argval: Any) -> None:
+        if sys.version_info < (3, 13):
+            self.stack.pop()
+
     # -- calls and the end
 
     def op_kw_names(self, arg: int, argval: Any) -> None:
@@ -337,7 +399,7 @@ class _Reader:
         self.op_call(count, argval)
 
     def op_return_value(self, arg: int, argval: Any) -> None:
-        if self.frame.result is not None:
+        if self.frame.result is not None or self.loop is not None:
             raise Unreadable("Dynamo's code has several ends")
         self.frame.result = self.stack.pop()
 

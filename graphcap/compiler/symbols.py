@@ -43,10 +43,14 @@ class SizeSymbols:
 
 
 def symbols_in(values: Iterable[Any]) -> list[Any]:
-    """The free symbols in shapes, strides and offsets of tensors and in symbolic scalars, in order of first mention."""
+    """The free symbols in shapes and strides of tensors and in symbolic scalars, in order of first mention.
+
+    Storage offsets do not count. Compiled code reads a tensor from its first element, wherever that lies, so a slice
+    that moves along a larger tensor (``tokens[:, n : n + 1]``) is the same input on every call.
+    """
     found: dict[Any, None] = {}
     for leaf in nodes.leaves(list(values)):
-        sizes = (*leaf.shape, *leaf.stride(), leaf.storage_offset()) if isinstance(leaf, torch.Tensor) else (leaf,)
+        sizes = (*leaf.shape, *leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf,)
         for size in sizes:
             expression = private.symbol_expression(size)
             if expression is not None:
@@ -78,7 +82,14 @@ def analyse_sizes(graph: fx.Graph) -> SizeSymbols:
     growing = _growing_symbols(graph)
     live.update(growing)
     live.update(_symbols_keeping_pace(graph, growing))
-    return SizeSymbols(frozenset(s for s in bound_by if s not in live), live, bound_by)
+    matters = set(symbols_in(nodes.value_of(node) for node in graph.nodes if node.users and not _is_size(node)))
+    matters.update(s for s, node in bound_by.items() if node.users)
+    return SizeSymbols(frozenset(s for s in bound_by if s in matters and s not in live), live, bound_by)
+
+
+def _is_size(node: fx.Node) -> bool:
+    """A placeholder that carries a size or an offset of another input; alone it decides nothing."""
+    return node.op == "placeholder" and not nodes.tensors_of(node)
 
 
 def _growing_symbols(graph: fx.Graph) -> dict[Any, str]:

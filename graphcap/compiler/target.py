@@ -29,6 +29,7 @@ import torch
 from graphcap.compiler import dynamo
 from graphcap.compiler.call_dims import CallDims
 from graphcap.compiler.direct_call import MISS, DirectCalls
+from graphcap.compiler.hooks import HookWatch, modules_of
 from graphcap.config import CompilationMode, Config
 from graphcap.environment import direct_call_wanted
 from graphcap.errors import DimError
@@ -146,6 +147,8 @@ class CompiledTarget:
         self.direct = DirectCalls(entry)
         self._takes_direct = direct_call_wanted(os.environ)
         self._reference = _reference(original)
+        self._hooks = HookWatch(functools.partial(_modules, self._reference))
+        self._guards_hooks = False
         self._request = (self.config, fullgraph, dims.dims)
         self._compiled: Callable[..., Any] | None = None
         self._trace_callbacks: list[Callable[..., None]] = []
@@ -173,20 +176,18 @@ class CompiledTarget:
             DimError: the call does not have the declared dims.
         """
         self._check(args, kwargs)
+        if self._hooks.has_unguarded():
+            self._trace_again_with_hooks()
         if (result := self.direct(bound, args, kwargs)) is not MISS:
             return result
-        compiled = self._compiled or self._compile()
+        if self._compiled is None:
+            self._compile()
         if _on_trace_start not in self._trace_callbacks:
             self._trace_callbacks.append(_on_trace_start)
         outer, call = _local.call, _Call(self, args, kwargs)
         _local.call = call
         try:
-            if self._first:
-                with dynamo.whole_graph():
-                    result = compiled(*bound, *args, **kwargs)
-                self._first = False
-            else:
-                result = compiled(*bound, *args, **kwargs)
+            result = self._run(bound, args, kwargs)
         except Exception as error:
             if not (call.traced or self._first) or dynamo.has_run(self.entry.__code__, error, call.has_graph):
                 raise
@@ -200,7 +201,23 @@ class CompiledTarget:
             call.unmark()
         return self._retry(failure, bound, args, kwargs)
 
+    def _run(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Through Dynamo, with what a trace has to know."""
+        compiled = self._compiled
+        assert compiled is not None
+        if not self._first and not self._guards_hooks:
+            return compiled(*bound, *args, **kwargs)
+        with contextlib.ExitStack() as settings:
+            if self._first:
+                settings.enter_context(dynamo.whole_graph())
+            if self._guards_hooks:
+                settings.enter_context(dynamo.hook_guards())
+            result = compiled(*bound, *args, **kwargs)
+        self._first = False
+        return result
+
     def _learn(self, bound: tuple[Any, ...]) -> None:
+        self._hooks.traced()
         if not self._takes_direct:
             return
         for reason in self.direct.learn(bound):
@@ -216,22 +233,30 @@ class CompiledTarget:
             self.dims = self.dims.independent()
             self._note(f"inferred dims are independent from now on: {error}")
 
-    def _compile(self) -> Callable[..., Any]:
+    def _trace_again_with_hooks(self) -> None:
+        dynamo.forget(self.entry.__code__)
+        self._hooks = HookWatch(lambda: ())  # guards cover modules from now on, and never the hooks of all modules
+        if not self._guards_hooks:
+            self._guards_hooks = True
+            self._note("a hook was registered after the trace: from now on guards see that modules have no hooks")
+
+    def _compile(self) -> None:
         self._trace_callbacks = dynamo.trace_callbacks()
         graph_backend = backend()
+        itself = weakref.ref(self)  # Dynamo keeps every backend for good
 
         @functools.wraps(graph_backend)
         def compile_graph(graph: Any, inputs: Any, **settings: Any) -> Any:
-            if self._first:
+            target = itself()
+            if target is not None and target._first:
                 dynamo.graph_is_whole()
             compiled = graph_backend(graph, inputs, **settings)
-            if (call := _local.call) is not None and call.target is self:
+            if (call := _local.call) is not None and call.target is target:
                 call.has_graph = True
             return compiled
 
         options = dict(self.options) or None
         self._compiled = torch.compile(self.entry, backend=compile_graph, fullgraph=self.fullgraph, options=options)
-        return self._compiled
 
     def _retry(self, error: Exception, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call again with less asked of the trace, and keep to that if it helps; else raise what the user can use."""
@@ -267,6 +292,10 @@ def _reference(original: Callable[..., Any]) -> Callable[[], Any]:
     if isinstance(original, torch.nn.Module):
         return weakref.ref(original)
     return lambda: original
+
+
+def _modules(reference: Callable[[], Any]) -> list[torch.nn.Module]:
+    return list(modules_of(reference()))
 
 
 def _first_line(error: BaseException) -> str:

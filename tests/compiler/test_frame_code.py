@@ -62,6 +62,13 @@ def written(self, args):
     return out[0]
 
 
+def filled_in_a_loop(self, args):
+    out = __compiled_fn_1(args[0])
+    for key, value in {"a": out[0], "b": 3}.items():
+        self.seen[key] = value
+    return self.seen
+
+
 def constant_result(self, args):
     __compiled_fn_1(args[0])
 
@@ -71,10 +78,10 @@ def reassigned(self, args):
     out = __compiled_fn_1(value)
     value = out[0]
     args = [value, value]
-    return args
+    return (args, value)
 
 
-@pytest.mark.parametrize("fn", [nested, keyword_call, unpacked, written, constant_result, reassigned])
+@pytest.mark.parametrize("fn", [nested, keyword_call, unpacked, written, filled_in_a_loop, constant_result, reassigned])
 def test_lines_do_what_the_code_does(fn: Callable[..., Any]) -> None:
     def subject() -> SimpleNamespace:
         return make(_parameters={"w": 7}, seen={"gone": 0}, log=[], last=None)
@@ -101,7 +108,7 @@ def test_no_variable_is_taken_twice() -> None:
         out = __compiled_fn_1(v1, v2)
         return (out[0], out[1])
 
-    assert not read(taken.__code__).prefix == "v"
+    assert read(taken.__code__).prefix != "v"
     assert run(taken, 1, 2) == (2, 1)
 
 
@@ -126,9 +133,56 @@ def loops(self, args):
     return [__compiled_fn_1(each) for each in args]
 
 
+def carries(self, args):
+    out = __compiled_fn_1(args[0])
+    last = 0
+    for each in out:
+        last = (last, each)
+    return last
+
+
+def leaves(self, args):
+    __compiled_fn_1(args[0])
+    for each in args:
+        return each
+    return None
+
+
+def used_after_its_loop(self, args):
+    __compiled_fn_1(args[0])
+    for each in args:
+        self.log.append(each)
+    return each
+
+
+def nested_loops(self, args):
+    __compiled_fn_1(args[0])
+    for each in args:
+        for inner in each:
+            self.log.append(inner)
+
+
+def branch_in_a_loop(self, args):
+    __compiled_fn_1(args[0])
+    for each in args:
+        if each:
+            self.log.append(each)
+
+
+def graph_in_a_loop(self, args):
+    for each in args:
+        __compiled_fn_1(each)
+
+
 @pytest.mark.parametrize(
     ("fn", "reason"),
     [
+        (carries, "next round"),
+        (leaves, "several ends|RETURN"),
+        (used_after_its_loop, "may not be set"),
+        (nested_loops, "in a loop"),
+        (branch_in_a_loop, "Dynamo's code has a"),
+        (graph_in_a_loop, "in a loop"),
         (breaks, "graph break"),
         (two_graphs, "several graphs"),
         (no_graph, "no graph"),

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._dynamo import mark_dynamic
 from torch._dynamo.decorators import mark_unbacked
 
+from graphcap.compiler.backend import graphcap
+from graphcap.compiler.region import all_regions, forget_regions
 from graphcap.compiler.rules import op_name
 from graphcap.compiler.symbols import SizeSymbols, analyse_sizes
 from tests.compiler.graphs import call_nodes, groups_of, in_backend, kinds, trace
@@ -148,3 +150,24 @@ def test_a_size_that_is_data_runs_live_from_where_it_appears() -> None:
     assert "known only after other operations ran" in (sizes.outside_key(doubled) or "")
     (plus,) = call_nodes(gm, "add")
     assert sizes.outside_key(plus) is None
+
+
+def test_a_slice_that_moves_along_a_larger_tensor_is_one_shape() -> None:
+    """Where a tensor begins is no size: ``tokens[:, n : n + 1]`` replays one plan for every ``n``."""
+    tokens = torch.arange(48.0).reshape(4, 12)
+    torch._dynamo.reset()
+    forget_regions()
+    fast = torch.compile(_double_and_view, backend=graphcap, options={"compiler": "eager", "simulate": True})
+    with torch.no_grad():
+        for n in range(10):
+            column = tokens[:, n : n + 1]
+            doubled, view = fast(column)
+            assert torch.equal(doubled, column * 2)
+            assert view.data_ptr() == column.data_ptr()
+    last = all_regions()[-1]
+    assert last.key_sizes == {}
+    assert [runner.stats.replays for runner in last.runners] == [7]
+
+
+def _double_and_view(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x * 2, x.view(-1)

@@ -20,9 +20,9 @@ from graphcap.errors import (
 )
 
 if TYPE_CHECKING:
-    from graphcap.compiler.api import compile
-    from graphcap.compiler.decorator import disabled, support_graph_compile
-    from graphcap.compiler.explain import explain
+    from graphcap.compiler.debug.explain import explain
+    from graphcap.compiler.frontend.api import compile
+    from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
     from graphcap.compiler.rules import eager, register_op
 
 __version__ = "0.1.0.dev0"
@@ -48,12 +48,12 @@ __all__ = [
 
 #: Where the names that need torch live.
 _LAZY = {
-    "compile": "graphcap.compiler.api",
-    "disabled": "graphcap.compiler.decorator",
+    "compile": "graphcap.compiler.frontend.api",
+    "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",
-    "explain": "graphcap.compiler.explain",
+    "explain": "graphcap.compiler.debug.explain",
     "register_op": "graphcap.compiler.rules",
-    "support_graph_compile": "graphcap.compiler.decorator",
+    "support_graph_compile": "graphcap.compiler.frontend.decorator",
 }
 
 

@@ -8,7 +8,7 @@ where to cut           ``rules.py`` (which ops), ``partition.py`` (grouping), ``
 compile each piece     ``pieces.py``, ``canonical.py`` (twins, key), ``inductor.py``, the ``passes`` and ``cache`` rooms
 sew together           ``stitch.py``
 capture and replay     the ``cudagraph`` room
-show it                ``dump.py``, ``explain.py``
+show it                the ``debug`` folder
 =====================  ==================================================================================
 """
 
@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcap.compiler import dump, nodes
+from graphcap.compiler import nodes
 from graphcap.compiler.bypass import reason_to_bypass, run_bypass
+from graphcap.compiler.debug import dump
+from graphcap.compiler.frontend.target import will_retry
 from graphcap.compiler.inputs import name_inputs
 from graphcap.compiler.partition import partition
 from graphcap.compiler.pieces import compile_pieces
@@ -33,7 +35,6 @@ from graphcap.compiler.specialise import by_size, position_of, specialisable_sym
 from graphcap.compiler.split import Piece, split
 from graphcap.compiler.stitch import build_program
 from graphcap.compiler.symbols import SizeSymbols, analyse_sizes
-from graphcap.compiler.target import will_retry
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph import GraphDevice, Program, device_for, graph_runner
 from graphcap.errors import GraphcapError

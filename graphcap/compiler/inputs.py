@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from graphcap.compiler import nodes, private
-from graphcap.compiler.entry import parameter_source
+from graphcap.compiler.frontend.entry import parameter_source
 
 _NAME = "graphcap_input_name"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphcap.compiler.report import Report
+from graphcap.compiler.debug.report import Report
 from graphcap.demo.compare import Verdict
 from graphcap.demo.decode import Run, Step
 from graphcap.demo.settings import Settings

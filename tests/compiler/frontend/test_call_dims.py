@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcap.compiler.call_dims import CallDims
+from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.errors import DimError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from graphcap.compiler.frame_code import Unreadable, read
+from graphcap.compiler.frontend.frame_code import Unreadable, read
 
 
 def __compiled_fn_1(*args: Any) -> tuple[Any, ...]:

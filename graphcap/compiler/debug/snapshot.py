@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from graphcap.compiler.debug.report import FusionReport, PieceReport, PlanReport, RegionReport, SettingReport, plain
 from graphcap.compiler.region import PieceRecord, Region
-from graphcap.compiler.report import FusionReport, PieceReport, PlanReport, RegionReport, SettingReport, plain
 from graphcap.config import Config
 from graphcap.cudagraph import PlanStats, RunnerStats
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graphcap
 from graphcap.compiler import region
 from graphcap.compiler.backend import graphcap as backend
-from graphcap.compiler.report import FusionReport, Report
+from graphcap.compiler.debug.report import FusionReport, Report
 from tests.compiler.small import Mlp, Stack, compiled
 
 

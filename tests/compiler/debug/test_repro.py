@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from graphcap.compiler import nodes
-from graphcap.compiler.compare import _report, difference, tensor
-from graphcap.compiler.graph_source import NotReproducible
-from graphcap.compiler.repro import repro_source
+from graphcap.compiler.debug.compare import _report, difference, tensor
+from graphcap.compiler.debug.graph_source import NotReproducible
+from graphcap.compiler.debug.repro import repro_source
 from graphcap.compiler.split import Piece
 from graphcap.config import Config
 from tests.compiler.graphs import in_backend, pieces_of

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcap.compiler import readable
-from graphcap.compiler.bytecode import write_bytecode_later
-from graphcap.compiler.graph_source import NotReproducible
+from graphcap.compiler.debug import readable
+from graphcap.compiler.debug.bytecode import write_bytecode_later
+from graphcap.compiler.debug.graph_source import NotReproducible
+from graphcap.compiler.debug.repro import repro_source
+from graphcap.compiler.debug.timeline import Timeline
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.region import Region
-from graphcap.compiler.repro import repro_source
 from graphcap.compiler.split import Piece
-from graphcap.compiler.timeline import Timeline
 from graphcap.cudagraph import PlanStats
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphcap.compiler import nodes, private
-from graphcap.compiler.graph_source import NotReproducible, class_sources, tensor_literal
+from graphcap.compiler.debug.graph_source import NotReproducible, class_sources, tensor_literal
 from graphcap.compiler.rules import op_name
 from graphcap.compiler.split import Piece
 from graphcap.config import Config
@@ -36,7 +36,7 @@ import sys
 
 {imports}
 
-from graphcap.compiler.compare import main, tensor
+from graphcap.compiler.debug.compare import main, tensor
 {check}
 
 {classes}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphcap.compiler.call_dims import TensorDims
+from graphcap.compiler.frontend.call_dims import TensorDims
 from graphcap.errors import GraphcapError
 
 log = logging.getLogger("graphcap.compiler")

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from graphcap.compiler.rows import LABEL, WIDTH, count, duration, row, some, wrap
+from graphcap.compiler.debug.rows import LABEL, WIDTH, count, duration, row, some, wrap
 
 if TYPE_CHECKING:
-    from graphcap.compiler.report import PieceReport, PlanReport, RegionReport, Report
+    from graphcap.compiler.debug.report import PieceReport, PlanReport, RegionReport, Report
 
 _SHOWN_TWINS = 3
 _SHOWN_PLANS = 12

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graphcap
 from graphcap import native
 from graphcap.compiler import backend
-from graphcap.compiler import target as targets
-from graphcap.compiler.api import record_of
-from graphcap.compiler.target import CompiledTarget
+from graphcap.compiler.frontend import target as targets
+from graphcap.compiler.frontend.api import record_of
+from graphcap.compiler.frontend.target import CompiledTarget
 
 FACTOR = 2.0
 
@@ -669,7 +669,7 @@ def test_threads() -> None:
 
 
 def test_a_fault_of_ours_costs_nothing_but_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphcap.compiler import direct_call
+    from graphcap.compiler.frontend import direct_call
 
     def broken(code: Any) -> Any:
         raise ZeroDivisionError("a bug")

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-from graphcap.compiler.call_dims import CallDims
-from graphcap.compiler.entry import function_entry, module_entry
-from graphcap.compiler.target import CompiledTarget, is_disabled
+from graphcap.compiler.frontend.call_dims import CallDims
+from graphcap.compiler.frontend.entry import function_entry, module_entry
+from graphcap.compiler.frontend.target import CompiledTarget, is_disabled
 from graphcap.config import Config
 
 T = TypeVar("T", bound=Callable[..., Any])

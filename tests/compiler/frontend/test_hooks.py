@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graphcap
-from graphcap.compiler import target as targets
-from graphcap.compiler.hooks import HookWatch, modules_of
+from graphcap.compiler.frontend import target as targets
+from graphcap.compiler.frontend.hooks import HookWatch, modules_of
 
 
 class Twice(nn.Module):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from graphcap.compiler import private
-from graphcap.compiler.api import record_of
+from graphcap.compiler.debug.report import Report
+from graphcap.compiler.debug.snapshot import snapshot
+from graphcap.compiler.frontend.api import record_of
+from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.compiler.region import Region, all_regions
-from graphcap.compiler.report import Report
-from graphcap.compiler.snapshot import snapshot
-from graphcap.compiler.target import CompiledTarget
 
 
 def explain(target: Any = None) -> Report:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import graphcap
-from graphcap.compiler import target as targets
-from graphcap.compiler.api import record_of
+from graphcap.compiler.frontend import target as targets
+from graphcap.compiler.frontend.api import record_of
 from graphcap.errors import ConfigError, DimError, RecompileError
 
 SIZES = (3, 7, 1, 2, 0)

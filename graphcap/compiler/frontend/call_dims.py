@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphcap.compiler.dims import DynamicDim, infer, parse
+from graphcap.compiler.frontend.dims import DynamicDim, infer, parse
 from graphcap.errors import DimError, did_you_mean
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graphcap.compiler.report_table import table
+from graphcap.compiler.debug.report_table import table
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcap.compiler.entry import function_entry, module_entry, parameter_source
+from graphcap.compiler.frontend.entry import function_entry, module_entry, parameter_source
 
 
 class Scale(nn.Module):

@@ -6,9 +6,9 @@ the graph are not. A target that calls the same function again and again can do 
 made of it, :class:`DirectCalls` has a generated function that
 
 1. evaluates the guards (all of them, on every call, with the variables that the frame would have had),
-2. does what Dynamo's code for the frame does, line by line (:mod:`graphcap.compiler.frame_code`), side effects
+2. does what Dynamo's code for the frame does, line by line (:mod:`graphcap.compiler.frontend.frame_code`), side effects
    included, except that parameters, buffers and module attributes are proved to be those of the last call where that is
-   cheaper than fetching them (:mod:`graphcap.compiler.statics`).
+   cheaper than fetching them (:mod:`graphcap.compiler.frontend.statics`).
 
 Whatever is not understood, and every call for which no guards hold, goes through Dynamo, which decides, traces and
 recompiles. Nothing here keeps a graph alive: a generated function asks Dynamo for its guards and the globals of the
@@ -38,9 +38,9 @@ from collections.abc import Callable, Sequence
 from types import CellType, CodeType, FunctionType
 from typing import Any, cast
 
-from graphcap.compiler import dynamo
-from graphcap.compiler.frame_code import FrameCode, Line, Unreadable, Value, read
-from graphcap.compiler.statics import Statics, leads_to_tensor
+from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend.frame_code import FrameCode, Line, Unreadable, Value, read
+from graphcap.compiler.frontend.statics import Statics, leads_to_tensor
 
 log = logging.getLogger(__name__)
 

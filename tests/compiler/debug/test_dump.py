@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 import graphcap
-from graphcap.compiler import readable, region
-from graphcap.compiler.folder import RegionFolder
+from graphcap.compiler import region
+from graphcap.compiler.debug import readable
+from graphcap.compiler.debug.folder import RegionFolder
 from graphcap.passes import GraphPass, PassResult
 from tests.compiler.small import Mlp, Stack, compiled
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import graphcap
 from graphcap import support_graph_compile
-from graphcap.compiler import target as targets
-from graphcap.compiler.api import record_of
-from graphcap.compiler.target import CompiledTarget
+from graphcap.compiler.frontend import target as targets
+from graphcap.compiler.frontend.api import record_of
+from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.errors import ConfigError, DimError
 
 SIZES = (3, 7, 1, 2, 0)

@@ -78,7 +78,7 @@ def _import_object(name: str, value: Any) -> str:
 
 
 def tensor_literal(value: torch.Tensor) -> str:
-    """A call of :func:`graphcap.compiler.compare.tensor` that makes a tensor of this layout.
+    """A call of :func:`graphcap.compiler.debug.compare.tensor` that makes a tensor of this layout.
 
     Raises:
         NotReproducible: for a layout without strides.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcap.compiler.dims import DynamicDim, infer, parse
+from graphcap.compiler.frontend.dims import DynamicDim, infer, parse
 from graphcap.errors import DimError
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar, cast, overload
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-from graphcap.compiler.api import COMPILED_CALL, install, module_target, settings_of
-from graphcap.compiler.call_dims import CallDims
-from graphcap.compiler.dims import parse
-from graphcap.compiler.target import disabled, is_disabled
+from graphcap.compiler.frontend.api import COMPILED_CALL, install, module_target, settings_of
+from graphcap.compiler.frontend.call_dims import CallDims
+from graphcap.compiler.frontend.dims import parse
+from graphcap.compiler.frontend.target import disabled, is_disabled
 from graphcap.config import Config
 from graphcap.errors import DimError
 

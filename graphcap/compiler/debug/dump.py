@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 
-from graphcap.compiler import private, readable
-from graphcap.compiler.folder import RegionFolder
+from graphcap.compiler import private
+from graphcap.compiler.debug import readable
+from graphcap.compiler.debug.folder import RegionFolder
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.region import Region
 from graphcap.compiler.split import Piece

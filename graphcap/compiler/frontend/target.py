@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from graphcap.compiler import dynamo
-from graphcap.compiler.call_dims import CallDims
-from graphcap.compiler.direct_call import MISS, DirectCalls
-from graphcap.compiler.hooks import HookWatch, modules_of
+from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend.call_dims import CallDims
+from graphcap.compiler.frontend.direct_call import MISS, DirectCalls
+from graphcap.compiler.frontend.hooks import HookWatch, modules_of
 from graphcap.config import CompilationMode, Config
 from graphcap.environment import direct_call_wanted
 from graphcap.errors import DimError

@@ -43,19 +43,6 @@ class Linear(nn.Module):
         return x
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """Every graph that Dynamo hands to the backend."""
-    seen: list[torch.fx.GraphModule] = []
-
-    def recording(gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Callable[..., Any]:
-        seen.append(gm)
-        return gm.forward
-
-    monkeypatch.setattr(targets, "backend", lambda: recording)
-    return seen
-
-
 @pytest.fixture(autouse=True)
 def _no_grad() -> Any:
     with torch.no_grad():

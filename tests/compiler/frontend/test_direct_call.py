@@ -24,17 +24,7 @@ from graphcap.compiler.frontend.target import CompiledTarget
 FACTOR = 2.0
 
 
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """Every graph that Dynamo hands to the backend; they run as they are."""
-    seen: list[torch.fx.GraphModule] = []
-
-    def recording(gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Callable[..., Any]:
-        seen.append(gm)
-        return gm.forward
-
-    monkeypatch.setattr(targets, "backend", lambda: recording)
-    return seen
+pytestmark = pytest.mark.usefixtures("graphs")
 
 
 @pytest.fixture(params=["fetched", "proved"])

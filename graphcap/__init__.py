@@ -14,9 +14,12 @@ from graphcap.errors import (
     ConfigError,
     DimError,
     GraphcapError,
+    GuardError,
     MissingExtraError,
     PassRequiredError,
     RecompileError,
+    StaleOutputError,
+    StepError,
 )
 
 if TYPE_CHECKING:
@@ -34,9 +37,12 @@ __all__ = [
     "ConfigError",
     "DimError",
     "GraphcapError",
+    "GuardError",
     "MissingExtraError",
     "PassRequiredError",
     "RecompileError",
+    "StaleOutputError",
+    "StepError",
     "__version__",
     "compile",
     "disabled",

@@ -31,12 +31,34 @@ class CompilationMode(enum.Enum):
 
 
 class CUDAGraphMode(enum.Enum):
-    """What becomes part of a CUDA graph."""
+    """What becomes part of a CUDA graph.
+
+    A mode may treat two kinds of batches apart: uniform decode (all requests bring the same number of tokens) and mixed
+    (prefill among them). :meth:`decode_mode` and :meth:`mixed_mode` say what each kind gets. The words are vLLM's
+    but for AUTO.
+    """
 
     NONE = "none"  #: nothing
     PIECEWISE = "piecewise"  #: the compiled pieces; attention and every other split op runs live
     FULL = "full"  #: the split ops too, but for those that must run live
-    AUTO = "auto"  #: FULL where nothing in the region must run live, PIECEWISE otherwise
+    FULL_DECODE_ONLY = "full_decode_only"  #: FULL for uniform decode batches; mixed ones run compiled, without graphs
+    FULL_AND_PIECEWISE = "full_and_piecewise"  #: FULL for uniform decode batches, PIECEWISE for mixed ones
+    AUTO = "auto"  #: FULL where nothing in the region must run live, FULL_AND_PIECEWISE otherwise
+
+    def decode_mode(self) -> CUDAGraphMode:
+        """The mode of a uniform decode batch: NONE, PIECEWISE, FULL or AUTO."""
+        decode_full = (CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE)
+        return CUDAGraphMode.FULL if self in decode_full else self
+
+    def mixed_mode(self) -> CUDAGraphMode:
+        """The mode of a mixed batch: NONE, PIECEWISE, FULL or AUTO."""
+        if self is CUDAGraphMode.FULL_DECODE_ONLY:
+            return CUDAGraphMode.NONE
+        return CUDAGraphMode.PIECEWISE if self is CUDAGraphMode.FULL_AND_PIECEWISE else self
+
+    def separate_routine(self) -> bool:
+        """Whether uniform decode batches are treated in another way than mixed ones."""
+        return self in (CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE)
 
 
 class Setting(NamedTuple):
@@ -77,21 +99,66 @@ class Config:
     compile_sizes: tuple[int, ...] = ()
     """Sizes of the only dynamic dim for which pieces are also compiled with static shapes."""
 
-    capture_sizes: tuple[int, ...] | None = None
-    """Sizes of the only dynamic dim that are captured at their second sight (the first call is the warm-up). None
-    declares no size: `capture_after` decides. Alias: cudagraph_capture_sizes."""
+    dynamic_arg_dims: Mapping[str, Any] | None = field(default=None, hash=False)
+    """Which dims of which arguments change between calls, by name: {"input_ids": {0: "num_tokens"}}. Dims declared here
+    (or as the argument of that name of graphcap.compile and @support_graph_compile) may be padded. None is none."""
+
+    pad: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What fills the padded rows of an argument: a number, "edge" (repeat the last row) or a function of the padded
+    tensor and its real size that fills the rest in place. Declared dims of arguments not named here are filled with 0,
+    except that a write index must be named. Padding happens only where every input that carries a size declares it."""
+
+    capture_sizes: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False)
+    """The ladder: sizes that are captured at their second sight (the first call is the warm-up). A list is for
+    "num_tokens" or the only dynamic dim, a mapping has one list for each named dim. None is 1, 2, 4, 8..256 by 8,
+    272..512 by 16 where sizes may be padded, and no declared size elsewhere. Alias: cudagraph_capture_sizes."""
 
     max_capture_size: int | None = None
-    """Larger sizes of the only dynamic dim are never captured. None is no limit. Alias: max_cudagraph_capture_size."""
+    """Larger sizes are never captured. None is the largest declared one. Alias: max_cudagraph_capture_size."""
+
+    max_num_reqs: int | None = None
+    """The most requests in a batch: caps the ladder of uniform decode batches. None is no limit."""
+
+    max_padding_ratio: float = 0.5
+    """The largest part of a padded batch that may be padding: (rung - n) / rung. Beyond it the call runs live."""
 
     capture_after: int = 3
     """A shape outside `capture_sizes` is captured at this sighting; at least 2, as an earlier call is the warm-up."""
 
+    num_warmups: int = 2
+    """Live calls of each rung before graphcap.capture() records it; at least 1."""
+
     max_plans: int = 64
-    """How many shapes of one region may be captured; later ones run compiled, without a graph."""
+    """How many shapes of one region may be captured besides those of the ladder; later ones run compiled."""
+
+    max_graph_bytes: int | None = None
+    """Bytes of device memory that graphs, their pool and static buffers may take on a device; beyond it the plan that
+    was used longest ago goes. None is a tenth of the device's memory."""
+
+    specialize_tags: tuple[str, ...] = ()
+    """Names of tags of graphcap.step() that have plans of their own for each value."""
+
+    pool: str = "shared"
+    """"shared": one memory pool and one recording stream for each device. "private": this model has its own, so that it
+    may run at the same time as others, at the price of memory."""
+
+    guards: str = "full"
+    """What graphcap.compile and the decorator check on every call besides tensors and arguments. "full": Dynamo's
+    guards. "sealed": `training` and the identity of every module and parameter; the guards when a plan is made and at
+    every 256th call, where a failure is a GuardError."""
+
+    fallback: str = "eager"
+    """What runs a target that Dynamo cannot trace. "eager": the original. "breakable": captured without Dynamo."""
+
+    verify: bool | int = False
+    """Compare replays with live runs, piece by piece: every one (True), or the first N of each plan. Slow."""
+
+    annotate: bool = False
+    """Put the names of pieces into torch.profiler and NVTX ranges."""
 
     outputs: str = "clone"
-    """What a replay returns. "clone": fresh tensors, safe to keep."""
+    """What a replay returns. "clone": fresh tensors, safe to keep. "static": the graph's own memory, valid until the
+    next replay of any plan in the pool. "ring:N": copies in N alternating buffers, valid for N replays of the plan."""
 
     static_args: tuple[str, ...] = ()
     """Names of arguments that keep their address between calls: read and written in place, never copied."""
@@ -205,7 +272,17 @@ def _rebuild(settings: dict[str, Any], origins: dict[str, str]) -> Config:
 _KIND_OF_NAME: dict[str, Kind] = {
     "splitting_ops": values.optional(values.OPERATORS),
     "compiler": values.one_of("inductor", "eager"),
-    "outputs": values.one_of("clone"),
+    "outputs": values.OUTPUTS,
+    "pool": values.one_of("shared", "private"),
+    "guards": values.one_of("full", "sealed"),
+    "fallback": values.one_of("eager", "breakable"),
+    "dynamic_arg_dims": values.optional(values.MAPPING),
+    "capture_sizes": values.optional(values.LADDERS),
+    "max_num_reqs": values.optional(values.at_least(1)),
+    "max_padding_ratio": values.RATIO,
+    "num_warmups": values.at_least(1),
+    "max_graph_bytes": values.optional(values.at_least(0)),
+    "verify": values.COUNT_OR_BOOL,
     "max_capture_size": values.optional(values.at_least(1)),
     "capture_after": values.at_least(2),
     "max_plans": values.at_least(1),

@@ -7,6 +7,9 @@
     |-- DimError            `dynamic_arg_dims` does not fit the function or the call                 (ValueError)
     |-- PassRequiredError   a pass named in `require_passes` matched nothing                         (RuntimeError)
     |-- RecompileError      compilation_mode=DYNAMO_TRACE_ONCE, and a guard asked for a second trace (RuntimeError)
+    |-- GuardError          guards="sealed", and what the compiled code relies on has changed        (RuntimeError)
+    |-- StaleOutputError    an output of outputs="static" was read after its memory was written again (RuntimeError)
+    |-- StepError           a batch that `graphcap.step` describes does not exist or does not fit    (ValueError)
     `-- MissingExtraError   an optional package is not installed                                     (ImportError)
 
 What goes wrong inside graphcap itself (a capture, the cache, a pass, a dump) is not an error for the caller: the model
@@ -37,6 +40,18 @@ class PassRequiredError(GraphcapError, RuntimeError):
 
 class RecompileError(GraphcapError, RuntimeError):
     """``compilation_mode=DYNAMO_TRACE_ONCE`` and a guard failed, so that Dynamo wanted a second trace."""
+
+
+class GuardError(GraphcapError, RuntimeError):
+    """``guards="sealed"`` and something that the compiled code relies on has changed; the message names the guard."""
+
+
+class StaleOutputError(GraphcapError, RuntimeError):
+    """An output of ``outputs="static"`` or ``"ring:N"`` was read after a later replay had written into its memory."""
+
+
+class StepError(GraphcapError, ValueError):
+    """The batch that ``graphcap.step`` or ``graphcap.dispatch`` describes cannot exist or does not fit the call."""
 
 
 class MissingExtraError(GraphcapError, ImportError):

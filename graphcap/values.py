@@ -104,6 +104,39 @@ def _split(text: str) -> list[str]:
     return [] if text.casefold() == "none" else [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _accept_ladders(value: Any) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
+    if isinstance(value, Mapping):
+        return MappingProxyType({_accept_str(name): SIZES.accept(sizes) for name, sizes in value.items()})
+    return SIZES.accept(value)  # type: ignore[no-any-return]
+
+
+def _accept_ratio(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise BadValue(f"expected a number from 0 to below 1, got {value!r}")
+    return float(value)
+
+
+def _read_ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise BadValue(f"expected a number from 0 to below 1, got {text!r}") from None
+
+
+def _accept_outputs(value: Any) -> str:
+    if value in ("clone", "static") or (isinstance(value, str) and re.fullmatch(r"ring:[1-9]\d*", value)):
+        return str(value)
+    raise BadValue(f"expected 'clone', 'static' or 'ring:N', got {value!r}")
+
+
+def _accept_count_or_bool(value: Any) -> bool | int:
+    return value if isinstance(value, bool) else int(at_least(0).accept(value))
+
+
+def _read_count_or_bool(text: str) -> bool | int:
+    return _read_int(text) if text.isdecimal() and text not in ("0", "1") else _read_bool(text)
+
+
 def optional(kind: Kind) -> Kind:
     """The same kind, or ``None`` (as text: ``none``)."""
     read = kind.read
@@ -159,5 +192,10 @@ SIZES = Kind(  # in ascending order without repeats: two spellings of one set of
     lambda value: tuple(sorted(set(_each(at_least(1).accept, value)))),
     lambda text: [_read_int(part) for part in _split(text)],
 )
+#: One ladder of sizes, or one for each named dim.
+LADDERS = Kind(_accept_ladders, SIZES.read)
+RATIO = Kind(_accept_ratio, _read_ratio)
+OUTPUTS = Kind(_accept_outputs, str)
+COUNT_OR_BOOL = Kind(_accept_count_or_bool, _read_count_or_bool)
 FUNCTIONS = Kind(lambda value: _each(_accept_callable, value), None)
 MAPPING = Kind(_accept_mapping, None)

@@ -110,10 +110,13 @@ def test_frozen() -> None:
     [
         ({"capture_size": [1]}, "did you mean 'capture_sizes'?"),
         ({"max_autotune": True}, "inductor_compile_config"),
-        ({"cudagraph_mode": "ful"}, "one of NONE, PIECEWISE, FULL, AUTO, got 'ful'; did you mean 'FULL'?"),
+        (
+            {"cudagraph_mode": "ful"},
+            "one of NONE, PIECEWISE, FULL, FULL_DECODE_ONLY, FULL_AND_PIECEWISE, AUTO, got 'ful'; did you mean 'FULL'?",
+        ),
         ({"cudagraph_mode": 3}, "cudagraph_mode: expected one of NONE"),
         ({"compiler": "triton"}, "compiler: expected one of inductor, eager, got 'triton'"),
-        ({"outputs": "static"}, "outputs: expected one of clone"),
+        ({"outputs": "view"}, "outputs: expected 'clone', 'static' or 'ring:N', got 'view'"),
         ({"enforce_eager": 1}, "enforce_eager: expected True or False, got 1"),
         ({"max_plans": True}, "max_plans: expected an integer, got True"),
         ({"max_plans": 0}, "max_plans: expected at least 1, got 0"),
@@ -176,7 +179,11 @@ def test_environment_values(variable: str, text: str, value: object) -> None:
     ("variable", "text", "message"),
     [
         ("GRAPHCAP_CACHE", "maybe", "GRAPHCAP_CACHE: expected one of 1, true, yes, on, 0, false, no, off, got 'maybe'"),
-        ("GRAPHCAP_CUDAGRAPH_MODE", "always", "GRAPHCAP_CUDAGRAPH_MODE: expected one of NONE, PIECEWISE, FULL, AUTO"),
+        (
+            "GRAPHCAP_CUDAGRAPH_MODE",
+            "always",
+            "GRAPHCAP_CUDAGRAPH_MODE: expected one of NONE, PIECEWISE, FULL, FULL_DECODE_ONLY,",
+        ),
         ("GRAPHCAP_MAX_PLANS", "many", "GRAPHCAP_MAX_PLANS: expected an integer, got 'many'"),
         ("GRAPHCAP_CAPTURE_SIZES", "1;2", "GRAPHCAP_CAPTURE_SIZES: expected an integer, got '1;2'"),
         ("GRAPHCAP_COMPILER", "nvcc", "GRAPHCAP_COMPILER: expected one of inductor, eager, got 'nvcc'"),

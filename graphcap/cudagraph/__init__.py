@@ -13,7 +13,7 @@ from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.choose import device_for
 from graphcap.cudagraph.device import GraphDevice
 from graphcap.cudagraph.instances import graph_runner
-from graphcap.cudagraph.program import Capture, Constant, InputKind, InputSpec, Program, Step
+from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, InputSpec, Program, Size, Step
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
@@ -22,6 +22,7 @@ __all__ = [
     "Binding",
     "Capture",
     "Constant",
+    "DimSize",
     "GraphDevice",
     "GraphRunner",
     "InputKind",
@@ -30,6 +31,7 @@ __all__ = [
     "Program",
     "RunnerStats",
     "SimulatedCaptureError",
+    "Size",
     "Step",
     "device_for",
     "graph_runner",

@@ -10,7 +10,7 @@ Steps run in order. A step may write into its arguments in place (``mutates``).
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ class Capture(enum.Enum):
 
     ALWAYS = "always"  #: a compiled piece whose shapes the key fixes: captured in PIECEWISE and in FULL
     FULL = "full"  #: cut out of its neighbours but functional (SDPA, flex_attention): captured in FULL only
+    UNIFORM = "uniform_batch"  #: captured in FULL where every request of the batch brings the same number of tokens
+    UNIFORM_SINGLE = "uniform_single_token"  #: captured in FULL where every request of the batch brings one token
     NEVER = "never"  #: runs live on every call; ``Step.reason`` says why
 
 
@@ -29,6 +31,23 @@ class InputKind(enum.Enum):
     STATIC = "static"  #: a parameter, buffer or declared static argument: keeps its address between calls
     TENSOR = "tensor"  #: a tensor that may be a different one on every call
     SCALAR = "scalar"  #: an int or float (a SymInt placeholder of the graph)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size that follows a symbol: ``scale * symbol + offset``."""
+
+    symbol: str
+    scale: int = 1
+    offset: int = 0
+
+    def at(self, value: int) -> int:
+        """The size where the symbol has this value."""
+        return self.scale * value + self.offset
+
+
+#: The size of one dim: fixed, following a symbol, or (``None``) depending on symbols in another way.
+DimSize = int | Size | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,9 @@ class InputSpec:
         in_key: for a scalar, whether its value is part of the graph key. Steps that depend on a scalar outside the
             key are ``Capture.NEVER``.
         is_parameter: whether it is a model's parameter, by which one instance of the model is told from another.
+        sizes: of a tensor, per dim; empty where nothing is known.
+        dim_names: the dims of a tensor that the user declared, each with its name (``{0: "num_tokens"}``).
+        is_write_index: whether its values say where something is written.
     """
 
     name: str
@@ -49,6 +71,9 @@ class InputSpec:
     symbol: str | None = None
     in_key: bool = False
     is_parameter: bool = False
+    sizes: tuple[DimSize, ...] = ()
+    dim_names: Mapping[int, str] = field(default_factory=dict, hash=False)
+    is_write_index: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +87,8 @@ class Step:
         writes: the slots that receive the results.
         mutates: the slots among ``reads`` whose tensors ``fn`` writes in place.
         capture: see :class:`Capture`.
-        reason: for FULL and NEVER, one line that says why, with the user's source line where it is known.
+        reason: for all but ALWAYS, one line that says why, with the user's source line where it is known.
+        symbols: the symbols that the sizes and numbers it reads or writes follow.
     """
 
     name: str
@@ -72,6 +98,7 @@ class Step:
     mutates: tuple[int, ...] = ()
     capture: Capture = Capture.ALWAYS
     reason: str = ""
+    symbols: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +118,7 @@ class Program:
         steps: in execution order.
         outputs: per returned value the slot that holds it, or a :class:`Constant`.
         run: the stitched function: ``run(*args) -> tuple`` executes every step live, without any graph.
+        output_sizes: per output the sizes of its dims as in :attr:`InputSpec.sizes`; empty for what is no tensor.
     """
 
     name: str
@@ -98,3 +126,4 @@ class Program:
     steps: tuple[Step, ...]
     outputs: tuple[int | Constant, ...]
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
+    output_sizes: tuple[tuple[DimSize, ...], ...] = ()

@@ -64,8 +64,9 @@ class Ladder:
         return isinstance(n, int) and self.rung_of(n) == n
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Ladder) and self.sizes == other.sizes
-        return same and self.max_padding_ratio == other.max_padding_ratio
+        if not isinstance(other, Ladder):
+            return NotImplemented
+        return self.sizes == other.sizes and self.max_padding_ratio == other.max_padding_ratio
 
     def __hash__(self) -> int:
         return hash((self.sizes, self.max_padding_ratio))

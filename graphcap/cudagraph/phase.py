@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
+
+import torch
 
 
 class Phase(enum.Enum):
@@ -14,23 +18,62 @@ class Phase(enum.Enum):
     RECORD = enum.auto()  #: to be captured
 
 
-_phase: ContextVar[Phase] = ContextVar("graphcap_phase", default=Phase.TRAFFIC)
-current_phase = _phase.get
+class Keeper:
+    """The state of a model as it was before it was called for the sake of a capture."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """Keep copies of up to ``max_bytes`` in all."""
+        self._left = max_bytes
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        #: Bytes of state that was too large to keep.
+        self.not_kept = 0
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy what the calls that follow are going to write into."""
+        for tensor in tensors:
+            if id(tensor) in self._kept:
+                continue
+            nbytes = tensor.numel() * tensor.element_size()
+            if nbytes > self._left:
+                self.not_kept += nbytes
+                continue
+            self._left -= nbytes
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept[id(tensor)] = tensor, tensor.detach().clone()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with torch.no_grad():
+            for tensor, copy in self._kept.values():
+                tensor.copy_(copy)
+        self._kept.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """Why a call is made, and who keeps the state that it writes into."""
+
+    phase: Phase = Phase.TRAFFIC
+    keeper: Keeper | None = None
+
+
+_purpose: ContextVar[Purpose] = ContextVar("graphcap_purpose", default=Purpose())  # noqa: B039 - frozen
+current_purpose = _purpose.get
 
 
 class in_phase:
     """Make the calls inside of the ``with`` block for a purpose."""
 
-    __slots__ = ("_phase", "_token")
+    __slots__ = ("_purpose", "_token")
 
-    def __init__(self, phase: Phase) -> None:
-        self._phase = phase
+    def __init__(self, phase: Phase, keeper: Keeper | None = None) -> None:
+        self._purpose = Purpose(phase, keeper)
 
     def __enter__(self) -> None:
-        self._token: Token[Phase] = _phase.set(self._phase)
+        self._token: Token[Purpose] = _purpose.set(self._purpose)
 
     def __exit__(self, *_: object) -> None:
-        _phase.reset(self._token)
+        _purpose.reset(self._token)
 
 
 class _Seal:

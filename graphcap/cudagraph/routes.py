@@ -124,6 +124,16 @@ class Router:
             real[self.reqs] = key.num_reqs
         return self._routes(real, self._batch(real, key), max_mode, None)
 
+    def padded_sizes(self, route: Route, key: GraphKey) -> tuple[int, int | None]:
+        """Tokens and requests of a batch on a route; requests follow the tokens where the plan does not fix them."""
+        sizes = dict(zip(self.symbols, route.sizes, strict=True))
+        tokens = sizes.get(self.tokens or "") or key.num_tokens
+        reqs = sizes.get(self.reqs or "") or route.named.get(REQS)
+        length = key.uniform_query_len
+        if reqs is None and length is not None and tokens % length == 0:
+            reqs = tokens // length
+        return tokens, reqs if reqs is not None else key.num_reqs
+
     def ladder(self) -> list[GraphKey]:
         """The batches to capture beforehand: mixed ones first, then uniform decode, each the largest first."""
         mode, most = self._config.cudagraph_mode, self._config.max_num_reqs

@@ -17,7 +17,7 @@ import torch
 
 from graphcap import native
 from graphcap.cache_root import cache_root
-from graphcap.config import Config
+from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.bindings import Choice
@@ -28,14 +28,14 @@ from graphcap.cudagraph.metadata import Serving, dims_of_step
 from graphcap.cudagraph.moves import MoveRecord
 from graphcap.cudagraph.observe import Observation, observe, signature_of
 from graphcap.cudagraph.padding import Padding
-from graphcap.cudagraph.phase import Phase, current_phase
+from graphcap.cudagraph.phase import Phase, current_purpose
 from graphcap.cudagraph.plan import Plan, Served, Unfit, static_addresses
 from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.recorded import Failure, Recorded, describe
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.routes import FULL, Route, Router
 from graphcap.cudagraph.stats import PlanStats, RunnerStats, SizeHits
-from graphcap.cudagraph.step import current, step
+from graphcap.cudagraph.step import Dispatch, GraphKey, current, step
 from graphcap.progress import Progress
 
 _MAX_REPLACED = 2  #: how often a plan gives way to one for another layout of the inputs under the same key
@@ -70,6 +70,8 @@ class GraphRunner:
         self._replaced: dict[Hashable, int] = {}
         self._moves = MoveRecord(program, config)
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
+        mutated = {slot for each in program.steps for slot in each.mutates}
+        self._state = [i for i, spec in enumerate(program.inputs) if i in mutated and spec.kind is InputKind.STATIC]
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         said = current()
@@ -95,6 +97,27 @@ class GraphRunner:
             served.plan.num_changed = 0
             return result
         return self._unfit(served.plan, result, args, said)
+
+    def dispatch(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> Dispatch:
+        """How a batch is going to run: by the first of its routes that has a plan or may get one."""
+        routes = self.router.routes_of(key, max_mode)
+        reasons = [routes] if isinstance(routes, str) else []
+        for route in () if isinstance(routes, str) else routes:
+            barred = "" if route.key in self._plans else self._barred(route)
+            if not barred:
+                padded = self.router.padded_sizes(route, key)
+                return Dispatch(route.mode, *padded, key)
+            reasons.append(barred)
+        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0])
+
+    def used_bytes(self) -> int:
+        """Memory of the device in use, that of graphs included."""
+        return self._device.used_bytes()
+
+    def has_plan(self, key: GraphKey) -> bool:
+        """Whether a batch finds a plan."""
+        routes = self.router.routes_of(key, None)
+        return not isinstance(routes, str) and any(each.key in self._plans for each in routes)
 
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""
@@ -134,11 +157,13 @@ class GraphRunner:
             plan = self._plans.get(route.key)
             if plan is not None:
                 return self._serve(key, plan, args)
-            num_undeclared = sum(not each.route.is_declared for each in self._plans.values())
-            reasons.append(self._attempts.barred(route, num_undeclared))
+            reasons.append(self._barred(route))
             if not reasons[-1]:
                 return self._approach(route, args, said)
         return self._live(args, reasons[0])
+
+    def _barred(self, route: Route) -> str:
+        return self._attempts.barred(route, sum(not each.route.is_declared for each in self._plans.values()))
 
     def _serve(self, key: Hashable, plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep the way from this kind of call to its plan, and go it."""
@@ -156,11 +181,13 @@ class GraphRunner:
 
     def _approach(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """A route that may be captured: now, or after more sightings."""
-        phase = current_phase()
-        if phase is Phase.TRAFFIC and not self._attempts.is_due(route):
+        purpose = current_purpose()
+        if purpose.phase is Phase.TRAFFIC and not self._attempts.is_due(route):
             return self._live(args, "warm-up")
-        if phase is Phase.WARM_UP:
+        if purpose.phase is Phase.WARM_UP:
             self._observations.pop(route.key, None)
+        if purpose.keeper is not None:
+            purpose.keeper.keep(args[index] for index in self._state)
         return self._capture_when_known(route, args, said)
 
     def _capture_when_known(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:

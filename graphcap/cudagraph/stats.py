@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+_MAX_SIZES = 65536  #: sizes that are counted
+
 
 @dataclass(slots=True)
 class PlanStats:
@@ -36,6 +38,23 @@ class PlanStats:
 
 
 @dataclass(slots=True)
+class SizeStats:
+    """One size that batches really had, before padding.
+
+    Attributes:
+        size: one number per named dim, in the order of :attr:`RunnerStats.dim_names`.
+        rung: the sizes at which such a batch is captured; ``None`` where the ladder does not cover it.
+        replays: calls of this size that a plan served.
+        live: calls of this size without a graph, for whatever reason.
+    """
+
+    size: tuple[int, ...]
+    rung: tuple[int, ...] | None
+    replays: int = 0
+    live: int = 0
+
+
+@dataclass(slots=True)
 class RunnerStats:
     """One region.
 
@@ -48,6 +67,8 @@ class RunnerStats:
         retired_replays: replays of plans that are no longer in ``plans``.
         bindings: how each input gets into the graph, by its name, for the latest plan.
         moves: how often the address of a static input changed, by its name.
+        dim_names: the dims of the sizes below.
+        sizes: a counter for each pair of a size that was seen and its rung; :meth:`of_size` makes them.
         on_plan: told of each plan when it has been captured.
     """
 
@@ -59,7 +80,21 @@ class RunnerStats:
     retired_replays: int = 0
     bindings: dict[str, str] = field(default_factory=dict)
     moves: Counter[str] = field(default_factory=Counter)
+    dim_names: tuple[str, ...] = ()
+    sizes: dict[tuple[Any, Any], SizeStats] = field(default_factory=dict)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
+
+    def of_size(self, size: tuple[int, ...], rung: tuple[int, ...] | None) -> SizeStats:
+        """The counter of one size. Keep it: a replay then costs one increment and no look-up.
+
+        Where 65536 are kept already, a new size gets one that no report shows: traffic must not fill the memory.
+        """
+        found = self.sizes.get((size, rung))
+        if found is None:
+            found = SizeStats(size, rung)
+            if len(self.sizes) < _MAX_SIZES:
+                self.sizes[size, rung] = found
+        return found
 
     def add(self, plan: PlanStats) -> None:
         """A plan can be replayed from now on."""

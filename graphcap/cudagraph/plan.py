@@ -11,7 +11,7 @@ from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.routes import Route
-from graphcap.cudagraph.stats import PlanStats, SizeHits
+from graphcap.cudagraph.stats import PlanStats, SizeStats
 
 
 class Unfit(enum.Enum):
@@ -56,13 +56,15 @@ class Served:
         replay: as :attr:`Plan.replay`, for calls of this kind.
         plan: whose.
         key: by which the runner finds it.
-        hits: counts the calls.
+        stats: of the plan.
+        size: counts the calls of this size.
     """
 
     replay: Callable[[tuple[Any, ...]], Any]
     plan: Plan
     key: Hashable
-    hits: SizeHits
+    stats: PlanStats
+    size: SizeStats
 
 
 def static_addresses(recorded: Recorded) -> list[int | None]:

@@ -73,6 +73,9 @@ class Router:
         symbols: what the sizes of a key are values of, in the order of the key.
         tokens: the symbol that counts tokens, ``None`` where there is none.
         reqs: the symbol that counts requests, ``None`` where there is none.
+        names: per symbol what the user calls it.
+        notes: what of the settings could not be used.
+        rung_of: takes sizes, returns those of the rung that covers them, ``None`` where the ladder does not.
     """
 
     def __init__(self, program: Program, config: Config, padding: Padding) -> None:
@@ -86,13 +89,13 @@ class Router:
         self._program = program
         self._config = config
         self._padding = padding
-        names = [TOKENS if symbol == self.tokens else self._names.get(symbol, symbol) for symbol in self.symbols]
-        padded = [name for name, symbol in zip(names, self.symbols, strict=True) if symbol in padding.symbols]
-        found = ladders_of(names, padded, config)
+        self.names = tuple(TOKENS if each == self.tokens else self._names.get(each, each) for each in self.symbols)
+        padded = [name for name, symbol in zip(self.names, self.symbols, strict=True) if symbol in padding.symbols]
+        found = ladders_of(self.names, padded, config)
+        self.notes = found.notes
+        self.rung_of = found.rung_of
         self._ladders = dict(zip(self.symbols, found.ladders, strict=True))
         self._decode_ladders: dict[int, Ladder] = {}
-        #: What of the settings could not be used.
-        self.notes = found.notes
         kinds = {each.capture for each in program.steps}
         self._has_uniform = not kinds.isdisjoint({Capture.UNIFORM, Capture.UNIFORM_SINGLE})
 

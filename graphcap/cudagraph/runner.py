@@ -34,7 +34,7 @@ from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.recorded import Failure, Recorded, describe
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.routes import FULL, Route, Router
-from graphcap.cudagraph.stats import PlanStats, RunnerStats, SizeHits
+from graphcap.cudagraph.stats import PlanStats, RunnerStats, SizeStats
 from graphcap.cudagraph.step import Dispatch, GraphKey, current, step
 from graphcap.progress import Progress
 
@@ -60,6 +60,7 @@ class GraphRunner:
         self._device = device
         self._config = config
         self.router = Router(program, config, Padding(program, config))
+        self.stats.dim_names = self.router.names
         self._sizes = _size_reader(program)
         self._served: dict[Hashable, Served] = {}
         self._plans: dict[Hashable, Plan] = {}
@@ -93,7 +94,8 @@ class GraphRunner:
                 finally:
                     device.busy = False
         if result.__class__ is tuple:
-            served.hits.count += 1
+            served.stats.replays += 1
+            served.size.replays += 1
             served.plan.num_changed = 0
             return result
         return self._unfit(served.plan, result, args, said)
@@ -128,7 +130,8 @@ class GraphRunner:
             self._arena = Arena(self._device)
 
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
-        self.stats.note_live(reason, self._sizes(args))
+        self.stats.live_calls[reason] += 1
+        self._size_stats(self._sizes(args)).live += 1
         return self._program.run(*args)
 
     def _unfit(self, plan: Plan, why: Unfit | None, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
@@ -162,6 +165,10 @@ class GraphRunner:
                 return self._approach(route, args, said)
         return self._live(args, reasons[0])
 
+    def _size_stats(self, sizes: Any) -> SizeStats:
+        sizes = sizes if isinstance(sizes, tuple) else (sizes,)
+        return self.stats.of_size(sizes, self.router.rung_of(sizes))
+
     def _barred(self, route: Route) -> str:
         return self._attempts.barred(route, sum(not each.route.is_declared for each in self._plans.values()))
 
@@ -172,10 +179,8 @@ class GraphRunner:
         replay = plan.replay
         if plan.serving is not None and len(plan.serving):
             replay = _with_inputs(replay, plan.serving)
-        sizes = self._sizes(args)
-        hits = SizeHits(sizes if isinstance(sizes, tuple) else (sizes,))
-        plan.stats.hits.append(hits)
-        self._served[key] = served = Served(replay, plan, key, hits)
+        size = self._size_stats(self._sizes(args))
+        self._served[key] = served = Served(replay, plan, key, plan.stats, size)
         plan.served.append(served)
         return self(*args)
 
@@ -196,7 +201,8 @@ class GraphRunner:
         serving = self._serving_of(route, said)
         with serving or contextlib.nullcontext():
             if known is None or known.signature != self._signature(route, args):
-                self.stats.note_live("warm-up", self._sizes(args))
+                self.stats.live_calls["warm-up"] += 1
+                self._size_stats(self._sizes(args)).live += 1
                 captured = self.router.captured(route)
                 self._observations[route.key], outputs = observe(self._program, args, self._device.device, captured)
                 return outputs

@@ -15,6 +15,7 @@ from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.bindings import is_captured
 from graphcap.cudagraph.ladder import Ladder, requests_ladder
 from graphcap.cudagraph.ladders import ladders_of
+from graphcap.cudagraph.metadata import dims_of_step
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.program import Capture, InputKind, Program
 from graphcap.cudagraph.step import RUNTIME_MODES, Dispatch, GraphKey, step
@@ -96,6 +97,8 @@ class Router:
         self.rung_of = found.rung_of
         self._ladders = dict(zip(self.symbols, found.ladders, strict=True))
         self._decode_ladders: dict[int, Ladder] = {}
+        # Where no argument carries the requests, inputs of the step may.
+        self._counts_reqs = any(REQS in dims.values() for dims in dims_of_step(config.dynamic_arg_dims).values())
         kinds = {each.capture for each in program.steps}
         self._has_uniform = not kinds.isdisjoint({Capture.UNIFORM, Capture.UNIFORM_SINGLE})
 
@@ -217,7 +220,7 @@ class Router:
         sizes |= fixed
         padded |= {symbol: size for symbol, size in fixed.items() if size != real[symbol]}
         named = {name: sizes[symbol] for symbol, name in self._names.items() if symbol in sizes}
-        said = batch.num_reqs if full and self.reqs not in sizes else None
+        said = batch.num_reqs if full and self._counts_reqs and self.reqs not in sizes else None
         if said is not None:
             tokens = sizes.get(self.tokens or "")
             said = tokens // length if length and tokens is not None else said

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
+    from graphcap.compiler.frontend.dims import Dim
     from graphcap.compiler.rules import eager, register_op
 
 __version__ = "0.1.0.dev0"
@@ -35,6 +36,7 @@ __all__ = [
     "CompilationMode",
     "Config",
     "ConfigError",
+    "Dim",
     "DimError",
     "GraphcapError",
     "GuardError",
@@ -54,6 +56,7 @@ __all__ = [
 
 #: Where the names that need torch live.
 _LAZY = {
+    "Dim": "graphcap.compiler.frontend.dims",
     "compile": "graphcap.compiler.frontend.api",
     "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",

@@ -14,6 +14,7 @@ PUBLIC = {
     "CompilationMode",
     "Config",
     "ConfigError",
+    "Dim",
     "DimError",
     "GraphcapError",
     "GuardError",

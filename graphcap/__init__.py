@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
+<<<<<<< HEAD
     from graphcap.compiler.frontend.serving import CaptureSummary, capture, dispatch
+=======
+    from graphcap.compiler.frontend.dims import Dim
+>>>>>>> wt-padding
     from graphcap.compiler.rules import eager, register_op
     from graphcap.cudagraph.phase import allow_capture
     from graphcap.cudagraph.step import Dispatch, GraphKey, current_step, step
@@ -39,6 +43,7 @@ __all__ = [
     "CompilationMode",
     "Config",
     "ConfigError",
+    "Dim",
     "DimError",
     "Dispatch",
     "GraphKey",
@@ -65,6 +70,7 @@ __all__ = [
 
 #: Where the names that need torch live.
 _LAZY = {
+<<<<<<< HEAD
     "CaptureSummary": "graphcap.compiler.frontend.serving",
     "Dispatch": "graphcap.cudagraph.step",
     "GraphKey": "graphcap.cudagraph.step",
@@ -73,6 +79,9 @@ _LAZY = {
     "current_step": "graphcap.cudagraph.step",
     "dispatch": "graphcap.compiler.frontend.serving",
     "step": "graphcap.cudagraph.step",
+=======
+    "Dim": "graphcap.compiler.frontend.dims",
+>>>>>>> wt-padding
     "compile": "graphcap.compiler.frontend.api",
     "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",

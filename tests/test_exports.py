@@ -15,6 +15,7 @@ PUBLIC = {
     "CompilationMode",
     "Config",
     "ConfigError",
+    "Dim",
     "DimError",
     "Dispatch",
     "GraphKey",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.budget import Holding
 from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.stats import PlanStats
 
@@ -29,6 +30,7 @@ class Plan:
         addresses: of the static inputs, by input; ``None`` elsewhere.
         recorded: what must stay alive.
         stats: for reports.
+        holding: what the plan holds of the device, in its account.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
     """
 
@@ -37,6 +39,7 @@ class Plan:
     addresses: list[int | None]
     recorded: Recorded
     stats: PlanStats
+    holding: Holding
     num_changed: int = 0
 
 

@@ -7,6 +7,7 @@ import logging
 import operator
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from graphcap.cache_root import cache_root
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.bindings import Choice
+from graphcap.cudagraph.budget import Holding, Room, Usage
 from graphcap.cudagraph.capture import SegmentedCapture
 from graphcap.cudagraph.device import GraphDevice
 from graphcap.cudagraph.layout import Layout, lay_out
@@ -24,7 +26,7 @@ from graphcap.cudagraph.moves import MoveRecord
 from graphcap.cudagraph.observe import Observation, observe, signature_of
 from graphcap.cudagraph.plan import Plan, Unfit, static_addresses
 from graphcap.cudagraph.program import Capture, InputKind, Program
-from graphcap.cudagraph.recorded import Failure, Recorded, describe
+from graphcap.cudagraph.recorded import Failure, Recorded
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
 from graphcap.progress import Progress
@@ -63,6 +65,9 @@ class GraphRunner:
         self._num_failures = 0
         self._demoted: dict[int, str] = {}
         self._moves = MoveRecord(program, config)
+        self._room = Room(device, config.max_graph_bytes)
+        self._tick = device.account.tick
+        self._warned_of_memory = False
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         key = self._key(args)
@@ -84,6 +89,7 @@ class GraphRunner:
                     device.busy = False
         if result.__class__ is tuple:
             plan.stats.replays += 1
+            plan.holding.last_use = self._tick()
             plan.num_changed = 0
             return result
         return self._unfit(key, plan, result, args)
@@ -91,9 +97,15 @@ class GraphRunner:
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""
         with self._device.lock:
+            if self._plans and self._device.enter():
+                self._device.wait()
             for key in list(self._plans):
                 self._drop(key)
             self._arena = Arena(self._device)
+            self._room.clear()
+
+    def _why_not_here(self) -> str:
+        return self._device.unusable or "inside another capture or replay"
 
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
         self.stats.live_calls[reason] += 1
@@ -102,7 +114,7 @@ class GraphRunner:
     def _unfit(self, key: Any, plan: Plan, why: Unfit | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """A plan exists and could not serve the call. Nothing has run yet."""
         if why is None:
-            return self._live(args, "inside another capture or replay")
+            return self._live(args, self._why_not_here())
         if why is Unfit.MOVED:
             self._moves.note(plan.addresses, args, self._calls(), self.stats)
             self._drop(key)
@@ -115,7 +127,7 @@ class GraphRunner:
         return self._live(args, why.value)
 
     def _without_plan(self, key: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        reason = self._failed or self._refused.get(key) or self._oversize(key)
+        reason = self._failed or self._refused.get(key) or self._oversize(key) or self._room.closed(key)
         if reason:
             return self._live(args, reason)
         if len(self._sightings) >= _MAX_KEYS:
@@ -146,13 +158,15 @@ class GraphRunner:
         device = self._device
         with device.lock:
             if device.busy or not device.enter():
-                return self._live(args, "inside another capture or replay")
+                return self._live(args, self._why_not_here())
             if key in self._plans:  # another thread was faster
                 return self(*args)
             layout = self._lay_out(known)
             if len(layout.live) == len(self._program.steps):
                 self._refused[key] = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                 return self._live(args, self._refused[key])
+            if reason := self._room.make(key):
+                return self._live(args, reason)
             device.busy = True
             try:
                 return self._capture(key, known, layout, args)
@@ -168,12 +182,12 @@ class GraphRunner:
         started = time.perf_counter()
         with contextlib.ExitStack() as session:
             try:
-                used = self._device.used_bytes()
+                before = self._device.usage()
                 pool = session.enter_context(self._device.session())
                 capture = SegmentedCapture(self._program, known, layout, self._device, pool, args)
                 capture.bind_inputs(self._arena)
             except Exception as error:  # nothing has run yet
-                self._note_failure(Failure((), describe(error)))
+                self._note_failure(key, Failure.of(error))
                 return self._live(args, "a capture could not begin")
             label = f"capturing {self._program.name}"
             bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
@@ -181,13 +195,17 @@ class GraphRunner:
                 outputs, failure = capture.run(bar)
         if failure is None:
             recorded = capture.recorded
-            stats = _plan_stats(key, recorded, self._device.used_bytes() - used, time.perf_counter() - started)
-            self._add(key, recorded, stats)
+            grown = self._device.usage().since(before)
+            holding = self._room.take(key, grown, _dropper(self, key))
+            if isinstance(holding, Holding):
+                self._add(key, recorded, _plan_stats(key, recorded, grown, time.perf_counter() - started), holding)
+            else:
+                _log.info("%s: the plan for %s was given up: %s", self._program.name, key, holding)
         else:
-            self._note_failure(failure)
+            self._note_failure(key, failure)
         return outputs
 
-    def _add(self, key: Any, recorded: Recorded, stats: PlanStats) -> None:
+    def _add(self, key: Any, recorded: Recorded, stats: PlanStats, holding: Holding) -> None:
         at_end = self._device.at_end(recorded.segments)
         if at_end is not None:
             at_end()
@@ -198,7 +216,7 @@ class GraphRunner:
             self._drop(key)
 
         replay, stats.source = generate(recorded, at_end, mismatch)
-        self._plans[key] = Plan(replay, stats.source, static_addresses(recorded), recorded, stats)
+        self._plans[key] = Plan(replay, stats.source, static_addresses(recorded), recorded, stats, holding)
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self.stats.bindings = {spec.name: binding.value for spec, binding in bound}
         self.stats.add(stats)
@@ -210,7 +228,15 @@ class GraphRunner:
         if plan is not None:
             self.stats.retire(plan.stats)
 
-    def _note_failure(self, failure: Failure) -> None:
+    def _note_failure(self, key: Any, failure: Failure) -> None:
+        if failure.out_of_memory:
+            reason = self._room.out_of_memory(key)
+            self.stats.failures.append(failure.reason)
+            if not self._warned_of_memory:
+                self._warned_of_memory = True
+                name = self._program.name
+                warnings.warn(f"graphcap: {name} runs without graphs where {reason}: {failure.reason}", stacklevel=2)
+            return
         names = ", ".join(self._program.steps[number].name for number in failure.steps)
         reason = f"{names}: {failure.reason}" if names else failure.reason
         self.stats.failures.append(reason)
@@ -242,7 +268,18 @@ def _key_reader(program: Program) -> Callable[[tuple[Any, ...]], Any]:
     return operator.itemgetter(*where) if where else lambda args: ()
 
 
-def _plan_stats(key: Any, recorded: Recorded, grown: int, seconds: float) -> PlanStats:
+def _dropper(runner: GraphRunner, key: Any) -> Callable[[], None]:
+    """How the account gives up a plan; it does not keep the runner alive."""
+    reference = weakref.ref(runner)
+
+    def drop() -> None:
+        if (runner := reference()) is not None:
+            runner._drop(key)
+
+    return drop
+
+
+def _plan_stats(key: Any, recorded: Recorded, grown: Usage, seconds: float) -> PlanStats:
     steps, live = recorded.program.steps, recorded.layout.live
     return PlanStats(
         key=key if isinstance(key, tuple) else (key,),
@@ -250,6 +287,8 @@ def _plan_stats(key: Any, recorded: Recorded, grown: int, seconds: float) -> Pla
         num_segments=len(recorded.segments),
         captured=[step.name for number, step in enumerate(steps) if number not in live],
         live={step.name: live[number] for number, step in enumerate(steps) if number in live},
-        bytes=grown,
+        bytes=grown.exclusive + grown.shared,
         seconds=seconds,
+        exclusive_bytes=grown.exclusive,
+        shared_bytes=grown.shared,
     )

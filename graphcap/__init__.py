@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
+    from graphcap.compiler.frontend.lifecycle import release, reset
     from graphcap.compiler.rules import eager, register_op
+    from graphcap.cudagraph import hooks
+    from graphcap.cudagraph.choose import set_graph_pool
+    from graphcap.cudagraph.generators import register_generator
+    from graphcap.cudagraph.memory import memory
 
 __version__ = "0.1.0.dev0"
 
@@ -48,7 +53,13 @@ __all__ = [
     "disabled",
     "eager",
     "explain",
+    "hooks",
+    "memory",
+    "register_generator",
     "register_op",
+    "release",
+    "reset",
+    "set_graph_pool",
     "support_graph_compile",
 ]
 
@@ -58,7 +69,13 @@ _LAZY = {
     "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",
     "explain": "graphcap.compiler.debug.explain",
+    "hooks": "graphcap.cudagraph",
+    "memory": "graphcap.cudagraph.memory",
+    "register_generator": "graphcap.cudagraph.generators",
     "register_op": "graphcap.compiler.rules",
+    "release": "graphcap.compiler.frontend.lifecycle",
+    "reset": "graphcap.compiler.frontend.lifecycle",
+    "set_graph_pool": "graphcap.cudagraph.choose",
     "support_graph_compile": "graphcap.compiler.frontend.decorator",
 }
 

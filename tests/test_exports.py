@@ -27,7 +27,13 @@ PUBLIC = {
     "disabled",
     "eager",
     "explain",
+    "hooks",
+    "memory",
+    "register_generator",
     "register_op",
+    "release",
+    "reset",
+    "set_graph_pool",
     "support_graph_compile",
 }
 

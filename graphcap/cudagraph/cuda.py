@@ -172,7 +172,7 @@ class CudaDevice(Device):
         self._stream = torch.cuda.Stream(self.device)
         self._backing: torch.cuda.MemPool | None = None
         self._pool: weakref.ref[CudaPool] | None = None
-        self._pools: weakref.WeakSet[CudaPool] = weakref.WeakSet()  # retired ones too, while a plan is left in them
+        self._pools: list[weakref.ref[CudaPool]] = []  # retired ones too, while a plan is left in them
         self._raw_stream = current_raw_stream()
         self._last_handle: int | None = None
         self._last_stream: torch.cuda.Stream | None = None
@@ -213,7 +213,7 @@ class CudaDevice(Device):
             gc.collect()
             pool = CudaPool(self._stream, self._backing)
             self._pool = weakref.ref(pool)
-            self._pools.add(pool)
+            self._pools = [*(each for each in self._pools if each() is not None), self._pool]
         return pool
 
     def back_with(self, backing: torch.cuda.MemPool | None) -> None:
@@ -272,12 +272,12 @@ class CudaDevice(Device):
     def usage(self) -> Usage:
         """What torch's allocator does not know of is taken for graphs, so only differences mean something."""
         outside = self.used_bytes() - torch.cuda.memory_reserved(self._index)
-        pools = sum(pool.nbytes() for pool in list(self._pools))
+        pools = sum(pool.nbytes() for each in self._pools if (pool := each()) is not None)
         return Usage(outside, pools + self._workspace_bytes + self._static.nbytes())
 
     def default_limit(self) -> int:
         """A tenth of the device's memory."""
-        return int(torch.cuda.get_device_properties(self._index).total_memory) // _DEFAULT_PART
+        return default_limit(self._index)
 
     def trim(self) -> None:
         """Torch gives cached memory back by itself when it runs out, but not while a capture is under way."""
@@ -288,3 +288,8 @@ class CudaDevice(Device):
         super().forked()
         self.unusable = f"forked process: CUDA graphs of {self.name} belong to the parent; start children with spawn"
         self.enter = lambda: False  # type: ignore[method-assign]
+
+
+def default_limit(index: int) -> int:
+    """How many bytes graphs may take on a device where nobody says: a tenth of its memory."""
+    return int(torch.cuda.get_device_properties(index).total_memory) // _DEFAULT_PART

@@ -18,6 +18,7 @@ from graphcap.cudagraph.device import GraphDevice, Lock
 from graphcap.cudagraph.private import StorageWatch
 
 _devices: weakref.WeakSet[Device] = weakref.WeakSet()
+_lock = threading.Lock()
 
 
 class Device:
@@ -40,7 +41,8 @@ class Device:
         self._static = StorageWatch()
         self._before_replay: Sequence[Callable[[], object]] = ()
         self.account.add_device(cast(GraphDevice, self))
-        _devices.add(self)
+        with _lock:
+            _devices.add(self)
         self.call_before_replay(hooks.replay.functions)
 
     def enter(self) -> bool:
@@ -73,7 +75,8 @@ class Device:
 
 def all_devices() -> list[Device]:
     """Those that are alive, in no order."""
-    return list(_devices)
+    with _lock:
+        return list(_devices)
 
 
 def drop_all_plans() -> None:

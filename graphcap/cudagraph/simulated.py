@@ -107,7 +107,7 @@ class SimulatedPool:
 
     def nbytes(self) -> int:
         """Of all blocks."""
-        return sum(block.storage.nbytes() for block in list(self.blocks.values()))
+        return sum(block.storage.nbytes() for ref in self.blocks.valuerefs() if (block := ref()) is not None)
 
 
 class SimulatedStream:

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
-<<<<<<< HEAD
-    from graphcap.compiler.frontend.serving import CaptureSummary, capture, dispatch
-=======
     from graphcap.compiler.frontend.dims import Dim
->>>>>>> wt-padding
+    from graphcap.compiler.frontend.lifecycle import release, reset
+    from graphcap.compiler.frontend.serving import CaptureSummary, capture, dispatch
     from graphcap.compiler.rules import eager, register_op
+    from graphcap.cudagraph import hooks
+    from graphcap.cudagraph.choose import set_graph_pool
+    from graphcap.cudagraph.generators import register_generator
+    from graphcap.cudagraph.memory import memory
     from graphcap.cudagraph.phase import allow_capture
     from graphcap.cudagraph.step import Dispatch, GraphKey, current_step, step
 
@@ -63,14 +65,19 @@ __all__ = [
     "dispatch",
     "eager",
     "explain",
+    "hooks",
+    "memory",
+    "register_generator",
     "register_op",
     "step",
+    "release",
+    "reset",
+    "set_graph_pool",
     "support_graph_compile",
 ]
 
 #: Where the names that need torch live.
 _LAZY = {
-<<<<<<< HEAD
     "CaptureSummary": "graphcap.compiler.frontend.serving",
     "Dispatch": "graphcap.cudagraph.step",
     "GraphKey": "graphcap.cudagraph.step",
@@ -79,14 +86,18 @@ _LAZY = {
     "current_step": "graphcap.cudagraph.step",
     "dispatch": "graphcap.compiler.frontend.serving",
     "step": "graphcap.cudagraph.step",
-=======
     "Dim": "graphcap.compiler.frontend.dims",
->>>>>>> wt-padding
     "compile": "graphcap.compiler.frontend.api",
     "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",
     "explain": "graphcap.compiler.debug.explain",
+    "hooks": "graphcap.cudagraph",
+    "memory": "graphcap.cudagraph.memory",
+    "register_generator": "graphcap.cudagraph.generators",
     "register_op": "graphcap.compiler.rules",
+    "release": "graphcap.compiler.frontend.lifecycle",
+    "reset": "graphcap.compiler.frontend.lifecycle",
+    "set_graph_pool": "graphcap.cudagraph.choose",
     "support_graph_compile": "graphcap.compiler.frontend.decorator",
 }
 

@@ -35,8 +35,14 @@ PUBLIC = {
     "dispatch",
     "eager",
     "explain",
+    "hooks",
+    "memory",
+    "register_generator",
     "register_op",
     "step",
+    "release",
+    "reset",
+    "set_graph_pool",
     "support_graph_compile",
 }
 

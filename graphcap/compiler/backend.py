@@ -154,7 +154,7 @@ def capture_device(devices: set[torch.device], config: Config) -> tuple[GraphDev
     """The device that captures, or ``None`` and the reason why nothing is captured."""
     if config.cudagraph_mode is CUDAGraphMode.NONE:
         return None, f"cudagraph_mode=NONE ({config.origin('cudagraph_mode')})"
-    return device_for(devices, config.simulate)
+    return device_for(devices, config.simulate, private=config.pool == "private")
 
 
 def capturing(program: Program, device: GraphDevice | None, region: Region) -> Callable[..., Any]:

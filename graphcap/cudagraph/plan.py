@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.budget import Holding
 from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.routes import Route
@@ -32,6 +33,7 @@ class Plan:
         addresses: of the static inputs, by input; ``None`` elsewhere.
         recorded: what must stay alive.
         stats: for reports.
+        holding: what the plan holds of the device, in its account.
         serving: the buffers of the step inputs that it reads, if any.
         served: the ways to it from the calls that it serves.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
@@ -43,6 +45,7 @@ class Plan:
     addresses: list[int | None]
     recorded: Recorded
     stats: PlanStats
+    holding: Holding
     serving: Serving | None = None
     served: list[Served] = field(default_factory=list)
     num_changed: int = 0
@@ -57,6 +60,7 @@ class Served:
         plan: whose.
         key: by which the runner finds it.
         stats: of the plan.
+        holding: of the plan.
         size: counts the calls of this size.
     """
 
@@ -64,6 +68,7 @@ class Served:
     plan: Plan
     key: Hashable
     stats: PlanStats
+    holding: Holding
     size: SizeStats
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def storage_address(tensor: torch.Tensor) -> int:
@@ -61,3 +62,21 @@ def end_allocation_to_pool(index: int, handle: tuple[int, int]) -> bool:
         return False
     torch._C._cuda_releasePool(index, handle)
     return True
+
+
+class StorageWatch:
+    """How many bytes some tensors still take, views of them included, without keeping them alive."""
+
+    def __init__(self) -> None:
+        self._watched: list[tuple[StorageWeakRef, int]] = []
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Watch the storage of this tensor, and return the tensor. One thread at a time."""
+        storage = tensor.untyped_storage()
+        alive = [each for each in self._watched if not each[0].expired()]
+        self._watched = [*alive, (StorageWeakRef(storage), storage.nbytes())]
+        return tensor
+
+    def nbytes(self) -> int:
+        """The bytes of the storages that are alive."""
+        return sum(nbytes for storage, nbytes in self._watched if not storage.expired())

@@ -10,6 +10,7 @@ import torch
 
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.device import Pool, Segment
+from graphcap.cudagraph.hooks import HookError
 from graphcap.cudagraph.layout import Layout
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.outputs import OutputPlan, StaticMemory, plan_outputs
@@ -23,10 +24,18 @@ class Failure:
     Attributes:
         steps: the steps that may be to blame; empty when no step is.
         reason: one line.
+        out_of_memory: whether the device was full.
     """
 
     steps: tuple[int, ...]
     reason: str
+    out_of_memory: bool = False
+
+    @staticmethod
+    def of(error: BaseException, steps: tuple[int, ...] = ()) -> Failure:
+        """What an exception says about ``steps``. A full device or a failed hook is no fault of theirs."""
+        full = is_out_of_memory(error)
+        return Failure(() if full or isinstance(error, HookError) else steps, describe(error), full)
 
 
 @dataclass(slots=True)
@@ -58,6 +67,13 @@ class Recorded:
     memory: StaticMemory = field(default_factory=lambda: StaticMemory({}, set()))
     outputs: OutputPlan = field(default_factory=lambda: OutputPlan((), {}, ()))
     blocks: list[torch.Tensor] = field(default_factory=list)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the allocator or the driver had no memory left; a graph that cannot be instantiated says it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
 
 
 def describe(error: BaseException) -> str:

@@ -20,7 +20,10 @@ class PlanStats:
         num_segments: how many graphs one replay launches.
         captured: names of the steps inside the graphs.
         live: names of the steps that run live, each with the reason.
-        bytes: growth of device memory by the capture, graphs and pool together; shared memory counts for the first.
+        bytes: growth of device memory by the capture: the two below together.
+        exclusive_bytes: of it what goes when this plan goes: the executable graphs.
+        shared_bytes: of it what other plans use as well (pool, workspaces, static buffers); the first plan to need it
+            shows it.
         seconds: how long the capturing call took.
         replays: how often the plan has run since.
         source: the generated replay function.
@@ -35,6 +38,8 @@ class PlanStats:
     seconds: float
     replays: int = 0
     source: str = field(default="", repr=False)
+    exclusive_bytes: int = 0
+    shared_bytes: int = 0
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.bindings import Choice
 from graphcap.cudagraph.capture import SegmentedCapture
 from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.handout import Policy
 from graphcap.cudagraph.layout import Layout, lay_out
 from graphcap.cudagraph.moves import MoveRecord
 from graphcap.cudagraph.observe import Observation, observe, signature_of
@@ -27,6 +29,7 @@ from graphcap.cudagraph.program import Capture, InputKind, Program
 from graphcap.cudagraph.recorded import Failure, Recorded, describe
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 
 _log = logging.getLogger("graphcap.cudagraph")
@@ -53,6 +56,7 @@ class GraphRunner:
         self._config = config
         self._full = _captures_full(program, config.cudagraph_mode)
         self._key = _key_reader(program)
+        self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
         self._plans: dict[Any, Plan] = {}
         self._arena = Arena(device)
         self._sightings: dict[Any, int] = {}
@@ -178,7 +182,7 @@ class GraphRunner:
             label = f"capturing {self._program.name}"
             bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
             with torch.no_grad():
-                outputs, failure = capture.run(bar)
+                outputs, failure = capture.run(bar, self._policy)
         if failure is None:
             recorded = capture.recorded
             stats = _plan_stats(key, recorded, self._device.used_bytes() - used, time.perf_counter() - started)
@@ -188,7 +192,7 @@ class GraphRunner:
         return outputs
 
     def _add(self, key: Any, recorded: Recorded, stats: PlanStats) -> None:
-        at_end = self._device.at_end(recorded.segments)
+        at_end = self._device.at_end(recorded.segments, recorded.outputs.lent())
         if at_end is not None:
             at_end()
 

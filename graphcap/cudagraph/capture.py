@@ -18,6 +18,7 @@ import torch
 from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, copy_into, span_bytes
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.device import GraphDevice, Pool, Recording, UnjoinedStreamError
+from graphcap.cudagraph.handout import Policy
 from graphcap.cudagraph.layout import Layout
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.private import storage_address, weak_view
@@ -26,6 +27,8 @@ from graphcap.cudagraph.recorded import (
     Failure,
     Recorded,
     captured_slots,
+    describe,
+    handed_out,
     inputs_written_back,
     outputs_of,
     run_live,
@@ -70,8 +73,8 @@ class SegmentedCapture:
             if index in copied:
                 copy_into(stand_in, self._slots[index])
 
-    def run(self, bar: Progress) -> tuple[tuple[Any, ...], Failure | None]:
-        """Run the call, one step after the other; ``bar`` is told of each.
+    def run(self, bar: Progress, policy: Policy) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call, one step after the other; ``bar`` is told of each. Outputs leave as ``policy`` says.
 
         Returns:
             The program's outputs, and why there is no plan if there is none.
@@ -90,6 +93,11 @@ class SegmentedCapture:
             captured_below = self._first
             run_live(recorded.program, self._slots, self._first)
         recorded.outputs = outputs_of(recorded, self._slots, captured_below)
+        if failure is None:
+            try:
+                recorded.outputs = handed_out(recorded, recorded.outputs, self._slots, policy, self._device)
+            except Exception as error:  # no memory for a ring: this call still has clones to return
+                failure = Failure((), describe(error))
         return recorded.outputs.collect(self._slots), failure
 
     def _run_segments(self, bar: Progress) -> Failure | None:

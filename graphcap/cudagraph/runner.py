@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+import os
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -26,6 +27,7 @@ from graphcap.cudagraph.bindings import Choice
 from graphcap.cudagraph.budget import Holding, Room, Usage
 from graphcap.cudagraph.capture import SegmentedCapture
 from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.handout import Policy
 from graphcap.cudagraph.layout import Layout, lay_out
 from graphcap.cudagraph.metadata import Serving, dims_of_step
 from graphcap.cudagraph.moves import MoveRecord
@@ -39,6 +41,7 @@ from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.routes import FULL, Route, Router
 from graphcap.cudagraph.stats import PlanStats, RunnerStats, SizeStats
 from graphcap.cudagraph.step import Dispatch, GraphKey, current, step
+from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 
 _log = logging.getLogger("graphcap.cudagraph")
@@ -63,6 +66,7 @@ class GraphRunner:
         self._program = program
         self._device = device
         self._config = config
+        self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
         self.router = Router(program, config, Padding(program, config))
         self.stats.dim_names = self.router.names
         self._sizes = _size_reader(program)
@@ -283,7 +287,7 @@ class GraphRunner:
             bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
             session.enter_context(_frozen(serving))
             with torch.no_grad():
-                outputs, failure = capture.run(bar)
+                outputs, failure = capture.run(bar, self._policy)
         if failure is not None:
             self._note_failure(route, failure)
             return outputs
@@ -306,7 +310,7 @@ class GraphRunner:
     def _add(
         self, route: Route, recorded: Recorded, stats: PlanStats, holding: Holding, serving: Serving | None
     ) -> None:
-        at_end = self._device.at_end(recorded.segments)
+        at_end = self._device.at_end(recorded.segments, recorded.outputs.lent())
         if at_end is not None:
             at_end()
 

@@ -24,6 +24,7 @@ from graphcap.errors import (
 
 if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
+    from graphcap.compiler.debug.suggest import suggest_ladder
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
     from graphcap.compiler.rules import eager, register_op
@@ -49,6 +50,7 @@ __all__ = [
     "eager",
     "explain",
     "register_op",
+    "suggest_ladder",
     "support_graph_compile",
 ]
 
@@ -59,6 +61,7 @@ _LAZY = {
     "eager": "graphcap.compiler.rules",
     "explain": "graphcap.compiler.debug.explain",
     "register_op": "graphcap.compiler.rules",
+    "suggest_ladder": "graphcap.compiler.debug.suggest",
     "support_graph_compile": "graphcap.compiler.frontend.decorator",
 }
 

@@ -28,6 +28,7 @@ PUBLIC = {
     "eager",
     "explain",
     "register_op",
+    "suggest_ladder",
     "support_graph_compile",
 }
 

@@ -2,10 +2,10 @@
 
 With sizes ``s_1 < ... < s_m`` a ladder cuts them into runs, each served by a rung. Rungs are chosen among the sizes
 seen: lowering one to the largest size that it serves never costs more, as long as a live call is not cheaper than the
-most padding that is allowed. ``D[k][j]``, the least cost of the sizes up to ``s_j`` with ``k`` rungs and ``s_j`` the top
-one, is the minimum over ``i < j`` of ``D[k-1][i]`` plus the cost of serving ``s_i+1 .. s_j`` by ``s_j``. Sums over
-prefixes give that cost at once, so that the whole takes ``k * m * m / 2`` additions. What lies above the top rung, or
-would be padded by more than is allowed, runs live.
+most padding that is allowed. ``D[k][j]``, the least cost of the sizes up to ``s_j`` with ``k`` rungs and ``s_j`` the
+top one, is the minimum over ``i < j`` of ``D[k-1][i]`` plus the cost of serving ``s_i+1 .. s_j`` by ``s_j``. Sums
+over prefixes give that cost at once, so that the whole takes ``k * m * m / 2`` additions. What lies above the top
+rung, or would be padded by more than is allowed, runs live.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from graphcap.errors import (
 
 if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
+    from graphcap.compiler.debug.suggest import suggest_ladder
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
     from graphcap.compiler.frontend.dims import Dim
@@ -73,6 +74,7 @@ __all__ = [
     "release",
     "reset",
     "set_graph_pool",
+    "suggest_ladder",
     "support_graph_compile",
 ]
 
@@ -98,6 +100,7 @@ _LAZY = {
     "release": "graphcap.compiler.frontend.lifecycle",
     "reset": "graphcap.compiler.frontend.lifecycle",
     "set_graph_pool": "graphcap.cudagraph.choose",
+    "suggest_ladder": "graphcap.compiler.debug.suggest",
     "support_graph_compile": "graphcap.compiler.frontend.decorator",
 }
 

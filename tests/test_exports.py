@@ -43,6 +43,7 @@ PUBLIC = {
     "release",
     "reset",
     "set_graph_pool",
+    "suggest_ladder",
     "support_graph_compile",
 }
 

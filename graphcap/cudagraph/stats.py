@@ -69,6 +69,8 @@ class RunnerStats:
         failures: captures that failed, each with what happened.
         recaptures: plans captured again because a static address had moved.
         evictions: plans dropped.
+        captures: plans that were ever added.
+        capture_seconds: how long their capturing calls took, together.
         retired_replays: replays of plans that are no longer in ``plans``.
         bindings: how each input gets into the graph, by its name, for the latest plan.
         moves: how often the address of a static input changed, by its name.
@@ -82,6 +84,8 @@ class RunnerStats:
     failures: list[str] = field(default_factory=list)
     recaptures: int = 0
     evictions: int = 0
+    captures: int = 0
+    capture_seconds: float = 0.0
     retired_replays: int = 0
     bindings: dict[str, str] = field(default_factory=dict)
     moves: Counter[str] = field(default_factory=Counter)
@@ -104,6 +108,8 @@ class RunnerStats:
     def add(self, plan: PlanStats) -> None:
         """A plan can be replayed from now on."""
         self.plans.append(plan)
+        self.captures += 1
+        self.capture_seconds += plan.seconds
         if self.on_plan is not None:
             self.on_plan(plan)
 

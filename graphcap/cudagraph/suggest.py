@@ -1,10 +1,11 @@
 """Which rungs a ladder should have, from the sizes that were seen: an exact dynamic programme.
 
-With sizes ``s_1 < ... < s_m`` a ladder cuts them into runs, each served by a rung. Lowering a rung to the largest size
-that it serves never costs more, so a best ladder consists of sizes that were seen. ``D[k][j]``, the least cost of the
-sizes up to ``s_j`` with ``k`` rungs and ``s_j`` the top one, is the minimum over ``i < j`` of ``D[k-1][i]`` plus
-the cost of serving ``s_i+1 .. s_j`` by ``s_j``. Sums over prefixes give that cost at once, so that the whole takes
-``k * m * m`` additions. What lies above the top rung, or would be padded by more than is allowed, runs live.
+With sizes ``s_1 < ... < s_m`` a ladder cuts them into runs, each served by a rung. Rungs are chosen among the sizes
+seen: lowering one to the largest size that it serves never costs more, as long as a live call is not cheaper than the
+most padding that is allowed. ``D[k][j]``, the least cost of the sizes up to ``s_j`` with ``k`` rungs and ``s_j`` the
+top one, is the minimum over ``i < j`` of ``D[k-1][i]`` plus the cost of serving ``s_i+1 .. s_j`` by ``s_j``. Sums
+over prefixes give that cost at once, so that the whole takes ``k * m * m / 2`` additions. What lies above the top
+rung, or would be padded by more than is allowed, runs live.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def best_rungs(demands: Sequence[Demand], max_plans: int, max_padding_ratio: flo
         if needed > max_plans:
             raise ConfigError(
                 f"{max_plans} plans cannot cover all {len(demands)} sizes with max_padding_ratio="
-                f"{max_padding_ratio:g}: it takes {needed}. Raise one of the two, or give a price of live calls"
+                f"{max_padding_ratio:g}: it takes {needed}. Raise one of the two, or say what a live call costs"
             )
     return _priced(demands, _solve(demands, max_plans, max_padding_ratio, prices), max_padding_ratio, prices)
 

@@ -18,6 +18,7 @@ from torch import fx
 from graphcap.compiler import nodes, private
 from graphcap.compiler.inputs import input_name
 from graphcap.compiler.pieces import CompiledPiece
+from graphcap.compiler.rules import unproven
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.cudagraph import Constant, InputKind, InputSpec, Program, Step
@@ -60,6 +61,8 @@ def build_program(
                 mutates=tuple(reads[position] for position in result.mutates),
                 capture=piece.verdict.capture,
                 reason=piece.reason,
+                unproven=tuple(dict.fromkeys(op for node in piece.nodes if (op := unproven(node)))),
+                eager=result.plain,
             )
         )
     returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]

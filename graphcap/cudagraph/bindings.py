@@ -30,6 +30,9 @@ class Choice:
         unstable: inputs whose address moved too often to be used in place.
         static_args: names of inputs that the user declared static.
         max_copy_bytes: a larger input is never copied.
+        uniform_query_len: the tokens that each request of the batch brings, ``None`` where they bring different
+            numbers or nobody has said.
+        apart: steps that get a segment of their own where they are captured.
     """
 
     full: bool
@@ -37,6 +40,17 @@ class Choice:
     unstable: Collection[int]
     static_args: Collection[str]
     max_copy_bytes: int
+    uniform_query_len: int | None = None
+    apart: Collection[int] = ()
+
+    def captures(self, capture: Capture) -> bool:
+        """Whether steps of this kind are captured."""
+        if capture in (Capture.ALWAYS, Capture.NEVER):
+            return capture is Capture.ALWAYS
+        if capture is Capture.FULL:
+            return self.full
+        queries = self.uniform_query_len
+        return self.full and (queries == 1 if capture is Capture.UNIFORM_SINGLE else queries is not None)
 
 
 class MemoryFacts:
@@ -115,6 +129,6 @@ def live_from_the_start(program: Program, choice: Choice) -> dict[int, str]:
     """The steps that run live whatever their inputs are, each with the reason."""
     live = dict(choice.demoted)
     for number, step in enumerate(program.steps):
-        if step.capture is Capture.NEVER or (step.capture is Capture.FULL and not choice.full):
+        if not choice.captures(step.capture):
             live.setdefault(number, step.reason or f"capture={step.capture.value}")
     return live

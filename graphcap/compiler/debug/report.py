@@ -42,7 +42,8 @@ class PieceReport:
     Attributes:
         name: ``"piece_3"``, in execution order.
         kind: ``"captured"``, ``"compiled"`` (by Inductor, run live) or ``"eager"`` (as it is).
-        capture: whether a CUDA graph may hold it: ``"always"``, ``"full"`` (in FULL only), ``"never"``.
+        capture: whether a CUDA graph may hold it: ``"always"``, ``"full"`` (in FULL only), ``"uniform_batch"``,
+            ``"uniform_single_token"`` (in FULL plans of such batches only), ``"never"``.
         reason: why it was cut out or runs live, ``""`` otherwise.
         module_path: the module that wrote its first operation: ``"model.layers.3.self_attn"``.
         source: ``file:line`` of its first operation.

@@ -1,4 +1,4 @@
-"""How a piece runs without Inductor: as flat Python, with custom ops called directly where the dispatcher would add nothing.
+"""How a piece runs without Inductor: as flat Python, custom ops called directly where the dispatcher would add nothing.
 
 A ``torch.library.custom_op`` costs a few microseconds in the dispatcher before its kernel's first line runs; at one
 attention per layer that is a good part of a decode step. Its kernel is the very function that the dispatcher would

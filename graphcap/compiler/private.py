@@ -202,11 +202,11 @@ def triton_kernel_name(node: fx.Node) -> str | None:
     """The name of the user's Triton kernel that a node launches, ``None`` for any other node."""
     if getattr(node.target, "_name", "") not in ("triton_kernel_wrapper_mutation", "triton_kernel_wrapper_functional"):
         return None
-    index = node.kwargs.get("kernel_idx")
+    index: Any = node.kwargs.get("kernel_idx")
     try:
         from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-        kernel = kernel_side_table.get_kernel(index)
+        kernel: Any = kernel_side_table.get_kernel(index)
         return f"triton kernel {getattr(kernel, '__name__', None) or kernel.fn.__name__}"
     except (ImportError, AttributeError, AssertionError, KeyError):
         return f"triton kernel {index}"

@@ -7,7 +7,7 @@ import logging
 import operator
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from graphcap import native
 from graphcap.cache_root import cache_root
 from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph.annotate import annotate
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.bindings import Choice
 from graphcap.cudagraph.capture import SegmentedCapture
@@ -27,6 +28,7 @@ from graphcap.cudagraph.program import Capture, InputKind, Program
 from graphcap.cudagraph.recorded import Failure, Recorded, describe
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.verify import Checks, Inspector
 from graphcap.progress import Progress
 
 _log = logging.getLogger("graphcap.cudagraph")
@@ -44,6 +46,7 @@ class GraphRunner:
 
     Attributes:
         stats: counters and the list of plans.
+        inspector: looks into replays; to exchange it, drop the plans (:meth:`release`) as well.
     """
 
     def __init__(self, program: Program, device: GraphDevice, config: Config) -> None:
@@ -63,6 +66,7 @@ class GraphRunner:
         self._num_failures = 0
         self._demoted: dict[int, str] = {}
         self._moves = MoveRecord(program, config)
+        self.inspector: Inspector = Checks(program, config.verify, self.stats, self._distrust, self._drop)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         key = self._key(args)
@@ -149,7 +153,7 @@ class GraphRunner:
                 return self._live(args, "inside another capture or replay")
             if key in self._plans:  # another thread was faster
                 return self(*args)
-            layout = self._lay_out(known)
+            layout = self._lay_out(key, known)
             if len(layout.live) == len(self._program.steps):
                 self._refused[key] = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                 return self._live(args, self._refused[key])
@@ -159,9 +163,10 @@ class GraphRunner:
             finally:
                 device.busy = False
 
-    def _lay_out(self, known: Observation) -> Layout:
-        config = self._config
-        choice = Choice(self._full, self._demoted, self._moves.unstable, config.static_args, config.max_copy_bytes)
+    def _lay_out(self, key: Any, known: Observation) -> Layout:
+        config, apart = self._config, self.inspector.apart(key)
+        inputs = self._moves.unstable, config.static_args, config.max_copy_bytes
+        choice = Choice(self._full, self._demoted, *inputs, apart=apart)
         return lay_out(self._program, known, choice)
 
     def _capture(self, key: Any, known: Observation, layout: Layout, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -198,6 +203,9 @@ class GraphRunner:
             self._drop(key)
 
         replay, stats.source = generate(recorded, at_end, mismatch)
+        self.inspector.attach(key, recorded, replay)
+        if self._config.annotate:
+            annotate(replay, recorded, self._device.device.type == "cuda")
         self._plans[key] = Plan(replay, stats.source, static_addresses(recorded), recorded, stats)
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self.stats.bindings = {spec.name: binding.value for spec, binding in bound}
@@ -209,6 +217,13 @@ class GraphRunner:
         plan = self._plans.pop(key, None)
         if plan is not None:
             self.stats.retire(plan.stats)
+
+    def _distrust(self, steps: Mapping[int, str]) -> None:
+        """These steps run live from now on; plans that hold them are captured again."""
+        self._demoted |= steps
+        for key, plan in list(self._plans.items()):
+            if steps.keys() - plan.recorded.layout.live.keys():
+                self._drop(key)
 
     def _note_failure(self, failure: Failure) -> None:
         names = ", ".join(self._program.steps[number].name for number in failure.steps)

@@ -48,6 +48,9 @@ class RunnerStats:
         retired_replays: replays of plans that are no longer in ``plans``.
         bindings: how each input gets into the graph, by its name, for the latest plan.
         moves: how often the address of a static input changed, by its name.
+        divergences: replays that differed from a live run, one line for each step.
+        unchecked: operations captured on trust, or steps, that could not be compared with a live run, each with the
+            reason.
         on_plan: told of each plan when it has been captured.
     """
 
@@ -59,6 +62,8 @@ class RunnerStats:
     retired_replays: int = 0
     bindings: dict[str, str] = field(default_factory=dict)
     moves: Counter[str] = field(default_factory=Counter)
+    divergences: list[str] = field(default_factory=list)
+    unchecked: dict[str, str] = field(default_factory=dict)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
 
     def add(self, plan: PlanStats) -> None:

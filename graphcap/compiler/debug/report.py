@@ -127,6 +127,8 @@ class RegionReport:
         replays: calls served by a plan, dropped plans included.
         live_calls: reason -> calls without a graph.
         failures: captures that failed.
+        divergences: replays that differed from a live run; what is named there runs live since.
+        unchecked: operations captured on trust that were not compared with a live run, each with the reason.
         recaptures: plans captured again because an address had moved; ``moves`` counts by input.
         evictions: plans dropped.
         bindings: input -> how it gets into the latest plan (``"static"``, ``"copied"``...).
@@ -151,6 +153,8 @@ class RegionReport:
     replays: int
     live_calls: dict[str, int]
     failures: tuple[str, ...]
+    divergences: tuple[str, ...]
+    unchecked: dict[str, str]
     recaptures: int
     evictions: int
     moves: dict[str, int]

@@ -189,6 +189,10 @@ def _graphs(region: RegionReport) -> Iterator[str]:
         yield from row("without graph", f"{count(calls, 'call')}: {reason}")
     for failure in region.failures:
         yield from row("failed", f"a capture: {failure}")
+    for divergence in region.divergences:
+        yield from row("diverged", divergence)
+    for name, reason in region.unchecked.items():
+        yield from row("unchecked", f"{name}, captured on trust: {reason}")
     yield from _inputs(region)
 
 

@@ -32,6 +32,7 @@ class Choice:
         max_copy_bytes: a larger input is never copied.
         uniform_query_len: the tokens of each request, where the plan is for batches in which all have the same number.
         padded: inputs that are captured larger than they come: never by reference, as live steps see the padded one.
+        apart: steps that get a segment of their own where they are captured.
     """
 
     full: bool
@@ -41,6 +42,7 @@ class Choice:
     max_copy_bytes: int
     uniform_query_len: int | None = None
     padded: Collection[int] = ()
+    apart: Collection[int] = ()
 
 
 class MemoryFacts:

@@ -19,7 +19,7 @@ from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, copy_int
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.device import GraphDevice, Pool, Recording, UnjoinedStreamError
 from graphcap.cudagraph.handout import Policy
-from graphcap.cudagraph.layout import Layout
+from graphcap.cudagraph.layout import Layout, segment_of
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.private import storage_address, weak_view
 from graphcap.cudagraph.program import Program
@@ -52,7 +52,8 @@ class SegmentedCapture:
         self._outlived: list[int] = []  # live results to drop when the segment is closed
         self._addresses: dict[int, set[int]] = {}  # where the storage of each root may be
         self._captured = captured_slots(program, layout, len(program.steps))
-        self._crossing = _crossing_slots(program, layout)
+        self._segments = segment_of(program, layout)
+        self._crossing = _crossing_slots(program, self._segments)
 
     def bind_inputs(self, arena: Arena) -> None:
         """Give every input that captured steps read its place, and copy in what is copied."""
@@ -109,6 +110,10 @@ class SegmentedCapture:
         return self._close(len(self.recorded.program.steps))
 
     def _record(self, number: int) -> Failure | None:
+        if self._recording is not None and self._segments[number] != self._segments[number - 1]:
+            failure = self._close(number)
+            if failure is not None:
+                return failure
         step = self.recorded.program.steps[number]
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -116,7 +121,9 @@ class SegmentedCapture:
                     self._first = number
                     self._recording = self._device.begin(self.recorded.pool, self._ended)
                     self._ended = []
-                results = self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
+                read = [self._bound[slot] for slot in step.reads]
+                results = self._recording.call(step.fn, read)
+            self.recorded.given |= {s: v for s, v in zip(step.reads, read, strict=True) if s not in self._captured}
             for slot, value in zip(step.writes, results, strict=True):
                 self._check_memory(slot, value)
                 self._keep_recorded(slot, value)
@@ -248,21 +255,8 @@ class SegmentedCapture:
             recording.abort()
 
 
-def segment_of(program: Program, layout: Layout) -> list[int]:
-    """For each step the number of its segment; live steps have numbers of their own, below zero."""
-    segments, current = [], 0
-    for number in range(len(program.steps)):
-        if number in layout.live:
-            current += 1
-            segments.append(-number - 1)
-        else:
-            segments.append(current)
-    return segments
-
-
-def _crossing_slots(program: Program, layout: Layout) -> set[int]:
+def _crossing_slots(program: Program, segments: Sequence[int]) -> set[int]:
     """Results that are read outside of the segment that makes them, outputs included."""
-    segments = segment_of(program, layout)
     made_in = {slot: segments[number] for number, step in enumerate(program.steps) for slot in step.writes}
     crossing = {each for each in program.outputs if isinstance(each, int)}
     for number, step in enumerate(program.steps):

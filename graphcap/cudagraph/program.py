@@ -91,6 +91,9 @@ class Step:
         capture: see :class:`Capture`.
         reason: for all but ALWAYS, one line that says why, with the user's source line where it is known.
         symbols: the symbols that the sizes and numbers it reads or writes follow.
+        unproven: the operations in it that are captured on somebody's word (declared custom ops, Triton kernels): the
+            first replay is compared with a live run.
+        eager: the same without compilation, called like ``fn``; ``None`` where that is not at hand. For profiles.
     """
 
     name: str
@@ -101,6 +104,8 @@ class Step:
     capture: Capture = Capture.ALWAYS
     reason: str = ""
     symbols: frozenset[str] = frozenset()
+    unproven: tuple[str, ...] = ()
+    eager: Callable[..., Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,9 @@ class Recorded:
         segments: in order.
         timeline: ``~n`` replays segment n, ``n`` runs step n live.
         stand_ins: for inputs and bridged slots the tensor that captured steps read in their place.
-        constants: non-owning views (and numbers) that captured steps made and others read.
+        given: what captured steps were given for the inputs and live results that they read: stand-ins, non-owning
+            views, numbers.
+        constants: non-owning views (and numbers) that captured steps made and steps of other segments read.
         places: for fixed slots the address and size they must have.
         memory: which addresses are static.
         outputs: how outputs leave.
@@ -64,6 +66,7 @@ class Recorded:
     segments: list[Segment] = field(default_factory=list)
     timeline: list[int] = field(default_factory=list)
     stand_ins: dict[int, torch.Tensor] = field(default_factory=dict)
+    given: dict[int, Any] = field(default_factory=dict)
     constants: dict[int, Any] = field(default_factory=dict)
     places: dict[int, tuple[int, torch.Size]] = field(default_factory=dict)
     memory: StaticMemory = field(default_factory=lambda: StaticMemory({}, set()))

@@ -13,7 +13,7 @@ import operator
 import os
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ import torch
 from graphcap import native
 from graphcap.cache_root import cache_root
 from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph.annotate import annotate
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.bindings import Choice
@@ -41,6 +42,7 @@ from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.routes import FULL, Route, Router
 from graphcap.cudagraph.stats import PlanStats, RunnerStats, SizeStats
 from graphcap.cudagraph.step import Dispatch, GraphKey, current, step
+from graphcap.cudagraph.verify import Checks, Inspector
 from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 
@@ -59,6 +61,7 @@ class GraphRunner:
     Attributes:
         stats: counters and the list of plans.
         router: finds the mode and the sizes for a call.
+        inspector: looks into replays; to exchange it, drop the plans (:meth:`release`) as well.
     """
 
     def __init__(self, program: Program, device: GraphDevice, config: Config) -> None:
@@ -80,6 +83,7 @@ class GraphRunner:
         self._moves = MoveRecord(program, config)
         self._room = Room(device, config.max_graph_bytes)
         self._tick = device.account.tick
+        self.inspector: Inspector = Checks(program, config.verify, self.stats, self._distrust, self._drop_key)
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
         mutated = {slot for each in program.steps for slot in each.mutates}
         self._state = [i for i, spec in enumerate(program.inputs) if i in mutated and spec.kind is InputKind.STATIC]
@@ -267,6 +271,7 @@ class GraphRunner:
                 static_args=config.static_args,
                 max_copy_bytes=config.max_copy_bytes,
                 uniform_query_len=route.batch.uniform_query_len,
+                apart=self.inspector.apart(route.key),
             ),
         )
 
@@ -317,17 +322,30 @@ class GraphRunner:
         def mismatch(reason: str) -> None:
             self.stats.live_calls[reason] += 1
             self._attempts.refuse(route, reason)
-            if (plan := self._plans.get(route.key)) is not None:
-                self._drop(plan)
+            self._drop_key(route.key)
 
         replay, stats.source = generate(recorded, at_end, mismatch)
         plan = Plan(route, replay, stats.source, static_addresses(recorded), recorded, stats, holding, serving)
         self._plans[route.key] = plan
+        self.inspector.attach(route.key, recorded, replay)
+        if self._config.annotate:
+            annotate(replay, recorded, self._device.device.type == "cuda")
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self.stats.bindings = {spec.name: binding.value for spec, binding in bound}
         self.stats.add(stats)
         if self._device.device.type == "cuda" and self._config.cache:
             native.prepare(cache_root(self._config.cache_dir))
+
+    def _distrust(self, steps: Mapping[int, str]) -> None:
+        """These steps run live from now on; plans that hold them are captured again."""
+        self._attempts.demoted |= steps
+        for plan in list(self._plans.values()):
+            if steps.keys() - plan.recorded.layout.live.keys():
+                self._drop(plan)
+
+    def _drop_key(self, key: Hashable) -> None:
+        if (plan := self._plans.get(key)) is not None:
+            self._drop(plan)
 
     def _drop(self, plan: Plan) -> None:
         if self._plans.pop(plan.route.key, None) is not None:
@@ -377,10 +395,8 @@ def _dropper(runner: GraphRunner, key: Hashable) -> Callable[[], None]:
     reference = weakref.ref(runner)
 
     def drop() -> None:
-        runner = reference()
-        plan = None if runner is None else runner._plans.get(key)
-        if runner is not None and plan is not None:
-            runner._drop(plan)
+        if (runner := reference()) is not None:
+            runner._drop_key(key)
 
     return drop
 

@@ -76,6 +76,9 @@ class RunnerStats:
         moves: how often the address of a static input changed, by its name.
         dim_names: the dims of the sizes below.
         sizes: a counter for each pair of a size that was seen and its rung; :meth:`of_size` makes them.
+        divergences: replays that differed from a live run, one line for each step.
+        unchecked: operations captured on trust, or steps, that could not be compared with a live run, each with the
+            reason.
         on_plan: told of each plan when it has been captured.
     """
 
@@ -91,6 +94,8 @@ class RunnerStats:
     moves: Counter[str] = field(default_factory=Counter)
     dim_names: tuple[str, ...] = ()
     sizes: dict[tuple[Any, Any], SizeStats] = field(default_factory=dict)
+    divergences: list[str] = field(default_factory=list)
+    unchecked: dict[str, str] = field(default_factory=dict)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
 
     def of_size(self, size: tuple[int, ...], rung: tuple[int, ...] | None) -> SizeStats:

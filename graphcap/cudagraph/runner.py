@@ -210,10 +210,13 @@ class GraphRunner:
         if at_end is not None:
             at_end()
 
+        itself = weakref.ref(self)  # so that a runner that nobody calls any more goes at once, its plans with it
+
         def mismatch(reason: str) -> None:
-            self.stats.live_calls[reason] += 1
-            self._refused[key] = reason
-            self._drop(key)
+            if (runner := itself()) is not None:
+                runner.stats.live_calls[reason] += 1
+                runner._refused[key] = reason
+                runner._drop(key)
 
         replay, stats.source = generate(recorded, at_end, mismatch)
         self._plans[key] = Plan(replay, stats.source, static_addresses(recorded), recorded, stats, holding)

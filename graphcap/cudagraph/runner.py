@@ -319,10 +319,13 @@ class GraphRunner:
         if at_end is not None:
             at_end()
 
+        itself = weakref.ref(self)  # so that a runner that nobody calls any more goes at once, its plans with it
+
         def mismatch(reason: str) -> None:
-            self.stats.live_calls[reason] += 1
-            self._attempts.refuse(route, reason)
-            self._drop_key(route.key)
+            if (runner := itself()) is not None:
+                runner.stats.live_calls[reason] += 1
+                runner._attempts.refuse(route, reason)
+                runner._drop_key(route.key)
 
         replay, stats.source = generate(recorded, at_end, mismatch)
         plan = Plan(route, replay, stats.source, static_addresses(recorded), recorded, stats, holding, serving)

@@ -65,8 +65,8 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slot_mapping
     cache[0, slot_mapping], cache[1, slot_mapping] = k, v
     step = graphcap.current_step()
     block_tables = step.inputs["block_tables"]  # [num_reqs, max_blocks]
-    # Where the chunks are is read on the host, which no graph can follow. A uniform batch has none.
-    prompts = [] if step.key.uniform_query_len == 1 else step.inputs["prompts"].tolist()
+    # Where the chunks are is known to the host, and no graph can follow it. A uniform batch has none.
+    prompts = [] if step.key.uniform_query_len == 1 else step.inputs["prompts"]
     out, ones = torch.zeros_like(q), len(block_tables) - len(prompts)
     if ones:
         out[:ones] = attend(q[:ones, None], cache, block_tables[:ones], positions[:ones, None])[:, 0]
@@ -143,13 +143,14 @@ class Decoder(nn.Module):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what has been generated so far; ``row`` is its row of the engine's block tables."""
+    """A prompt and what has been generated so far, with its blocks of the cache."""
 
     tokens: list[int]
     max_new_tokens: int
     num_computed: int = 0
-    row: int = -1
     blocks: list[int] = field(default_factory=list)
+    table: Tensor | None = None
+    """Its blocks on the device, [max_blocks], filled up with 0."""
 
     @property
     def num_left(self) -> int:
@@ -162,7 +163,7 @@ class Batch:
     """One step: the model's arguments, and the metadata that the attention reads."""
 
     arguments: tuple[Tensor, ...]
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     num_tokens: int
     num_reqs: int
     uniform_query_len: int | None
@@ -177,9 +178,7 @@ class Engine:
         self.device = model.rotary.device
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.free_blocks, self.free_rows = list(range(model.num_blocks)), list(range(max_num_reqs))
-        max_blocks = model.sizes.max_len // BLOCK
-        self.block_tables = torch.zeros(max_num_reqs, max_blocks, dtype=torch.int64, device=self.device)
+        self.free_blocks = list(range(model.num_blocks))
         self.modes: Counter[str] = Counter()
 
     def compile_model(self, **options: Any) -> None:
@@ -197,21 +196,30 @@ class Engine:
         graphcap.compile(self.model, **{**settings, **options})
 
     def add(self, prompt: list[int], max_new_tokens: int) -> Request:
-        """A new request; it starts when there are blocks for all its tokens."""
+        """A new request; it starts when there are blocks for all its tokens.
+
+        Raises:
+            ValueError: it is empty, or longer than the model or the cache can hold.
+        """
+        length, limit = len(prompt) + max_new_tokens, min(self.model.sizes.max_len, self.model.num_blocks * BLOCK)
+        if not prompt or max_new_tokens < 1 or length > limit:
+            raise ValueError(
+                f"{len(prompt)} tokens and {max_new_tokens} new ones: expected 1 or more each, {limit} in all"
+            )
         request = Request(list(prompt), max_new_tokens)
         self.waiting.append(request)
         return request
 
     def admit(self) -> None:
         """Start waiting requests in their order, each with the blocks that it will ever need."""
-        while self.waiting and self.free_rows:
+        while self.waiting and len(self.running) < self.max_num_reqs:
             request = self.waiting[0]
             num_blocks = -(-(len(request.tokens) + request.max_new_tokens) // BLOCK)
             if num_blocks > len(self.free_blocks):
                 break
             request.blocks = [self.free_blocks.pop() for _ in range(num_blocks)]
-            request.row = self.free_rows.pop()
-            self.block_tables[request.row, :num_blocks] = torch.tensor(request.blocks, device=self.device)
+            filled = request.blocks + [0] * (self.model.sizes.max_len // BLOCK - num_blocks)
+            request.table = torch.tensor(filled, device=self.device)
             self.running.append(self.waiting.popleft())
 
     def schedule(self) -> list[tuple[Request, int]]:
@@ -235,9 +243,9 @@ class Engine:
             positions += span
             slots += [request.blocks[at // BLOCK] * BLOCK + at % BLOCK for at in span]
         arguments = tuple(torch.tensor(each, device=self.device) for each in (ids, positions, slots))
-        inputs = {"block_tables": self.block_tables[[request.row for request, _ in work]]}
+        inputs: dict[str, Any] = {"block_tables": torch.stack([request.table for request, _ in work])}
         if prompts:
-            inputs["prompts"] = torch.tensor(prompts)  # stays on the host
+            inputs["prompts"] = prompts
         return Batch(arguments, inputs, len(ids), len(work), None if prompts else 1)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -253,7 +261,7 @@ class Engine:
         work = self.schedule()
         hidden = self.forward(self.batch(work))
         last = torch.tensor([new for _, new in work]).cumsum(0).to(self.device) - 1
-        for (request, num_new), token in zip(work, self.model.head(hidden[last]).argmax(-1).tolist(), strict=True):
+        for (request, num_new), token in zip(work, self.sample(hidden[last]), strict=True):
             request.num_computed += num_new
             if not request.num_left:
                 request.tokens.append(token)
@@ -264,8 +272,11 @@ class Engine:
         """Give back what a complete request held."""
         self.running.remove(request)
         self.free_blocks += request.blocks
-        self.free_rows.append(request.row)
         return request
+
+    def sample(self, hidden: Tensor) -> list[int]:
+        """The most likely token after each row of hidden [num_reqs, hidden]."""
+        return self.model.head(hidden).argmax(-1).tolist()
 
     def make_inputs(self, key: graphcap.GraphKey) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Arguments of this size that touch no request, for :func:`graphcap.capture`."""

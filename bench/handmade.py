@@ -50,10 +50,11 @@ def full_graph(compiled: Forward, inputs: Sequence[Tensor]) -> Forward:
 class CompiledPieces:
     """The Inductor-compiled code between two attentions: three functions serve every layer.
 
-    Each takes the residual of the piece before it first; ``first`` and ``middle`` return (q, k, v, residual).
+    Each takes the residual of the piece before it first; ``first`` and ``middle`` return (q, k, v, residual). With
+    ``dynamic`` they serve every batch size.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, dynamic: bool = False) -> None:
         def first(_: None, ids: Tensor, embed: Tensor, norm: Tensor, qkv: Tensor, rotary: Tensor, at: Tensor) -> Any:
             hidden = nn.functional.embedding(ids, embed)
             normed, residual = rms_norm(hidden, torch.zeros_like(hidden), norm, config.eps)
@@ -79,7 +80,7 @@ class CompiledPieces:
         def last(residual: Tensor, attended: Tensor, weights: Sequence[Tensor], norm: Tensor) -> Any:
             return finish_layer(residual, attended, weights, norm)[0]
 
-        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=dynamic)
         self.first, self.middle, self.last = compiled(first), compiled(middle), compiled(last)
 
 
@@ -94,21 +95,21 @@ class PiecewiseLoop:
     The compiled pieces and their inputs can be run without graphs too (``run_compiled``), which is how they warm up.
     """
 
-    def __init__(self, model: Decoder, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, model: Decoder, inputs: Sequence[Tensor], compiled: CompiledPieces | None = None) -> None:
         self.static_inputs = [tensor.clone() for tensor in inputs]
         self.layers = model.decoder_layers()
         num_tokens, attended_size = inputs[0].shape[0], model.config.num_heads * model.config.head_dim
         # The steps run in order, so one buffer takes the result of every attention.
         self.attended = torch.empty(num_tokens, attended_size, dtype=model.rotary.dtype, device=inputs[0].device)
-        self.pieces = self._bind(model)
+        self.pieces = self._bind(model, compiled or CompiledPieces(model.config))
         self._replays: list[Callable[[], None]] = []
         self._attention_inputs: list[tuple[Tensor, ...]] = []
         self._output: Tensor | None = None
 
-    def _bind(self, model: Decoder) -> list[Callable[[Any], Any]]:
+    def _bind(self, model: Decoder, compiled: CompiledPieces) -> list[Callable[[Any], Any]]:
         """The num_layers + 1 pieces with everything bound but the residual."""
         ids, positions, _ = self.static_inputs
-        compiled, bind = CompiledPieces(model.config), functools.partial
+        bind = functools.partial
         norms = [layer.input_norm.weight for layer in self.layers] + [model.final_norm.weight]
         rotary = {"rotary": model.rotary, "at": positions}
         qkv = [layer.qkv.weight for layer in self.layers]

@@ -26,8 +26,11 @@ def require_cuda(tensor: Tensor) -> None:
         raise Skipped("needs CUDA")
 
 
-def full_graph(compiled: Forward, inputs: Sequence[Tensor]) -> Forward:
-    """One CUDA graph of a compiled forward, attention included. Captured for the shapes of ``inputs``."""
+def full_graph(compiled: Forward, inputs: Sequence[Tensor], pool: Any = None) -> Forward:
+    """One CUDA graph of a compiled forward, attention included, in a memory pool of its own or in ``pool``.
+
+    Captured for the shapes of ``inputs``.
+    """
     require_cuda(inputs[0])
     static_inputs = [tensor.clone() for tensor in inputs]
     graph, stream = torch.cuda.CUDAGraph(), harness.side_stream()
@@ -35,7 +38,7 @@ def full_graph(compiled: Forward, inputs: Sequence[Tensor]) -> Forward:
         for _ in range(3):
             compiled(*static_inputs)
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         output = compiled(*static_inputs)
     replay = graph.replay
 
@@ -137,10 +140,10 @@ class PiecewiseLoop:
         assert isinstance(result, Tensor)
         return result
 
-    def capture(self, attention: Attention) -> None:
-        """Warm up and capture every piece on one side stream, into one pool."""
+    def capture(self, attention: Attention, pool: Any = None) -> None:
+        """Warm up and capture every piece on one side stream, into one pool: that of other loops, or a new one."""
         require_cuda(self.attended)
-        stream, pool = harness.side_stream(), torch.cuda.graph_pool_handle()
+        stream, pool = harness.side_stream(), pool or torch.cuda.graph_pool_handle()
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and lets the libraries allocate their scratch outside the graphs' pool
                 self.run_compiled(attention)

@@ -26,16 +26,22 @@ if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
+    from graphcap.compiler.frontend.serving import CaptureSummary, capture, dispatch
     from graphcap.compiler.rules import eager, register_op
+    from graphcap.cudagraph.phase import allow_capture
+    from graphcap.cudagraph.step import Dispatch, GraphKey, current_step, step
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CUDAGraphMode",
+    "CaptureSummary",
     "CompilationMode",
     "Config",
     "ConfigError",
     "DimError",
+    "Dispatch",
+    "GraphKey",
     "GraphcapError",
     "GuardError",
     "MissingExtraError",
@@ -44,16 +50,29 @@ __all__ = [
     "StaleOutputError",
     "StepError",
     "__version__",
+    "allow_capture",
+    "capture",
     "compile",
+    "current_step",
     "disabled",
+    "dispatch",
     "eager",
     "explain",
     "register_op",
+    "step",
     "support_graph_compile",
 ]
 
 #: Where the names that need torch live.
 _LAZY = {
+    "CaptureSummary": "graphcap.compiler.frontend.serving",
+    "Dispatch": "graphcap.cudagraph.step",
+    "GraphKey": "graphcap.cudagraph.step",
+    "allow_capture": "graphcap.cudagraph.phase",
+    "capture": "graphcap.compiler.frontend.serving",
+    "current_step": "graphcap.cudagraph.step",
+    "dispatch": "graphcap.compiler.frontend.serving",
+    "step": "graphcap.cudagraph.step",
     "compile": "graphcap.compiler.frontend.api",
     "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",

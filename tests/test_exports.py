@@ -11,10 +11,13 @@ import graphcap
 
 PUBLIC = {
     "CUDAGraphMode",
+    "CaptureSummary",
     "CompilationMode",
     "Config",
     "ConfigError",
     "DimError",
+    "Dispatch",
+    "GraphKey",
     "GraphcapError",
     "GuardError",
     "MissingExtraError",
@@ -23,11 +26,16 @@ PUBLIC = {
     "StaleOutputError",
     "StepError",
     "__version__",
+    "allow_capture",
+    "capture",
     "compile",
+    "current_step",
     "disabled",
+    "dispatch",
     "eager",
     "explain",
     "register_op",
+    "step",
     "support_graph_compile",
 }
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.recorded import Recorded
-from graphcap.cudagraph.stats import PlanStats
+from graphcap.cudagraph.routes import Route
+from graphcap.cudagraph.stats import PlanStats, SizeHits
 
 
 class Unfit(enum.Enum):
@@ -24,20 +26,43 @@ class Plan:
     """A captured shape, ready to be replayed.
 
     Attributes:
+        route: what it is good for.
         replay: takes the tuple of arguments, returns the tuple of outputs or an :class:`Unfit`.
         source: of ``replay``.
         addresses: of the static inputs, by input; ``None`` elsewhere.
         recorded: what must stay alive.
         stats: for reports.
+        serving: the buffers of the step inputs that it reads, if any.
+        served: the ways to it from the calls that it serves.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
     """
 
+    route: Route
     replay: Callable[[tuple[Any, ...]], Any]
     source: str
     addresses: list[int | None]
     recorded: Recorded
     stats: PlanStats
+    serving: Serving | None = None
+    served: list[Served] = field(default_factory=list)
     num_changed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """The way from one kind of call to its plan.
+
+    Attributes:
+        replay: as :attr:`Plan.replay`, for calls of this kind.
+        plan: whose.
+        key: by which the runner finds it.
+        hits: counts the calls.
+    """
+
+    replay: Callable[[tuple[Any, ...]], Any]
+    plan: Plan
+    key: Hashable
+    hits: SizeHits
 
 
 def static_addresses(recorded: Recorded) -> list[int | None]:

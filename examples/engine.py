@@ -250,10 +250,10 @@ class Engine:
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model, telling graphcap what kind of batch it gets."""
-        sizes = (batch.num_tokens, batch.num_reqs, batch.uniform_query_len)
-        dispatch = graphcap.dispatch(self.model, *sizes)
+        kind = {name: getattr(batch, name) for name in ("num_tokens", "num_reqs", "uniform_query_len")}
+        dispatch = graphcap.dispatch(self.model, **kind)
         self.modes[dispatch.mode.name] += 1
-        with graphcap.step(*sizes, dispatch=dispatch, inputs=batch.inputs):
+        with graphcap.step(**kind, dispatch=dispatch, inputs=batch.inputs):
             return self.model(*batch.arguments)
 
     def step(self) -> list[Request]:
@@ -278,10 +278,11 @@ class Engine:
         """The most likely token after each row of hidden [num_reqs, hidden]."""
         return self.model.head(hidden).argmax(-1).tolist()
 
-    def make_inputs(self, key: graphcap.GraphKey) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """Arguments of this size that touch no request, for :func:`graphcap.capture`."""
+    def make_inputs(self, key: graphcap.GraphKey) -> tuple[tuple[Tensor, ...], dict[str, Any], dict[str, Any]]:
+        """A batch of this size that touches no request, for :func:`graphcap.capture`."""
         zeros = torch.zeros(key.num_tokens, dtype=torch.int64, device=self.device)
-        return (zeros, zeros, zeros - 1), {}
+        block_tables = zeros.new_zeros(key.num_reqs, self.model.sizes.max_len // BLOCK)
+        return (zeros, zeros, zeros - 1), {}, {"block_tables": block_tables, "prompts": []}
 
 
 def generate(engine: Engine, requests: list[tuple[list[int], int]]) -> list[list[int]]:
@@ -302,6 +303,7 @@ def main() -> None:
         expected = generate(Engine(model), requests)
         engine = Engine(model)
         engine.compile_model()
+        graphcap.capture(model, engine.make_inputs)
         tokens = generate(engine, requests)
     same = sum(mine == theirs for mine, theirs in zip(tokens, expected, strict=True))
     print(f"{same} of {len(requests)} requests have eager's tokens")

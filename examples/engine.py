@@ -280,9 +280,10 @@ class Engine:
 
     def make_inputs(self, key: graphcap.GraphKey) -> tuple[tuple[Tensor, ...], dict[str, Any], dict[str, Any]]:
         """A batch of this size that touches no request, for :func:`graphcap.capture`."""
-        zeros = torch.zeros(key.num_tokens, dtype=torch.int64, device=self.device)
-        block_tables = zeros.new_zeros(key.num_reqs, self.model.sizes.max_len // BLOCK)
-        return (zeros, zeros, zeros - 1), {}, {"block_tables": block_tables, "prompts": []}
+        # Three tensors: one tensor given twice would be another graph than the one that serves.
+        arguments = tuple(torch.full((key.num_tokens,), fill, device=self.device) for fill in (0, 0, -1))
+        block_tables = arguments[0].new_zeros(key.num_reqs, self.model.sizes.max_len // BLOCK)
+        return arguments, {}, {"block_tables": block_tables, "prompts": []}
 
 
 def generate(engine: Engine, requests: list[tuple[list[int], int]]) -> list[list[int]]:

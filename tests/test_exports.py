@@ -15,6 +15,7 @@ PUBLIC = {
     "CompilationMode",
     "Config",
     "ConfigError",
+    "Dim",
     "DimError",
     "Dispatch",
     "GraphKey",
@@ -34,8 +35,15 @@ PUBLIC = {
     "dispatch",
     "eager",
     "explain",
+    "hooks",
+    "memory",
+    "register_generator",
     "register_op",
     "step",
+    "release",
+    "reset",
+    "set_graph_pool",
+    "suggest_ladder",
     "support_graph_compile",
 }
 

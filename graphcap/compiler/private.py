@@ -98,6 +98,12 @@ def is_static_input(example: object) -> bool:
     return getattr(example, "_dynamo_static_input_type", None) is not None
 
 
+def marked_dims(example: object) -> list[int]:
+    """The dims of a tensor that ``mark_dynamic`` or ``mark_unbacked`` marked, in order; not those of ``maybe_``."""
+    marks = [getattr(example, name, ()) for name in ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices")]
+    return sorted(set().union(*marks))
+
+
 def symbol_expression(value: object) -> Any:
     """The sympy expression behind a SymInt, SymFloat or SymBool; ``None`` for anything else."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):

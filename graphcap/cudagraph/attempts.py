@@ -33,6 +33,7 @@ class Attempts:
         self._stats = stats
         self._failed = ""
         self._num_failures = 0
+        self._warned_of_memory = False
         self._refused: dict[Hashable, str] = {}
         self._sightings: dict[Hashable, int] = {}
 
@@ -57,6 +58,14 @@ class Attempts:
     def refuse(self, route: Route, reason: str) -> None:
         """Never capture a route."""
         self._refused[route.key] = reason
+
+    def note_no_memory(self, failure: Failure, reason: str) -> None:
+        """A capture ran out of memory: nothing is wrong with its steps."""
+        self._stats.failures.append(failure.reason)
+        if not self._warned_of_memory:
+            self._warned_of_memory = True
+            name = self._program.name
+            warnings.warn(f"graphcap: {name} runs without graphs where {reason}: {failure.reason}", stacklevel=2)
 
     def note_failure(self, failure: Failure) -> None:
         """A capture failed: its steps run live from now on, and after the second one nothing new is captured."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.budget import Holding
 from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.routes import Route
-from graphcap.cudagraph.stats import PlanStats, SizeHits
+from graphcap.cudagraph.stats import PlanStats, SizeStats
 
 
 class Unfit(enum.Enum):
@@ -32,6 +33,7 @@ class Plan:
         addresses: of the static inputs, by input; ``None`` elsewhere.
         recorded: what must stay alive.
         stats: for reports.
+        holding: what the plan holds of the device, in its account.
         serving: the buffers of the step inputs that it reads, if any.
         served: the ways to it from the calls that it serves.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
@@ -43,6 +45,7 @@ class Plan:
     addresses: list[int | None]
     recorded: Recorded
     stats: PlanStats
+    holding: Holding
     serving: Serving | None = None
     served: list[Served] = field(default_factory=list)
     num_changed: int = 0
@@ -56,13 +59,17 @@ class Served:
         replay: as :attr:`Plan.replay`, for calls of this kind.
         plan: whose.
         key: by which the runner finds it.
-        hits: counts the calls.
+        stats: of the plan.
+        holding: of the plan.
+        size: counts the calls of this size.
     """
 
     replay: Callable[[tuple[Any, ...]], Any]
     plan: Plan
     key: Hashable
-    hits: SizeHits
+    stats: PlanStats
+    holding: Holding
+    size: SizeStats
 
 
 def static_addresses(recorded: Recorded) -> list[int | None]:

@@ -15,6 +15,7 @@ from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.bindings import is_captured
 from graphcap.cudagraph.ladder import Ladder, requests_ladder
 from graphcap.cudagraph.ladders import ladders_of
+from graphcap.cudagraph.metadata import dims_of_step
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.program import Capture, InputKind, Program
 from graphcap.cudagraph.step import RUNTIME_MODES, Dispatch, GraphKey, step
@@ -73,6 +74,9 @@ class Router:
         symbols: what the sizes of a key are values of, in the order of the key.
         tokens: the symbol that counts tokens, ``None`` where there is none.
         reqs: the symbol that counts requests, ``None`` where there is none.
+        names: per symbol what the user calls it.
+        notes: what of the settings could not be used.
+        rung_of: takes sizes, returns those of the rung that covers them, ``None`` where the ladder does not.
     """
 
     def __init__(self, program: Program, config: Config, padding: Padding) -> None:
@@ -86,13 +90,15 @@ class Router:
         self._program = program
         self._config = config
         self._padding = padding
-        names = [TOKENS if symbol == self.tokens else self._names.get(symbol, symbol) for symbol in self.symbols]
-        padded = [name for name, symbol in zip(names, self.symbols, strict=True) if symbol in padding.symbols]
-        found = ladders_of(names, padded, config)
+        self.names = tuple(TOKENS if each == self.tokens else self._names.get(each, each) for each in self.symbols)
+        padded = [name for name, symbol in zip(self.names, self.symbols, strict=True) if symbol in padding.symbols]
+        found = ladders_of(self.names, padded, config)
+        self.notes = found.notes
+        self.rung_of = found.rung_of
         self._ladders = dict(zip(self.symbols, found.ladders, strict=True))
         self._decode_ladders: dict[int, Ladder] = {}
-        #: What of the settings could not be used.
-        self.notes = found.notes
+        # Where no argument carries the requests, inputs of the step may.
+        self._counts_reqs = any(REQS in dims.values() for dims in dims_of_step(config.dynamic_arg_dims).values())
         kinds = {each.capture for each in program.steps}
         self._has_uniform = not kinds.isdisjoint({Capture.UNIFORM, Capture.UNIFORM_SINGLE})
 
@@ -214,7 +220,7 @@ class Router:
         sizes |= fixed
         padded |= {symbol: size for symbol, size in fixed.items() if size != real[symbol]}
         named = {name: sizes[symbol] for symbol, name in self._names.items() if symbol in sizes}
-        said = batch.num_reqs if full and self.reqs not in sizes else None
+        said = batch.num_reqs if full and self._counts_reqs and self.reqs not in sizes else None
         if said is not None:
             tokens = sizes.get(self.tokens or "")
             said = tokens // length if length and tokens is not None else said

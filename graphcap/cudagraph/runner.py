@@ -8,8 +8,11 @@ the next such call is one look-up and one replay.
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
+import os
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -21,8 +24,10 @@ from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.bindings import Choice
+from graphcap.cudagraph.budget import Holding, Room, Usage
 from graphcap.cudagraph.capture import SegmentedCapture
 from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.handout import Policy
 from graphcap.cudagraph.layout import Layout, lay_out
 from graphcap.cudagraph.metadata import Serving, dims_of_step
 from graphcap.cudagraph.moves import MoveRecord
@@ -31,16 +36,18 @@ from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.phase import Phase, current_purpose
 from graphcap.cudagraph.plan import Plan, Served, Unfit, static_addresses
 from graphcap.cudagraph.program import InputKind, Program
-from graphcap.cudagraph.recorded import Failure, Recorded, describe
+from graphcap.cudagraph.recorded import Failure, Recorded
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.routes import FULL, Route, Router
-from graphcap.cudagraph.stats import PlanStats, RunnerStats, SizeHits
+from graphcap.cudagraph.stats import PlanStats, RunnerStats, SizeStats
 from graphcap.cudagraph.step import Dispatch, GraphKey, current, step
+from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
+
+_log = logging.getLogger("graphcap.cudagraph")
 
 _MAX_REPLACED = 2  #: how often a plan gives way to one for another layout of the inputs under the same key
 _MAX_SERVED = 65536  #: kinds of calls remembered
-_ELSEWHERE = "inside another capture or replay"
 
 
 class GraphRunner:
@@ -59,7 +66,9 @@ class GraphRunner:
         self._program = program
         self._device = device
         self._config = config
+        self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
         self.router = Router(program, config, Padding(program, config))
+        self.stats.dim_names = self.router.names
         self._sizes = _size_reader(program)
         self._served: dict[Hashable, Served] = {}
         self._plans: dict[Hashable, Plan] = {}
@@ -69,6 +78,8 @@ class GraphRunner:
         self._observations: dict[Hashable, Observation] = {}
         self._replaced: dict[Hashable, int] = {}
         self._moves = MoveRecord(program, config)
+        self._room = Room(device, config.max_graph_bytes)
+        self._tick = device.account.tick
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
         mutated = {slot for each in program.steps for slot in each.mutates}
         self._state = [i for i, spec in enumerate(program.inputs) if i in mutated and spec.kind is InputKind.STATIC]
@@ -93,7 +104,9 @@ class GraphRunner:
                 finally:
                     device.busy = False
         if result.__class__ is tuple:
-            served.hits.count += 1
+            served.stats.replays += 1
+            served.size.replays += 1
+            served.holding.last_use = self._tick()
             served.plan.num_changed = 0
             return result
         return self._unfit(served.plan, result, args, said)
@@ -122,19 +135,26 @@ class GraphRunner:
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""
         with self._device.lock:
+            if self._plans and self._device.enter():
+                self._device.wait()
             for plan in list(self._plans.values()):
                 self._drop(plan)
             self._servings.clear()
             self._arena = Arena(self._device)
+            self._room.clear()
+
+    def _why_not_here(self) -> str:
+        return self._device.unusable or "inside another capture or replay"
 
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
-        self.stats.note_live(reason, self._sizes(args))
+        self.stats.live_calls[reason] += 1
+        self._size_stats(self._sizes(args)).live += 1
         return self._program.run(*args)
 
     def _unfit(self, plan: Plan, why: Unfit | None, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """A plan exists and could not serve the call. Nothing has run yet."""
         if why is None:
-            return self._live(args, _ELSEWHERE)
+            return self._live(args, self._why_not_here())
         route = plan.route
         if why is Unfit.MOVED:
             self._moves.note(plan.addresses, args, self._calls(), self.stats)
@@ -162,8 +182,13 @@ class GraphRunner:
                 return self._approach(route, args, said)
         return self._live(args, reasons[0])
 
+    def _size_stats(self, sizes: Any) -> SizeStats:
+        sizes = sizes if isinstance(sizes, tuple) else (sizes,)
+        return self.stats.of_size(sizes, self.router.rung_of(sizes))
+
     def _barred(self, route: Route) -> str:
-        return self._attempts.barred(route, sum(not each.route.is_declared for each in self._plans.values()))
+        num_undeclared = sum(not each.route.is_declared for each in self._plans.values())
+        return self._attempts.barred(route, num_undeclared) or self._room.closed(route.key)
 
     def _serve(self, key: Hashable, plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep the way from this kind of call to its plan, and go it."""
@@ -172,10 +197,8 @@ class GraphRunner:
         replay = plan.replay
         if plan.serving is not None and len(plan.serving):
             replay = _with_inputs(replay, plan.serving)
-        sizes = self._sizes(args)
-        hits = SizeHits(sizes if isinstance(sizes, tuple) else (sizes,))
-        plan.stats.hits.append(hits)
-        self._served[key] = served = Served(replay, plan, key, hits)
+        size = self._size_stats(self._sizes(args))
+        self._served[key] = served = Served(replay, plan, key, plan.stats, plan.holding, size)
         plan.served.append(served)
         return self(*args)
 
@@ -196,20 +219,23 @@ class GraphRunner:
         serving = self._serving_of(route, said)
         with serving or contextlib.nullcontext():
             if known is None or known.signature != self._signature(route, args):
-                self.stats.note_live("warm-up", self._sizes(args))
+                self.stats.live_calls["warm-up"] += 1
+                self._size_stats(self._sizes(args)).live += 1
                 captured = self.router.captured(route)
                 self._observations[route.key], outputs = observe(self._program, args, self._device.device, captured)
                 return outputs
             device = self._device
             with device.lock:
                 if device.busy or not device.enter():
-                    return self._live(args, _ELSEWHERE)
+                    return self._live(args, self._why_not_here())
                 if route.key in self._plans:  # another thread was faster
                     return self(*args)
                 layout = self._lay_out(known, route)
                 if len(layout.live) == len(self._program.steps):
                     reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                     self._attempts.refuse(route, reason)
+                    return self._live(args, reason)
+                if reason := self._room.make(route.key):
                     return self._live(args, reason)
                 device.busy = True
                 try:
@@ -250,28 +276,41 @@ class GraphRunner:
         started = time.perf_counter()
         with contextlib.ExitStack() as session:
             try:
-                used = self._device.used_bytes()
+                before = self._device.usage()
                 pool = session.enter_context(self._device.session())
                 capture = SegmentedCapture(self._program, known, layout, self._device, pool, args)
                 capture.bind_inputs(self._arena)
             except Exception as error:  # nothing has run yet
-                self._attempts.note_failure(Failure((), describe(error)))
+                self._note_failure(route, Failure.of(error))
                 return self._live(args, "a capture could not begin")
             label = f"capturing {self._program.name}"
             bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
             session.enter_context(_frozen(serving))
             with torch.no_grad():
-                outputs, failure = capture.run(bar)
-        if failure is None:
-            recorded = capture.recorded
-            stats = _plan_stats(route, recorded, self._device.used_bytes() - used, time.perf_counter() - started)
-            self._add(route, recorded, stats, serving)
+                outputs, failure = capture.run(bar, self._policy)
+        if failure is not None:
+            self._note_failure(route, failure)
+            return outputs
+        recorded = capture.recorded
+        grown = self._device.usage().since(before)
+        holding = self._room.take(route.key, grown, _dropper(self, route.key))
+        if isinstance(holding, Holding):
+            stats = _plan_stats(route, recorded, grown, time.perf_counter() - started)
+            self._add(route, recorded, stats, holding, serving)
         else:
-            self._attempts.note_failure(failure)
+            _log.info("%s: the plan for %s was given up: %s", self._program.name, route.sizes, holding)
         return outputs
 
-    def _add(self, route: Route, recorded: Recorded, stats: PlanStats, serving: Serving | None) -> None:
-        at_end = self._device.at_end(recorded.segments)
+    def _note_failure(self, route: Route, failure: Failure) -> None:
+        if failure.out_of_memory:
+            self._attempts.note_no_memory(failure, self._room.out_of_memory(route.key))
+        else:
+            self._attempts.note_failure(failure)
+
+    def _add(
+        self, route: Route, recorded: Recorded, stats: PlanStats, holding: Holding, serving: Serving | None
+    ) -> None:
+        at_end = self._device.at_end(recorded.segments, recorded.outputs.lent())
         if at_end is not None:
             at_end()
 
@@ -282,7 +321,7 @@ class GraphRunner:
                 self._drop(plan)
 
         replay, stats.source = generate(recorded, at_end, mismatch)
-        plan = Plan(route, replay, stats.source, static_addresses(recorded), recorded, stats, serving)
+        plan = Plan(route, replay, stats.source, static_addresses(recorded), recorded, stats, holding, serving)
         self._plans[route.key] = plan
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self.stats.bindings = {spec.name: binding.value for spec, binding in bound}
@@ -333,7 +372,20 @@ def _size_reader(program: Program) -> Callable[[tuple[Any, ...]], Any]:
     return operator.itemgetter(*where) if where else lambda args: ()
 
 
-def _plan_stats(route: Route, recorded: Recorded, grown: int, seconds: float) -> PlanStats:
+def _dropper(runner: GraphRunner, key: Hashable) -> Callable[[], None]:
+    """How the account gives up a plan; it does not keep the runner alive."""
+    reference = weakref.ref(runner)
+
+    def drop() -> None:
+        runner = reference()
+        plan = None if runner is None else runner._plans.get(key)
+        if runner is not None and plan is not None:
+            runner._drop(plan)
+
+    return drop
+
+
+def _plan_stats(route: Route, recorded: Recorded, grown: Usage, seconds: float) -> PlanStats:
     steps, live = recorded.program.steps, recorded.layout.live
     return PlanStats(
         key=route.sizes,
@@ -341,6 +393,8 @@ def _plan_stats(route: Route, recorded: Recorded, grown: int, seconds: float) ->
         num_segments=len(recorded.segments),
         captured=[each.name for number, each in enumerate(steps) if number not in live],
         live={each.name: live[number] for number, each in enumerate(steps) if number in live},
-        bytes=grown,
+        bytes=grown.exclusive + grown.shared,
         seconds=seconds,
+        exclusive_bytes=grown.exclusive,
+        shared_bytes=grown.shared,
     )

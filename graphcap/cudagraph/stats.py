@@ -7,20 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-_MAX_SIZES = 65536
-
-
-@dataclass(slots=True)
-class SizeHits:
-    """Calls of one size that one plan has served.
-
-    Attributes:
-        sizes: of the key, as the calls had them.
-        count: how many calls.
-    """
-
-    sizes: tuple[int, ...]
-    count: int = 0
+_MAX_SIZES = 65536  #: sizes that are counted
 
 
 @dataclass(slots=True)
@@ -33,9 +20,12 @@ class PlanStats:
         num_segments: how many graphs one replay launches.
         captured: names of the steps inside the graphs.
         live: names of the steps that run live, each with the reason.
-        bytes: growth of device memory by the capture, graphs and pool together; shared memory counts for the first.
+        bytes: growth of device memory by the capture: the two below together.
+        exclusive_bytes: of it what goes when this plan goes: the executable graphs.
+        shared_bytes: of it what other plans use as well (pool, workspaces, static buffers); the first plan to need it
+            shows it.
         seconds: how long the capturing call took.
-        hits: how often the plan has run since, by the sizes of the calls.
+        replays: how often the plan has run since.
         source: the generated replay function.
     """
 
@@ -46,13 +36,27 @@ class PlanStats:
     live: dict[str, str]
     bytes: int
     seconds: float
-    hits: list[SizeHits] = field(default_factory=list)
+    replays: int = 0
     source: str = field(default="", repr=False)
+    exclusive_bytes: int = 0
+    shared_bytes: int = 0
 
-    @property
-    def replays(self) -> int:
-        """How often the plan has run since it was captured."""
-        return sum(each.count for each in self.hits)
+
+@dataclass(slots=True)
+class SizeStats:
+    """One size that batches really had, before padding.
+
+    Attributes:
+        size: one number per named dim, in the order of :attr:`RunnerStats.dim_names`.
+        rung: the sizes at which such a batch is captured; ``None`` where the ladder does not cover it.
+        replays: calls of this size that a plan served.
+        live: calls of this size without a graph, for whatever reason.
+    """
+
+    size: tuple[int, ...]
+    rung: tuple[int, ...] | None
+    replays: int = 0
+    live: int = 0
 
 
 @dataclass(slots=True)
@@ -65,10 +69,13 @@ class RunnerStats:
         failures: captures that failed, each with what happened.
         recaptures: plans captured again because a static address had moved.
         evictions: plans dropped.
-        retired: replays of plans that are no longer in ``plans``, by the sizes of the calls and of the plan.
-        live_sizes: calls without a graph, by size.
+        captures: plans that were ever added.
+        capture_seconds: how long their capturing calls took, together.
+        retired_replays: replays of plans that are no longer in ``plans``.
         bindings: how each input gets into the graph, by its name, for the latest plan.
         moves: how often the address of a static input changed, by its name.
+        dim_names: the dims of the sizes below.
+        sizes: a counter for each pair of a size that was seen and its rung; :meth:`of_size` makes them.
         on_plan: told of each plan when it has been captured.
     """
 
@@ -77,33 +84,42 @@ class RunnerStats:
     failures: list[str] = field(default_factory=list)
     recaptures: int = 0
     evictions: int = 0
-    retired: Counter[tuple[tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=Counter)
-    live_sizes: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    captures: int = 0
+    capture_seconds: float = 0.0
+    retired_replays: int = 0
     bindings: dict[str, str] = field(default_factory=dict)
     moves: Counter[str] = field(default_factory=Counter)
+    dim_names: tuple[str, ...] = ()
+    sizes: dict[tuple[Any, Any], SizeStats] = field(default_factory=dict)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
+
+    def of_size(self, size: tuple[int, ...], rung: tuple[int, ...] | None) -> SizeStats:
+        """The counter of one size. Keep it: a replay then costs one increment and no look-up.
+
+        Where 65536 are kept already, a new size gets one that no report shows: traffic must not fill the memory.
+        """
+        found = self.sizes.get((size, rung))
+        if found is None:
+            found = SizeStats(size, rung)
+            if len(self.sizes) < _MAX_SIZES:
+                self.sizes[size, rung] = found
+        return found
 
     def add(self, plan: PlanStats) -> None:
         """A plan can be replayed from now on."""
         self.plans.append(plan)
+        self.captures += 1
+        self.capture_seconds += plan.seconds
         if self.on_plan is not None:
             self.on_plan(plan)
 
     @property
     def replays(self) -> int:
         """Calls served by a plan, those that captured it not included."""
-        return self.retired.total() + sum(plan.replays for plan in self.plans)
-
-    def note_live(self, reason: str, sizes: Any) -> None:
-        """A call without a graph. Of sizes beyond the first :data:`_MAX_SIZES` only the reason is counted."""
-        self.live_calls[reason] += 1
-        sizes = sizes if isinstance(sizes, tuple) else (sizes,)
-        if sizes in self.live_sizes or len(self.live_sizes) < _MAX_SIZES:
-            self.live_sizes[sizes] += 1
+        return self.retired_replays + sum(plan.replays for plan in self.plans)
 
     def retire(self, plan: PlanStats) -> None:
         """Take a dropped plan out of the list, keeping its replays in the total."""
         self.plans = [each for each in self.plans if each is not plan]
-        for each in plan.hits:
-            self.retired[each.sizes, plan.key] += each.count
+        self.retired_replays += plan.replays
         self.evictions += 1

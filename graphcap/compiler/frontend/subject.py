@@ -94,11 +94,20 @@ def _codes(function: Any) -> Iterator[CodeType]:
             yield code
 
 
-def runners_of(target: Any) -> list[GraphRunner]:
-    """The graph runners of everything that was compiled for a target, in the order of compilation.
+def regions_of(target: Any) -> list[Region]:
+    """The regions that were traced from a target, or that compute with its parameters.
 
     Raises:
         TypeError: ``target`` is nothing that could have been compiled.
     """
     subject = subject_of(target)
-    return [runner for region in all_regions() if subject.owns(region) for runner in region.runners]
+    return [region for region in all_regions() if subject.owns(region)]
+
+
+def runners_of(target: Any) -> list[GraphRunner]:
+    """The graph runners of everything that was compiled for a target, in the order of compilation.
+
+    Raises:
+        TypeError: as for :func:`regions_of`.
+    """
+    return [runner for region in regions_of(target) for runner in region.runners]

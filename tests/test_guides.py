@@ -18,7 +18,19 @@ DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = sorted(DOCS.glob("*.md"))
 SETTINGS = {field.name for field in dataclasses.fields(Config)} | set(ALIASES)
 #: keywords of our functions that are no settings
-ARGUMENTS = {"backend", "mode", "model", "dynamic", "fullgraph", "enable_if", "tags", "inputs", "max_mode", "capture"}
+ARGUMENTS = {
+    "backend",
+    "mode",
+    "model",
+    "options",
+    "dynamic",
+    "fullgraph",
+    "enable_if",
+    "tags",
+    "inputs",
+    "max_mode",
+    "capture",
+}
 ARGUMENTS |= {"num_tokens", "num_reqs", "uniform_query_len", "mutates_args"}
 
 

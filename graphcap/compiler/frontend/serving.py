@@ -24,8 +24,12 @@ from graphcap.progress import Progress
 
 log = logging.getLogger(__name__)
 
-#: Takes a batch, returns the positional and keyword arguments of a call with such a batch.
-MakeInputs = Callable[[GraphKey], tuple[Sequence[Any], Mapping[str, Any]]]
+#: Takes a batch, returns the positional and keyword arguments of a call with such a batch, and the inputs of its step
+#: where ops of the model read any.
+MakeInputs = Callable[
+    [GraphKey],
+    tuple[Sequence[Any], Mapping[str, Any]] | tuple[Sequence[Any], Mapping[str, Any], Mapping[str, Any]],
+]
 
 #: State that a ladder's calls write into is kept and put back up to this part of a gibibyte.
 _STATE_BYTES = 2**28
@@ -93,7 +97,8 @@ def capture(model: Any, make_inputs: MakeInputs) -> CaptureSummary:
     Args:
         model: what :func:`graphcap.compile` or ``@support_graph_compile`` compiled.
         make_inputs: called inside of ``graphcap.step(key)`` afresh for each warm-up and for the capture, so that
-            nothing can be frozen that changes from call to call.
+            nothing can be frozen that changes from call to call. Gives ``(args, kwargs)``, or ``(args, kwargs,
+            inputs)`` where ops of the model read ``graphcap.current_step().inputs``.
 
     Returns:
         What was captured, what was not and why, and what it took.
@@ -166,11 +171,10 @@ class _Calls:
         self._call(fewer, Phase.WARM_UP)
 
     def _call(self, key: GraphKey, phase: Phase) -> None:
-        with step(key=key) as said:
-            args, kwargs = self._make_inputs(key)
-            with in_phase(phase, self._keeper):
-                self._model(*args, **kwargs)
-            del said
+        with step(key=key):
+            args, kwargs, *rest = self._make_inputs(key)
+        with step(key=key, inputs=rest[0] if rest else None), in_phase(phase, self._keeper):
+            self._model(*args, **kwargs)
 
 
 def _config_of(model: Any) -> Config:

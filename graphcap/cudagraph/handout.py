@@ -17,7 +17,7 @@ import torch
 from graphcap.config import Config
 from graphcap.cudagraph.arena import aligned_block, span_bytes
 from graphcap.cudagraph.device import GraphDevice
-from graphcap.cudagraph.private import fixed_storage, over_storage, same_memory
+from graphcap.cudagraph.private import fixed_storage, over_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Lent:
         def hand_out() -> list[torch.Tensor]:
             # Autograd may have saved one for a backward pass: it then reports that the value has changed.
             torch.autograd.graph.increment_version(lent)
-            return [same_memory(block) for block in lent]
+            return [block.detach() for block in lent]
 
         return hand_out
 
@@ -107,7 +107,7 @@ class Ring:
             turn = self._turn = (self._turn + 1) % num_turns
             for copy in copies[turn]:
                 copy()
-            return [same_memory(target) for target in turns[turn]]
+            return [target.detach() for target in turns[turn]]
 
         return hand_out
 

@@ -55,15 +55,6 @@ def fixed_storage(memory: torch.Tensor) -> torch.UntypedStorage:
         return dlpack.from_dlpack(torch._C._to_dlpack(memory)).untyped_storage()
 
 
-def same_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A new plain tensor over the same storage with the same version counter.
-
-    It is no view, as far as autograd can tell, and its size, strides and ``requires_grad`` are its own; ``detach()``
-    would make one that refuses ``t_()`` and the like.
-    """
-    return torch.Tensor._make_subclass(torch.Tensor, tensor)
-
-
 def current_raw_stream() -> Callable[[int], int]:
     """The function that takes a device index and returns the handle of its current stream."""
     return torch._C._cuda_getCurrentRawStream

@@ -90,7 +90,7 @@ def test_failing_capture_hook_is_named_and_the_model_runs_on(register):
         with pytest.warns(UserWarning, match="captures failed 2 times"):
             for _ in range(6):
                 x = randn(2)
-                assert torch.equal(runner(x)[0], x + 3)
+                assert torch.allclose(runner(x)[0], x + 3)
     finally:
         handle.remove()
     assert runner.stats.plans == []

@@ -88,9 +88,10 @@ def relations(args, outputs):
     mode=st.sampled_from(["PIECEWISE", "FULL", "AUTO"]),
     moves=st.lists(st.sampled_from(["apart", "slices", "twice", "weight"]), min_size=1, max_size=2),
     limit=st.sampled_from([8, 2**20]),
+    verify=st.sampled_from([False, True, 1]),
 )
-def test_any_program_is_what_it_is_live(program, mode, moves, limit):
-    runner = runner_of(program, cudagraph_mode=mode, max_copy_bytes=limit)
+def test_any_program_is_what_it_is_live(program, mode, moves, limit, verify):
+    runner = runner_of(program, cudagraph_mode=mode, max_copy_bytes=limit, verify=verify)
     weight = torch.ones(5)
     kept = []
     for call in range(NUM_CALLS):
@@ -105,3 +106,5 @@ def test_any_program_is_what_it_is_live(program, mode, moves, limit):
     for _, _, got, expected in kept[-1:]:
         assert all(map(torch.equal, got, expected))
     assert not runner.stats.failures
+    assert not runner.stats.divergences
+    assert not runner.stats.unchecked

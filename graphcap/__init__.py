@@ -24,6 +24,7 @@ from graphcap.errors import (
 
 if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
+    from graphcap.compiler.debug.profile import profile
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
     from graphcap.compiler.rules import eager, register_op
@@ -48,6 +49,7 @@ __all__ = [
     "disabled",
     "eager",
     "explain",
+    "profile",
     "register_op",
     "support_graph_compile",
 ]
@@ -58,6 +60,7 @@ _LAZY = {
     "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",
     "explain": "graphcap.compiler.debug.explain",
+    "profile": "graphcap.compiler.debug.profile",
     "register_op": "graphcap.compiler.rules",
     "support_graph_compile": "graphcap.compiler.frontend.decorator",
 }

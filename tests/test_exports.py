@@ -27,6 +27,7 @@ PUBLIC = {
     "disabled",
     "eager",
     "explain",
+    "profile",
     "register_op",
     "support_graph_compile",
 }

@@ -7,7 +7,7 @@ import logging
 import operator
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class GraphRunner:
 
     Attributes:
         stats: counters and the list of plans.
-        inspector: looks into replays; to exchange it, drop the plans (:meth:`release`) as well.
+        inspector: looks into the replays of every plan that is captured from now on.
     """
 
     def __init__(self, program: Program, device: GraphDevice, config: Config) -> None:
@@ -98,6 +98,31 @@ class GraphRunner:
             for key in list(self._plans):
                 self._drop(key)
             self._arena = Arena(self._device)
+
+    @contextlib.contextmanager
+    def inspected(self, inspector: Inspector) -> Iterator[None]:
+        """Within this block calls make plans of their own, for ``inspector`` to look into; the others return at its
+        end."""
+        with self._device.lock:
+            plans, before = self._plans, self.inspector
+            self._plans, self.inspector = {}, inspector
+        try:
+            yield
+        finally:
+            with self._device.lock:
+                for key in list(self._plans):
+                    self._drop(key)
+                self._plans, self.inspector = plans, before
+
+    @property
+    def program(self) -> Program:
+        """What is called."""
+        return self._program
+
+    @property
+    def device(self) -> GraphDevice:
+        """Where it is captured."""
+        return self._device
 
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
         self.stats.live_calls[reason] += 1

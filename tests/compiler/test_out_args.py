@@ -119,3 +119,48 @@ def test_an_op_for_uniform_batches_runs_live_where_nobody_said_that_the_batch_is
     (plan,) = region.runners[0].stats.plans
     assert list(plan.live.values()) == ["graphcap_test_out::attend is registered with capture='uniform_batch'"]
     assert "uniform only" in str(graphcap.explain())
+
+
+def test_the_report_names_what_differed_and_what_was_not_compared() -> None:
+    graphcap.register_op(attend, capture="always")
+    region = replayed(torch.ops.graphcap_test_out.attend)
+    stats = region.runners[0].stats
+    stats.divergences.append("piece_1: result 0 of a replay differs from a live run")
+    stats.unchecked["ns::other"] = "it writes into 9000 MiB"
+    report = next(each for each in graphcap.explain().regions if each.name == region.name)
+    assert report.divergences == ("piece_1: result 0 of a replay differs from a live run",)
+    assert report.unchecked == {"ns::other": "it writes into 9000 MiB"}
+    text = str(graphcap.explain())
+    assert "  diverged      piece_1: result 0 of a replay differs" in text
+    assert "  unchecked     ns::other, captured on trust: it writes into 9000 MiB" in text
+
+
+SCALE = {"now": 1.0}
+
+
+@torch.library.custom_op("graphcap_test_out::scaled", mutates_args=())
+def scaled(x: Tensor) -> Tensor:
+    return x * SCALE["now"]
+
+
+@scaled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_an_op_that_was_declared_wrongly_is_found_on_a_gpu(compiler: str) -> None:
+    graphcap.register_op(scaled, capture="always")
+
+    def model(x: Tensor) -> Tensor:
+        return torch.relu(torch.ops.graphcap_test_out.scaled(x + 1)) * 2
+
+    fast = torch.compile(model, backend="graphcap", options={"compiler": compiler})
+    with torch.inference_mode():
+        for call in range(8):
+            SCALE["now"] = 1.0 + call
+            x = torch.randn(4, 8, device="cuda")
+            torch.testing.assert_close(fast(x), model(x))
+    (report,) = graphcap.explain(fast).regions
+    assert "graphcap_test_out::scaled" in report.divergences[0]

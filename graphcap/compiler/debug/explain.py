@@ -44,6 +44,16 @@ def explain(target: Any = None) -> Report:
     return Report(subject.name, found, message, notes)
 
 
+def regions_of(target: Any) -> list[Region]:
+    """The regions that were compiled for a target, oldest first.
+
+    Raises:
+        TypeError: ``target`` is nothing that could have been compiled.
+    """
+    subject = _subject(target)
+    return [region for region in all_regions() if subject.owns(region)]
+
+
 @dataclass
 class _Subject:
     """What identifies the regions of a target.

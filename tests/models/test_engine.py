@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import graphcap
@@ -28,6 +28,7 @@ def decoder() -> Decoder:
 
 @settings(max_examples=15, deadline=None)
 @given(requests=REQUESTS, max_num_reqs=st.integers(1, 5), max_num_tokens=st.integers(5, 24))
+@example(requests=[([1, 2, 3, 4, 5], 2), ([6, 7, 8], 2)], max_num_reqs=2, max_num_tokens=6)  # a chunk of one token
 def test_a_request_is_served_as_if_alone(
     requests: list[tuple[list[int], int]], max_num_reqs: int, max_num_tokens: int
 ) -> None:

@@ -277,6 +277,7 @@ _KIND_OF_NAME: dict[str, Kind] = {
     "guards": values.one_of("full", "sealed"),
     "fallback": values.one_of("eager", "breakable"),
     "dynamic_arg_dims": values.optional(values.MAPPING),
+    "pad": values.FILLS,
     "capture_sizes": values.optional(values.LADDERS),
     "max_num_reqs": values.optional(values.at_least(1)),
     "max_padding_ratio": values.RATIO,

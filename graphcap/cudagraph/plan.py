@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.fitted import Fitter
 from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.stats import PlanStats
 
@@ -30,6 +31,7 @@ class Plan:
         recorded: what must stay alive.
         stats: for reports.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
+        fitter: of a padded plan.
     """
 
     replay: Callable[[tuple[Any, ...]], Any]
@@ -38,6 +40,11 @@ class Plan:
     recorded: Recorded
     stats: PlanStats
     num_changed: int = 0
+    fitter: Fitter | None = None
+
+    def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
+        """The replay for a call of these sizes, by symbol. To be kept by the caller: a look-up is all it costs then."""
+        return self.replay if self.fitter is None else self.fitter.fit(real)
 
 
 def static_addresses(recorded: Recorded) -> list[int | None]:

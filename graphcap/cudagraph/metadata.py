@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graphcap.cudagraph.padding import fill_around
+from graphcap.cudagraph.corner import fill_around
 from graphcap.cudagraph.step import StepInputs, serving_now
 from graphcap.errors import StepError
 

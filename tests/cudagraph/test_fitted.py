@@ -132,6 +132,19 @@ def test_a_replay_that_fails_in_a_copy_leaves_nobody_as_holder() -> None:
     assert bool((seen[-1][2:] == -7).all())
 
 
+def test_an_exact_plan_in_between_costs_the_padding_nothing_but_a_refill() -> None:
+    """Both copy into the same memory."""
+    calls, seen = plain(-7)
+    exact = calls.capture_exact([2, rows(2) + 3])
+    assert calls.arena.buffers([rows(4)])[1].data_ptr() == calls.plans[(4,)].recorded.blocks[0].data_ptr()
+    for n in (1, 1, 3):
+        x = rows(n)
+        torch.testing.assert_close(calls(n, x)[0], x + 1, rtol=0, atol=0)
+        assert bool((seen[-1][n:] == -7).all())
+        with torch.no_grad():
+            torch.testing.assert_close(exact.fit({"n": 2})((2, y := rows(2)))[0], y + 1, rtol=0, atol=0)
+
+
 def test_the_rung_itself_is_the_plain_replay_and_fits_are_kept() -> None:
     calls, _ = plain()
     plan = calls.plans[(4,)]

@@ -248,16 +248,12 @@ class Padding:
 
 
 def _declared_names(program: Program) -> dict[str, str]:
-    """The symbols that are the size of a declared dim, each with a name; one that is the symbol itself comes first."""
-    found = [
-        (size, name)
-        for spec in program.inputs
-        for dim, name in spec.dim_names.items()
-        if dim < len(spec.sizes) and isinstance(size := spec.sizes[dim], Size)
-    ]
+    """The symbols that declared dims follow, each with the first name."""
     names: dict[str, str] = {}
-    for size, name in sorted(found, key=lambda each: (each[0].scale, each[0].offset) != (1, 0)):
-        names.setdefault(size.symbol, name)
+    for spec in program.inputs:
+        for dim, name in spec.dim_names.items():
+            if dim < len(spec.sizes) and isinstance(size := spec.sizes[dim], Size):
+                names.setdefault(size.symbol, name)
     return names
 
 

@@ -120,6 +120,20 @@ class PaddedCalls:
         self.plans[tuple(rung.values())] = plan
         return handed
 
+    def capture_exact(self, args: Sequence[Any]) -> Plan:
+        """A plan for the very sizes of a call, beside the padded ones."""
+        seen, _ = observe(self.program, cloned(args), CPU)
+        layout = lay_out(self.program, seen, Choice(self.full, {}, (), (), self.config.max_copy_bytes))
+        with self.device.session() as pool, torch.no_grad():
+            capture = SegmentedCapture(self.program, seen, layout, self.device, pool, args)
+            capture.bind_inputs(self.arena)
+            _, failure = capture.run(SILENT)
+        assert failure is None, failure
+        recorded = capture.recorded
+        replay, source = generate(recorded, self.device.at_end(recorded.segments), self.mismatches.append, self.arena)
+        stats = PlanStats((), "", 0, [], {}, 0, 0.0)
+        return Plan(replay, source, static_addresses(recorded), recorded, stats)
+
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         real = self.padding.sizes(args)
         assert real is not None

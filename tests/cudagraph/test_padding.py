@@ -180,6 +180,14 @@ def test_a_number_that_follows_the_size_is_padded_with_it() -> None:
     assert padding_of(program).pad([3, 4, torch.ones(4)], {"n": 8})[:2] == [8, 9]
 
 
+def test_a_size_that_does_not_fit_its_formula_contradicts() -> None:
+    region = PaddedRegion()
+    region.specs[0] = InputSpec("m", InputKind.SCALAR, symbol="2*n", in_key=True, sizes=(Size("n", 2),))
+    program = region.program(plus_one(region, region.rows("x", size=Size("n", 2))), sizes=[(Size("n", 2),)])
+    padding = padding_of(program)
+    assert (padding.sizes([6]), padding.sizes([5])) == ({"n": 3}, None)
+
+
 def test_a_dim_with_a_max_is_always_that_large() -> None:
     region = PaddedRegion()
     region.size("blocks")

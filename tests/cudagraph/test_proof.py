@@ -250,7 +250,8 @@ def test_a_written_input_that_is_padded_itself() -> None:
 def test_random_numbers_are_drawn_once() -> None:
     region = PaddedRegion()
     x = region.rows("x", WIDTH)
-    program = region.program(region.step(lambda x: x * 1 + torch.rand(1) * 0, x), sizes=[(N, WIDTH)])
+    drawn = region.step(lambda x: x * 1 + torch.rand(1), x)
+    program = region.program(region.step(lambda x: x + 0 * torch.rand(len(x) * 99).sum(), drawn), sizes=[(N, WIDTH)])
     values = rows(3)
     torch.manual_seed(0)
     proof = proof_of(program, [3, values], 4)
@@ -302,6 +303,14 @@ def test_strides_that_follow_the_padded_size_are_refused() -> None:
     wide = region.step(lambda x: x.t().repeat(1, 2), x)
     part = region.step(lambda w, n: w[:, :n], wide, 0)
     assert "another form" in proof_of(region.program(part, sizes=[(WIDTH, N)]), [3, rows(3)], 4).reason
+
+
+def test_outputs_that_share_memory_in_one_size_only_are_refused() -> None:
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    pair = region.step(lambda x, n: (y := x + 1, y if n < 4 else y.clone()), x, 0, writes=2)
+    verdict = proof_of(region.program(*pair, sizes=[(N, WIDTH), (N, WIDTH)]), [3, rows(3)], 4)
+    assert "share memory with each other" in verdict.reason
 
 
 def test_a_padded_call_that_fails_is_a_refusal() -> None:

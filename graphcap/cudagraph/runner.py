@@ -154,7 +154,7 @@ class GraphRunner:
     def _serve(self, key: Hashable, plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep the way from this kind of call to its plan, and go it."""
         replay = plan.fit(self.padding.sizes(args) or {})
-        if plan.serving is not None and len(plan.serving):
+        if plan.serving is not None and plan.serving.is_used:
             replay = _with_inputs(replay, plan.serving)
         self._table.lead(Served(replay, plan, key, plan.stats, plan.holding, self._size_stats(args)))
         return self(*args)

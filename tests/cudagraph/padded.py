@@ -20,6 +20,7 @@ from graphcap.cudagraph.observe import observe
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.plan import Plan, static_addresses
 from graphcap.cudagraph.proof import Verdict, prove, warm_up_padded
+from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.routes import FULL, Batch, Route
 from graphcap.cudagraph.simulated import SimulatedDevice
@@ -113,12 +114,16 @@ class PaddedCalls:
         handed = self.padding.hand_back(args, padded, outputs, known)
         at_end()
         replay, source = generate(recorded, at_end, self.mismatches.append, self.arena, fitter)
+        self.plans[tuple(rung.values())] = self._plan(rung, replay, source, recorded, fitter)
+        return handed
+
+    def _plan(
+        self, rung: Mapping[str, int], replay: Any, source: str, recorded: Recorded, fitter: Fitter | None
+    ) -> Plan:
         route = Route(FULL, Batch(), tuple(rung.values()), rung, {}, True)
         stats = PlanStats((), "", 0, [], {}, 0, 0.0)
         holding = self.device.account.open(0, self.device, lambda: None)
-        plan = Plan(route, replay, source, static_addresses(recorded), recorded, stats, holding, fitter=fitter)
-        self.plans[tuple(rung.values())] = plan
-        return handed
+        return Plan(route, replay, source, static_addresses(recorded), recorded, stats, holding, fitter=fitter)
 
     def capture_exact(self, args: Sequence[Any]) -> Plan:
         """A plan for the very sizes of a call, beside the padded ones."""
@@ -127,12 +132,12 @@ class PaddedCalls:
         with self.device.session() as pool, torch.no_grad():
             capture = SegmentedCapture(self.program, seen, layout, self.device, pool, args)
             capture.bind_inputs(self.arena)
-            _, failure = capture.run(SILENT)
+            _, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         recorded = capture.recorded
-        replay, source = generate(recorded, self.device.at_end(recorded.segments), self.mismatches.append, self.arena)
-        stats = PlanStats((), "", 0, [], {}, 0, 0.0)
-        return Plan(replay, source, static_addresses(recorded), recorded, stats)
+        at_end = self.device.at_end(recorded.segments, recorded.outputs.lent())
+        replay, source = generate(recorded, at_end, self.mismatches.append, self.arena)
+        return self._plan({}, replay, source, recorded, None)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         real = self.padding.sizes(args)

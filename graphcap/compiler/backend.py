@@ -6,7 +6,7 @@ step                   room
 who asks, which sizes  ``region.py``, ``symbols.py``
 where to cut           ``rules.py`` (which ops), ``partition.py`` (grouping), ``split.py`` (graph modules)
 compile each piece     ``pieces.py``, ``canonical.py`` (twins, key), ``inductor.py``, the ``passes`` and ``cache`` rooms
-sew together           ``stitch.py``
+sew together           ``stitch.py``, ``dims.py`` (what the user declared about sizes)
 capture and replay     the ``cudagraph`` room
 show it                the ``debug`` folder
 =====================  ==================================================================================
@@ -25,6 +25,7 @@ from torch import fx
 from graphcap.compiler import nodes
 from graphcap.compiler.bypass import reason_to_bypass, run_bypass
 from graphcap.compiler.debug import dump
+from graphcap.compiler.dims import GraphDims, read_dims
 from graphcap.compiler.frontend.target import will_retry
 from graphcap.compiler.inputs import name_inputs
 from graphcap.compiler.partition import partition
@@ -101,7 +102,8 @@ def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Re
     compiled = compile_pieces(pieces, config, home_device(devices))
     region.record_pieces(pieces, compiled, sizes)
 
-    program, region.source = build_program(region.name, gm.graph, pieces, compiled, example_inputs, sizes)
+    dims = read_dims(gm.graph, example_inputs, config.dynamic_arg_dims)
+    program, region.source = build_program(region.name, gm.graph, pieces, compiled, example_inputs, sizes, dims)
     run = capturing(program, device, region)
     run = with_special_sizes(run, gm.graph, pieces, example_inputs, sizes, region, device)
 
@@ -130,7 +132,8 @@ def with_special_sizes(
     special = {}
     for size in config.compile_sizes:
         compiled = compile_pieces(pieces, config, home_device(devices_of(graph)), at=(symbol, size))
-        program, _ = build_program(f"{region.name}_at_{size}", graph, pieces, compiled, example_inputs, sizes)
+        name, dims = f"{region.name}_at_{size}", GraphDims()  # no dim is declared: this code is for one size
+        program, _ = build_program(name, graph, pieces, compiled, example_inputs, sizes, dims)
         special[size] = capturing(program, device, region)
         region.notes.append(f"compiled for {symbol} = {size} too")
     return by_size(general, special, position_of(symbol, [n for n in graph.nodes if n.op == "placeholder"]))
@@ -151,7 +154,7 @@ def capture_device(devices: set[torch.device], config: Config) -> tuple[GraphDev
     """The device that captures, or ``None`` and the reason why nothing is captured."""
     if config.cudagraph_mode is CUDAGraphMode.NONE:
         return None, f"cudagraph_mode=NONE ({config.origin('cudagraph_mode')})"
-    return device_for(devices, config.simulate)
+    return device_for(devices, config.simulate, private=config.pool == "private")
 
 
 def capturing(program: Program, device: GraphDevice | None, region: Region) -> Callable[..., Any]:

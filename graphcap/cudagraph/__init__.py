@@ -21,12 +21,15 @@ from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, In
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.step import Dispatch, GraphKey, step
 
 __all__ = [
     "Binding",
     "Capture",
     "Constant",
     "DimSize",
+    "Dispatch",
+    "GraphKey",
     "GraphDevice",
     "GraphRunner",
     "InputKind",
@@ -39,4 +42,5 @@ __all__ = [
     "Step",
     "device_for",
     "graph_runner",
+    "step",
 ]

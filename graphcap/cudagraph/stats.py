@@ -15,12 +15,15 @@ class PlanStats:
     """One captured shape.
 
     Attributes:
-        key: the values of the inputs that are part of the key.
+        key: the sizes that it was captured at; ``None`` for one that it does not depend on.
         mode: ``"FULL"`` or ``"PIECEWISE"``: what was asked of this plan.
         num_segments: how many graphs one replay launches.
         captured: names of the steps inside the graphs.
         live: names of the steps that run live, each with the reason.
-        bytes: growth of device memory by the capture, graphs and pool together; shared memory counts for the first.
+        bytes: growth of device memory by the capture: the two below together.
+        exclusive_bytes: of it what goes when this plan goes: the executable graphs.
+        shared_bytes: of it what other plans use as well (pool, workspaces, static buffers); the first plan to need it
+            shows it.
         seconds: how long the capturing call took.
         replays: how often the plan has run since.
         source: the generated replay function.
@@ -35,6 +38,8 @@ class PlanStats:
     seconds: float
     replays: int = 0
     source: str = field(default="", repr=False)
+    exclusive_bytes: int = 0
+    shared_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -71,6 +76,9 @@ class RunnerStats:
         moves: how often the address of a static input changed, by its name.
         dim_names: the dims of the sizes below.
         sizes: a counter for each pair of a size that was seen and its rung; :meth:`of_size` makes them.
+        divergences: replays that differed from a live run, one line for each step.
+        unchecked: operations captured on trust, or steps, that could not be compared with a live run, each with the
+            reason.
         on_plan: told of each plan when it has been captured.
     """
 
@@ -86,6 +94,8 @@ class RunnerStats:
     moves: Counter[str] = field(default_factory=Counter)
     dim_names: tuple[str, ...] = ()
     sizes: dict[tuple[Any, Any], SizeStats] = field(default_factory=dict)
+    divergences: list[str] = field(default_factory=list)
+    unchecked: dict[str, str] = field(default_factory=dict)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
 
     def of_size(self, size: tuple[int, ...], rung: tuple[int, ...] | None) -> SizeStats:

@@ -167,7 +167,7 @@ def test_register_op_refuses_what_names_no_op(op: Any) -> None:
 
 
 def test_register_op_refuses_an_unknown_policy() -> None:
-    with pytest.raises(ConfigError, match="'always' or 'never'"):
+    with pytest.raises(ConfigError, match="valid are: 'always', 'uniform_batch'"):
         register_op("a::b", capture="sometimes")  # type: ignore[arg-type]
 
 

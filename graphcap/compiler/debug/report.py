@@ -44,7 +44,8 @@ class PieceReport:
     Attributes:
         name: ``"piece_3"``, in execution order.
         kind: ``"captured"``, ``"compiled"`` (by Inductor, run live) or ``"eager"`` (as it is).
-        capture: whether a CUDA graph may hold it: ``"always"``, ``"full"`` (in FULL only), ``"never"``.
+        capture: whether a CUDA graph may hold it: ``"always"``, ``"full"`` (in FULL only), ``"uniform_batch"``,
+            ``"uniform_single_token"`` (in FULL plans of such batches only), ``"never"``.
         reason: why it was cut out or runs live, ``""`` otherwise.
         module_path: the module that wrote its first operation: ``"model.layers.3.self_attn"``.
         source: ``file:line`` of its first operation.
@@ -128,6 +129,8 @@ class RegionReport:
         replays: calls served by a plan, dropped plans included.
         live_calls: reason -> calls without a graph.
         failures: captures that failed.
+        divergences: replays that differed from a live run; what is named there runs live since.
+        unchecked: operations captured on trust that were not compared with a live run, each with the reason.
         recaptures: plans captured again because an address had moved; ``moves`` counts by input.
         evictions: plans dropped.
         bindings: input -> how it gets into the latest plan (``"static"``, ``"copied"``...).
@@ -155,6 +158,8 @@ class RegionReport:
     replays: int
     live_calls: dict[str, int]
     failures: tuple[str, ...]
+    divergences: tuple[str, ...]
+    unchecked: dict[str, str]
     recaptures: int
     evictions: int
     moves: dict[str, int]

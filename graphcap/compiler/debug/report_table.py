@@ -96,18 +96,26 @@ def _piece_table(pieces: Sequence[PieceReport]) -> Iterator[str]:
 def _legend(pieces: Sequence[PieceReport]) -> Iterator[str]:
     if any(piece.capture == "full" for piece in pieces):
         yield from wrap("FULL only: part of the graph in a FULL plan, live in a PIECEWISE one", " " * 8, " " * 10)
+    if any(piece.capture in _UNIFORM for piece in pieces):
+        kinds = "whose requests all bring as many tokens, or one"
+        text = f"uniform only, 1-token only: part of the graph in a FULL plan for batches {kinds}; live elsewhere"
+        yield from wrap(text, " " * 8, " " * 10)
 
 
+_UNIFORM = {"uniform_batch": "uniform only", "uniform_single_token": "1-token only"}
 _CODE = {"eager": "as it is", "failed": "as it is"}
 _ORDINARY_NOTES = {"cache miss: absent", "cache off"}
 
 
 def how_it_runs(piece: PieceReport) -> str:
-    """``"captured"``, ``"FULL only"`` (captured in FULL, else live), ``"live, compiled"`` or ``"live"``."""
+    """``"captured"``, ``"FULL only"`` (captured in FULL, else live), ``"uniform only"`` (captured in FULL where every
+    request brings as many tokens, or one), ``"live, compiled"`` or ``"live"``."""
     if piece.capture == "always":
         return "captured"
     if piece.capture == "full":
         return "FULL only"
+    if piece.capture in _UNIFORM:
+        return _UNIFORM[piece.capture]
     return "live, compiled" if piece.kind == "compiled" else "live"
 
 
@@ -185,6 +193,10 @@ def _graphs(region: RegionReport) -> Iterator[str]:
         yield from row("failed", f"a capture: {failure}")
     for alert in region.alerts:
         yield from row("alert", alert)
+    for divergence in region.divergences:
+        yield from row("diverged", divergence)
+    for name, reason in region.unchecked.items():
+        yield from row("unchecked", f"{name}, captured on trust: {reason}")
     yield from _inputs(region)
 
 

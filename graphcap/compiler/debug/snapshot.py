@@ -35,6 +35,8 @@ def snapshot(region: Region) -> RegionReport:
         plans=tuple(_plan(plan) for stats in all_stats for plan in stats.plans),
         replays=sum(stats.replays for stats in all_stats),
         failures=tuple(failure for stats in all_stats for failure in stats.failures),
+        divergences=tuple(text for stats in all_stats for text in stats.divergences),
+        unchecked={name: reason for stats in all_stats for name, reason in stats.unchecked.items()},
         recaptures=sum(stats.recaptures for stats in all_stats),
         evictions=sum(stats.evictions for stats in all_stats),
         settings=_settings(region.config),

@@ -176,7 +176,7 @@ def test_settings_that_say_eager_are_named() -> None:
 
 @pytest.mark.parametrize("target", [3, "model", Stack])
 def test_what_cannot_have_been_compiled_is_refused(target: Any) -> None:
-    with pytest.raises(TypeError, match="explain: "):
+    with pytest.raises(TypeError, match="graphcap: "):
         graphcap.explain(target)
 
 

@@ -21,6 +21,7 @@ import torch
 from graphcap import native
 from graphcap.cache_root import cache_root
 from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph.alerts import warn_once
 from graphcap.cudagraph.annotate import annotate
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.attempts import Attempts
@@ -50,6 +51,7 @@ _log = logging.getLogger("graphcap.cudagraph")
 
 _MAX_REPLACED = 2  #: how often a plan gives way to one for another layout of the inputs under the same key
 _MAX_SERVED = 65536  #: kinds of calls remembered
+_ALERT_EVERY = 128  #: live calls between two looks at the counters
 
 
 class GraphRunner:
@@ -152,7 +154,9 @@ class GraphRunner:
 
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
         self.stats.live_calls[reason] += 1
-        self._size_stats(self._sizes(args)).live += 1
+        self._size_stats(args).live += 1
+        if self.stats.live_calls.total() % _ALERT_EVERY == 0:
+            warn_once(self._program.name, self.stats)
         return self._program.run(*args)
 
     def _unfit(self, plan: Plan, why: Unfit | None, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
@@ -186,9 +190,11 @@ class GraphRunner:
                 return self._approach(route, args, said)
         return self._live(args, reasons[0])
 
-    def _size_stats(self, sizes: Any) -> SizeStats:
-        sizes = sizes if isinstance(sizes, tuple) else (sizes,)
-        return self.stats.of_size(sizes, self.router.rung_of(sizes))
+    def _size_stats(self, args: tuple[Any, ...], route: Route | None = None) -> SizeStats:
+        """The counter of a call: at the sizes of the route that serves it, or else of the rung that would."""
+        found = self._sizes(args)
+        sizes = found if isinstance(found, tuple) else (found,)
+        return self.stats.of_size(sizes, self.router.rung_of(sizes) if route is None else route.computed(sizes))
 
     def _barred(self, route: Route) -> str:
         num_undeclared = sum(not each.route.is_declared for each in self._plans.values())
@@ -201,7 +207,7 @@ class GraphRunner:
         replay = plan.replay
         if plan.serving is not None and len(plan.serving):
             replay = _with_inputs(replay, plan.serving)
-        size = self._size_stats(self._sizes(args))
+        size = self._size_stats(args, plan.route)
         self._served[key] = served = Served(replay, plan, key, plan.stats, plan.holding, size)
         plan.served.append(served)
         return self(*args)
@@ -224,7 +230,7 @@ class GraphRunner:
         with serving or contextlib.nullcontext():
             if known is None or known.signature != self._signature(route, args):
                 self.stats.live_calls["warm-up"] += 1
-                self._size_stats(self._sizes(args)).live += 1
+                self._size_stats(args).live += 1
                 captured = self.router.captured(route)
                 self._observations[route.key], outputs = observe(self._program, args, self._device.device, captured)
                 return outputs
@@ -336,6 +342,7 @@ class GraphRunner:
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self.stats.bindings = {spec.name: binding.value for spec, binding in bound}
         self.stats.add(stats)
+        warn_once(self._program.name, self.stats)
         if self._device.device.type == "cuda" and self._config.cache:
             native.prepare(cache_root(self._config.cache_dir))
 

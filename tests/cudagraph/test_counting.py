@@ -91,7 +91,7 @@ def test_calls_that_were_asked_to_run_live_are_no_alarm(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, logger="graphcap"):
         for said in (step(num_tokens=6, num_reqs=2), step(num_tokens=6, max_mode="NONE"), decided):
             with said:
-                for _ in range(100):
+                for _ in range(200):
                     runner(x, lens, 6, 6)
-    assert runner.stats.live_calls.total() == 300
+    assert runner.stats.live_calls.total() == 600
     assert caplog.messages == []

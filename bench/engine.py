@@ -170,6 +170,12 @@ def summary(runs: list[Served]) -> dict[str, float]:
     }
 
 
+def modes_of(runner: Runner) -> dict[str, dict[str, int]]:
+    """Of graphcap's variants: the steps so far, by the mode that they were dispatched to."""
+    engine = getattr(runner, "__self__", None)
+    return {"modes": dict(engine.modes)} if isinstance(engine, Engine) else {}
+
+
 def put_rows(setup: Setup, entries: dict[str, Entry], record: Record) -> None:
     """Write what the rounds so far give, with the ratio to the hand-made runner under the same traffic."""
     for name, entry in entries.items():
@@ -179,7 +185,8 @@ def put_rows(setup: Setup, entries: dict[str, Entry], record: Record) -> None:
             speed = summary(floor.runs[traffic])["tokens_per_s"] if floor and floor.runs.get(traffic) else None
             ratio = figures["tokens_per_s"] / speed if speed else None
             key = {"model": _name_of(setup), "traffic": traffic, "variant": name}
-            record.put({**entry.row, **key, "status": "ok", **figures, "x_hand_made": ratio})
+            row = {**entry.row, **key, "status": "ok", **figures, "x_hand_made": ratio, **modes_of(entry.runner)}
+            record.put(row)
 
 
 def time_rounds(setup: Setup, entries: dict[str, Entry], record: Record, arguments: argparse.Namespace) -> None:
@@ -236,6 +243,9 @@ def main() -> None:
             setup = Setup(model, limits, json.loads(arguments.graphcap_options))
             entries = build_all(setup, names, mixed_traffic(limits, 12), record)
             time_rounds(setup, entries, record, arguments)
+            for variant, entry in entries.items():
+                if modes := modes_of(entry.runner):
+                    say(f"  {variant}: {modes['modes']}")
             if arguments.explain:
                 say(graphcaps.report_text(None))
 

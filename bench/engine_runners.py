@@ -162,6 +162,6 @@ VARIANTS: dict[str, Callable[[Setup], Runner]] = {
     "torch.compile default": compiled,
     HAND_MADE: hand_made,
     "graphcap FULL_AND_PIECEWISE": graphcapped(),
-    "graphcap FULL_AND_PIECEWISE, static, sealed": graphcapped(outputs="static", guards="sealed"),
+    "graphcap FULL_AND_PIECEWISE static sealed": graphcapped(outputs="static", guards="sealed"),
     "graphcap PIECEWISE": graphcapped(cudagraph_mode="PIECEWISE"),
 }

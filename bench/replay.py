@@ -87,12 +87,12 @@ VARIANTS: dict[str, Builder] = {
     HAND_FULL: hand_full,
     "graphcap FULL": ours("FULL"),
     "graphcap FULL (backend)": ours("FULL", as_backend=True),
-    "graphcap FULL, sealed": ours("FULL", guards="sealed"),
-    "graphcap FULL, static": ours("FULL", outputs="static"),
-    "graphcap FULL, static, sealed": ours("FULL", **FAST),
+    "graphcap FULL sealed": ours("FULL", guards="sealed"),
+    "graphcap FULL static": ours("FULL", outputs="static"),
+    "graphcap FULL static sealed": ours("FULL", **FAST),
     HAND_PIECEWISE: hand_piecewise,
     "graphcap PIECEWISE": ours("PIECEWISE"),
-    "graphcap PIECEWISE, static, sealed": ours("PIECEWISE", **FAST),
+    "graphcap PIECEWISE static sealed": ours("PIECEWISE", **FAST),
 }
 
 

@@ -16,7 +16,7 @@ from graphcap.cudagraph.instances import graph_runner
 from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, InputSpec, Program, Size, Step
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
-from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.stats import PlanStats, RunnerStats, plans_made
 
 __all__ = [
     "Binding",
@@ -35,4 +35,5 @@ __all__ = [
     "Step",
     "device_for",
     "graph_runner",
+    "plans_made",
 ]

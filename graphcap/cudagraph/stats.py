@@ -8,6 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class PlansMade:
+    """How many plans this process has made; who relies on what was true when one was made can tell that there is a new
+    one."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+plans_made = PlansMade()
+
+
 @dataclass(slots=True)
 class PlanStats:
     """One captured shape.
@@ -64,6 +77,7 @@ class RunnerStats:
     def add(self, plan: PlanStats) -> None:
         """A plan can be replayed from now on."""
         self.plans.append(plan)
+        plans_made.count += 1
         if self.on_plan is not None:
             self.on_plan(plan)
 

@@ -21,7 +21,7 @@ from graphcap.cudagraph.instances import graph_runner
 from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, InputSpec, Program, Size, Step
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
-from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.stats import PlanStats, RunnerStats, plans_made
 from graphcap.cudagraph.step import Dispatch, GraphKey, step
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "device_for",
     "graph_runner",
     "step",
+    "plans_made",
 ]

@@ -183,12 +183,14 @@ class Report:
         regions: oldest first.
         message: what to do where there is nothing to report, ``""`` otherwise.
         notes: what ``graphcap.compile`` decided about the target.
+        unchecked_guards: with ``guards="sealed"`` the guards that are not evaluated on every call.
     """
 
     target: str
     regions: tuple[RegionReport, ...]
     message: str = ""
     notes: tuple[str, ...] = ()
+    unchecked_guards: tuple[str, ...] = ()
 
     @property
     def recompiles(self) -> dict[str, str]:

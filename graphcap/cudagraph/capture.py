@@ -88,9 +88,25 @@ class SegmentedCapture:
         captured_below = len(recorded.program.steps)
         if failure is not None:
             captured_below = self._first
+            if failure.out_of_memory and not recorded.segments:
+                self._give_back()
             run_live(recorded.program, self._slots, self._first)
         recorded.outputs = outputs_of(recorded, self._slots, captured_below)
-        return recorded.outputs.collect(self._slots), failure
+        try:
+            return recorded.outputs.collect(self._slots), failure
+        except torch.OutOfMemoryError as error:  # every effect has happened: hand out what there is, and keep no plan
+            return recorded.outputs.in_place().collect(self._slots), Failure.of(error)
+
+    def _give_back(self) -> None:
+        """Nothing recorded has run, so nothing reads what the recordings hold, and the live run needs the memory."""
+        recorded = self.recorded
+        for step in recorded.program.steps[self._first :]:
+            for slot in step.writes:
+                self._slots[slot] = None
+        self._bound, recorded.pool = [], None
+        recorded.blocks.clear()
+        recorded.stand_ins.clear()
+        recorded.memory.homes.clear()
 
     def _run_segments(self, bar: Progress) -> Failure | None:
         for number, step in enumerate(self.recorded.program.steps):

@@ -85,6 +85,11 @@ class OutputPlan:
                 made[slot] = maker.part(copies[maker.block]) if maker.part else copies[maker.block]
         return tuple(each.value if isinstance(each, Constant) else made[each] for each in self.order)
 
+    def in_place(self) -> OutputPlan:
+        """The same without a copy, for a plan that will never run again: the outputs own the memory they lie in."""
+        makers = {slot: AsIs(slot) if isinstance(maker, Clone) else maker for slot, maker in self.makers.items()}
+        return OutputPlan(self.order, makers, ())
+
 
 @dataclass(frozen=True, slots=True)
 class StaticMemory:

@@ -101,7 +101,6 @@ class GraphRunner:
                 self._device.wait()
             for key in list(self._plans):
                 self._drop(key)
-            self._arena = Arena(self._device)
             self._room.clear()
 
     def _why_not_here(self) -> str:
@@ -183,8 +182,11 @@ class GraphRunner:
         with contextlib.ExitStack() as session:
             try:
                 before = self._device.usage()
-                pool = session.enter_context(self._device.session())
-                capture = SegmentedCapture(self._program, known, layout, self._device, pool, args)
+                # Nobody but the capture may hold the pool: it gives it back when the device turns out to be full.
+                entered = self._device.session()
+                capture = SegmentedCapture(
+                    self._program, known, layout, self._device, session.enter_context(entered), args
+                )
                 capture.bind_inputs(self._arena)
             except Exception as error:  # nothing has run yet
                 self._note_failure(key, Failure.of(error))

@@ -18,7 +18,8 @@ import torch
 from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, copy_into, span_bytes
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.device import GraphDevice, Pool, Recording, UnjoinedStreamError
-from graphcap.cudagraph.layout import Layout
+from graphcap.cudagraph.handout import Policy
+from graphcap.cudagraph.layout import Layout, segment_of
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.private import storage_address, weak_view
 from graphcap.cudagraph.program import Program
@@ -26,6 +27,7 @@ from graphcap.cudagraph.recorded import (
     Failure,
     Recorded,
     captured_slots,
+    handed_out,
     inputs_written_back,
     outputs_of,
     run_live,
@@ -49,7 +51,8 @@ class SegmentedCapture:
         self._outlived: list[int] = []  # live results to drop when the segment is closed
         self._addresses: dict[int, set[int]] = {}  # where the storage of each root may be
         self._captured = captured_slots(program, layout, len(program.steps))
-        self._crossing = _crossing_slots(program, layout)
+        self._segments = segment_of(program, layout)
+        self._crossing = _crossing_slots(program, self._segments)
 
     def bind_inputs(self, arena: Arena) -> None:
         """Give every input that captured steps read its place, and copy in what is copied."""
@@ -70,8 +73,8 @@ class SegmentedCapture:
             if index in copied:
                 copy_into(stand_in, self._slots[index])
 
-    def run(self, bar: Progress) -> tuple[tuple[Any, ...], Failure | None]:
-        """Run the call, one step after the other; ``bar`` is told of each.
+    def run(self, bar: Progress, policy: Policy) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call, one step after the other; ``bar`` is told of each. Outputs leave as ``policy`` says.
 
         Returns:
             The program's outputs, and why there is no plan if there is none.
@@ -92,10 +95,15 @@ class SegmentedCapture:
                 self._give_back()
             run_live(recorded.program, self._slots, self._first)
         recorded.outputs = outputs_of(recorded, self._slots, captured_below)
+        if failure is None:
+            try:
+                recorded.outputs = handed_out(recorded, recorded.outputs, self._slots, policy, self._device)
+            except Exception as error:  # no memory for a ring: this call still has clones to return
+                failure = Failure.of(error)
         try:
             return recorded.outputs.collect(self._slots), failure
         except torch.OutOfMemoryError as error:  # every effect has happened: hand out what there is, and keep no plan
-            return recorded.outputs.in_place().collect(self._slots), Failure.of(error)
+            return recorded.outputs.uncopied().collect(self._slots), Failure.of(error)
 
     def _give_back(self) -> None:
         """Nothing recorded has run, so nothing reads what the recordings hold, and the live run needs the memory."""
@@ -117,6 +125,10 @@ class SegmentedCapture:
         return self._close(len(self.recorded.program.steps))
 
     def _record(self, number: int) -> Failure | None:
+        if self._recording is not None and self._segments[number] != self._segments[number - 1]:
+            failure = self._close(number)
+            if failure is not None:
+                return failure
         step = self.recorded.program.steps[number]
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -124,7 +136,9 @@ class SegmentedCapture:
                     self._first = number
                     self._recording = self._device.begin(self.recorded.pool, self._ended)
                     self._ended = []
-                results = self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
+                read = [self._bound[slot] for slot in step.reads]
+                results = self._recording.call(step.fn, read)
+            self.recorded.given |= {s: v for s, v in zip(step.reads, read, strict=True) if s not in self._captured}
             for slot, value in zip(step.writes, results, strict=True):
                 self._check_memory(slot, value)
                 self._keep_recorded(slot, value)
@@ -256,21 +270,8 @@ class SegmentedCapture:
             recording.abort()
 
 
-def segment_of(program: Program, layout: Layout) -> list[int]:
-    """For each step the number of its segment; live steps have numbers of their own, below zero."""
-    segments, current = [], 0
-    for number in range(len(program.steps)):
-        if number in layout.live:
-            current += 1
-            segments.append(-number - 1)
-        else:
-            segments.append(current)
-    return segments
-
-
-def _crossing_slots(program: Program, layout: Layout) -> set[int]:
+def _crossing_slots(program: Program, segments: Sequence[int]) -> set[int]:
     """Results that are read outside of the segment that makes them, outputs included."""
-    segments = segment_of(program, layout)
     made_in = {slot: segments[number] for number, step in enumerate(program.steps) for slot in step.writes}
     crossing = {each for each in program.outputs if isinstance(each, int)}
     for number, step in enumerate(program.steps):

@@ -12,7 +12,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -265,7 +265,7 @@ class CudaDevice(Device):
         with torch.inference_mode(False), torch.cuda.stream(self._stream):
             return self._static.add(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
 
-    def at_end(self, segments: Sequence[Any]) -> Callable[[], None] | None:
+    def at_end(self, segments: Sequence[Any], lent: Collection[int]) -> Callable[[], None] | None:
         """Nothing to do."""
         return None
 

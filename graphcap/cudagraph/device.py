@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,8 +105,8 @@ class GraphDevice(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A uint8 tensor ``[nbytes]`` outside the pool that plans on any stream may use. Never an inference tensor."""
 
-    def at_end(self, segments: Sequence[Any]) -> Callable[[], None] | None:
-        """What a replay does when its outputs have been copied out, if anything."""
+    def at_end(self, segments: Sequence[Any], lent: Collection[int]) -> Callable[[], None] | None:
+        """What a replay does when its outputs have been made, if anything. ``lent``: storages that the caller reads."""
 
     def used_bytes(self) -> int:
         """Memory of the device in use, in bytes, that of graphs included."""

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import dlpack
 
 
 def storage_address(tensor: torch.Tensor) -> int:
@@ -43,6 +44,15 @@ def weak_view(tensor: torch.Tensor) -> torch.Tensor:
             return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     nowhere_owned = unowned(storage.data_ptr(), tensor.device, storage.nbytes())
     return over_storage(nowhere_owned, tensor, int(tensor.storage_offset()))
+
+
+def fixed_storage(memory: torch.Tensor) -> torch.UntypedStorage:
+    """A storage over a contiguous uint8 tensor that keeps it alive and that nobody can resize.
+
+    A resize would give the memory back under the graphs that write into it.
+    """
+    with torch.inference_mode(False):
+        return dlpack.from_dlpack(torch._C._to_dlpack(memory)).untyped_storage()
 
 
 def current_raw_stream() -> Callable[[int], int]:

@@ -61,7 +61,8 @@ class InputSpec:
         in_key: for a scalar, whether its value is part of the graph key. Steps that depend on a scalar outside the
             key are ``Capture.NEVER``.
         is_parameter: whether it is a model's parameter, by which one instance of the model is told from another.
-        sizes: of a tensor, per dim; empty where nothing is known.
+        sizes: of a tensor, per dim; of a scalar the one that it is; empty where nothing is known.
+        strides: of a tensor, per dim; empty where nothing is known.
         dim_names: the dims of a tensor that the user declared, each with its name (``{0: "num_tokens"}``).
         is_write_index: whether its values say where something is written.
     """
@@ -72,6 +73,7 @@ class InputSpec:
     in_key: bool = False
     is_parameter: bool = False
     sizes: tuple[DimSize, ...] = ()
+    strides: tuple[DimSize, ...] = ()
     dim_names: Mapping[int, str] = field(default_factory=dict, hash=False)
     is_write_index: bool = False
 
@@ -89,6 +91,9 @@ class Step:
         capture: see :class:`Capture`.
         reason: for all but ALWAYS, one line that says why, with the user's source line where it is known.
         symbols: the symbols that the sizes and numbers it reads or writes follow.
+        unproven: the operations in it that are captured on somebody's word (declared custom ops, Triton kernels): the
+            first replay is compared with a live run.
+        eager: the same without compilation, called like ``fn``; ``None`` where that is not at hand. For profiles.
     """
 
     name: str
@@ -99,6 +104,8 @@ class Step:
     capture: Capture = Capture.ALWAYS
     reason: str = ""
     symbols: frozenset[str] = frozenset()
+    unproven: tuple[str, ...] = ()
+    eager: Callable[..., Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,8 @@ class Program:
         steps: in execution order.
         outputs: per returned value the slot that holds it, or a :class:`Constant`.
         run: the stitched function: ``run(*args) -> tuple`` executes every step live, without any graph.
-        output_sizes: per output the sizes of its dims as in :attr:`InputSpec.sizes`; empty for what is no tensor.
+        output_sizes: per output the sizes of its dims as in :attr:`InputSpec.sizes`.
+        largest: the symbols of dims that live in a buffer of the largest size and are not in the key, each with it.
     """
 
     name: str
@@ -127,3 +135,4 @@ class Program:
     outputs: tuple[int | Constant, ...]
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
     output_sizes: tuple[tuple[DimSize, ...], ...] = ()
+    largest: Mapping[str, int] = field(default_factory=dict)

@@ -3,7 +3,8 @@
 Within a recording a call has no effect: it runs on clones of its arguments' storages, and its results are poison until
 the segment is replayed. A replay calls the same function with the recorded arguments (same addresses, same numbers)
 and writes into the recorded results. Memory that was released is poison from that point of every replay, and all
-results of a plan are poison once its outputs have been copied out, since another plan may have reused them.
+results of a plan are poison once its outputs have been made, since another plan may have reused them; only what the
+plan keeps for its caller is spared.
 
 What it cannot show: Python inside of a function runs again at replay; kernels of compiled code are not seen by the
 check for host synchronisation; what a function writes other than its arguments is written during the recording; nothing
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -273,9 +274,9 @@ class SimulatedDevice(Device):
         with torch.inference_mode(False):
             return self._static.add(torch.empty(nbytes, dtype=torch.uint8))
 
-    def at_end(self, segments: Sequence[Any]) -> Callable[[], None]:
-        """Poison every result of the plan, as if another plan had reused its memory at once."""
-        blocks = [block for segment in segments for block in segment.blocks]
+    def at_end(self, segments: Sequence[Any], lent: Collection[int]) -> Callable[[], None]:
+        """Poison every other result of the plan, as if another plan had reused its memory at once."""
+        blocks = [each for segment in segments for each in segment.blocks if each.storage.data_ptr() not in lent]
 
         def poison() -> None:
             for block in blocks:

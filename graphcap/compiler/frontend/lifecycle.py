@@ -13,8 +13,8 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from graphcap.compiler.debug.explain import regions_of
 from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend.subject import regions_of
 from graphcap.compiler.region import all_regions, forget_regions
 
 

@@ -112,9 +112,10 @@ class SegmentedCapture:
             for slot in step.writes:
                 self._slots[slot] = None
         self._bound, recorded.pool = [], None
-        recorded.blocks.clear()
-        recorded.stand_ins.clear()
-        recorded.memory.homes.clear()
+        if not any(self._slots[slot] is stand_in for slot, stand_in in recorded.stand_ins.items()):
+            recorded.blocks.clear()
+            recorded.stand_ins.clear()
+            recorded.memory.homes.clear()
 
     def _run_segments(self, bar: Progress) -> Failure | None:
         for number, step in enumerate(self.recorded.program.steps):

@@ -88,6 +88,7 @@ class PlanReport:
         mib: growth of device memory in MiB.
         seconds: how long the capturing call took.
         replays: calls that it served.
+        exclusive_mib: of ``mib`` what goes when this plan goes; the rest is shared with others.
     """
 
     key: tuple[Any, ...]
@@ -98,6 +99,7 @@ class PlanReport:
     mib: float
     seconds: float
     replays: int
+    exclusive_mib: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,7 @@ class CudaPool:
             self._replay_anchor()
             if self._scratch.item() != 0:
                 raise RuntimeError("a recorded CUDA graph had no effect when it was launched")
-        self._backing = (
-            backing  # the last attribute, because it must be the last to go: torch insists that it is unused
-        )
+        self._backing = backing  # the last attribute, so the last to go: torch insists that nothing uses it by then
 
     def nbytes(self) -> int:
         """What the pool has taken from the device, its free blocks included."""

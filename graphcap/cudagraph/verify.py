@@ -263,7 +263,7 @@ class _PlanCheck:
 
     def _first_divergence(self, number: int, rehearsal: Rehearsal) -> Divergence | None:
         with torch.inference_mode(False), torch.no_grad():
-            for outcome in rehearsal.outcomes:
+            for outcome in rehearsal:
                 agrees, found = _compare_values(outcome)
                 if not agrees:
                     until = [each for each in self._groups[number] if each <= outcome.step]

@@ -6,7 +6,7 @@ step                   room
 who asks, which sizes  ``region.py``, ``symbols.py``
 where to cut           ``rules.py`` (which ops), ``partition.py`` (grouping), ``split.py`` (graph modules)
 compile each piece     ``pieces.py``, ``canonical.py`` (twins, key), ``inductor.py``, the ``passes`` and ``cache`` rooms
-sew together           ``stitch.py``
+sew together           ``stitch.py``, ``dims.py`` (what the user declared about sizes)
 capture and replay     the ``cudagraph`` room
 show it                the ``debug`` folder
 =====================  ==================================================================================
@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcap.compiler import nodes
+from graphcap.compiler import nodes, private
 from graphcap.compiler.bypass import reason_to_bypass, run_bypass
 from graphcap.compiler.debug import dump
+from graphcap.compiler.dims import GraphDims, read_dims
 from graphcap.compiler.frontend.target import will_retry
 from graphcap.compiler.inputs import name_inputs
 from graphcap.compiler.partition import partition
 from graphcap.compiler.pieces import compile_pieces
-from graphcap.compiler.region import Region, open_region
+from graphcap.compiler.region import Region, close_region, open_region
 from graphcap.compiler.rules import SplitRules
 from graphcap.compiler.specialise import by_size, position_of, specialisable_symbol
 from graphcap.compiler.split import Piece, split
@@ -68,6 +69,16 @@ def graphcap(
     config = Config.resolve(options, mode)
     region = open_region(gm, example_inputs, config)
     region.bypass = reason_to_bypass(gm, example_inputs, config)
+    try:
+        return compile_or_bypass(gm, example_inputs, region)
+    except Exception as error:
+        if private.restarts_trace(error):
+            close_region(region)
+        raise
+
+
+def compile_or_bypass(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Region) -> Callable[..., Any]:
+    """Compile one graph through our pipeline, or through Inductor alone where there is a reason to."""
     if region.bypass:
         return run_bypass(gm, example_inputs, region)
     try:
@@ -75,7 +86,7 @@ def graphcap(
     except GraphcapError:
         raise
     except Exception as error:  # a fault of ours must not take the model down
-        if will_retry(error):
+        if will_retry(error) or private.restarts_trace(error):
             raise
         log.warning("%s: graphcap failed and Inductor takes over: %s", region.name, error, exc_info=True)
         region.bypass = f"graphcap failed: {type(error).__name__}: {error}"
@@ -101,7 +112,8 @@ def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Re
     compiled = compile_pieces(pieces, config, home_device(devices))
     region.record_pieces(pieces, compiled, sizes)
 
-    program, region.source = build_program(region.name, gm.graph, pieces, compiled, example_inputs, sizes)
+    dims = read_dims(gm.graph, example_inputs, config.dynamic_arg_dims)
+    program, region.source = build_program(region.name, gm.graph, pieces, compiled, example_inputs, sizes, dims)
     run = capturing(program, device, region)
     run = with_special_sizes(run, gm.graph, pieces, example_inputs, sizes, region, device)
 
@@ -130,7 +142,8 @@ def with_special_sizes(
     special = {}
     for size in config.compile_sizes:
         compiled = compile_pieces(pieces, config, home_device(devices_of(graph)), at=(symbol, size))
-        program, _ = build_program(f"{region.name}_at_{size}", graph, pieces, compiled, example_inputs, sizes)
+        name, dims = f"{region.name}_at_{size}", GraphDims()  # no dim is declared: this code is for one size
+        program, _ = build_program(name, graph, pieces, compiled, example_inputs, sizes, dims)
         special[size] = capturing(program, device, region)
         region.notes.append(f"compiled for {symbol} = {size} too")
     return by_size(general, special, position_of(symbol, [n for n in graph.nodes if n.op == "placeholder"]))
@@ -151,7 +164,7 @@ def capture_device(devices: set[torch.device], config: Config) -> tuple[GraphDev
     """The device that captures, or ``None`` and the reason why nothing is captured."""
     if config.cudagraph_mode is CUDAGraphMode.NONE:
         return None, f"cudagraph_mode=NONE ({config.origin('cudagraph_mode')})"
-    return device_for(devices, config.simulate)
+    return device_for(devices, config.simulate, private=config.pool == "private")
 
 
 def capturing(program: Program, device: GraphDevice | None, region: Region) -> Callable[..., Any]:

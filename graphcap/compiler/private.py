@@ -44,6 +44,12 @@ class Frame:
         return f"{self.code.co_filename}:{self.code.co_firstlineno}" if self.code is not None else "<unknown>"
 
 
+def restarts_trace(error: BaseException) -> bool:
+    """Whether an exception is Dynamo's own way of saying that it has to trace again, having learned something: that a
+    float must be constant, say. It is no failure, and must reach Dynamo."""
+    return isinstance(error, torch._dynamo.exc.RestartAnalysis)
+
+
 def current_frame() -> Frame:
     """The frame being compiled, from inside a backend call (``InstructionTranslator.current_tx``)."""
     from torch._guards import CompileContext
@@ -96,6 +102,12 @@ def source_name(node: fx.Node) -> str:
 def is_static_input(example: object) -> bool:
     """Whether Dynamo knows this tensor as a parameter, a buffer or an address that the user marked static."""
     return getattr(example, "_dynamo_static_input_type", None) is not None
+
+
+def marked_dims(example: object) -> list[int]:
+    """The dims of a tensor that ``mark_dynamic`` or ``mark_unbacked`` marked, in order; not those of ``maybe_``."""
+    marks = [getattr(example, name, ()) for name in ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices")]
+    return sorted(set().union(*marks))
 
 
 def symbol_expression(value: object) -> Any:

@@ -179,6 +179,7 @@ def eager(
     # Disabled as well: where the trace has to break at this call, Dynamo must not compile the body on its own.
     allowed: Callable[P, R] = torch._dynamo.allow_in_graph(torch._dynamo.disable(live))
     allowed._graphcap_eager = fn  # type: ignore[attr-defined]
+    allowed._graphcap_fake = fake  # type: ignore[attr-defined]
     return allowed
 
 

@@ -16,11 +16,13 @@ import torch
 from torch import fx
 
 from graphcap.compiler import nodes, private
+from graphcap.compiler.dims import GraphDims
 from graphcap.compiler.inputs import input_name
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.rules import unproven
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
+from graphcap.compiler.write_indices import write_index_inputs
 from graphcap.cudagraph import Constant, InputKind, InputSpec, Program, Step
 
 
@@ -31,6 +33,7 @@ def build_program(
     compiled: Sequence[CompiledPiece],
     examples: Sequence[Any],
     sizes: SizeSymbols,
+    dims: GraphDims,
 ) -> tuple[Program, str]:
     """Number every value that crosses a border, and generate the live function.
 
@@ -41,6 +44,7 @@ def build_program(
         compiled: for each piece the callable to run, and the positions of the inputs that it writes.
         examples: the first call's value of each placeholder.
         sizes: tells which scalars are part of the graph key.
+        dims: what each size follows, and the dims that the user declared.
 
     Returns:
         The program and the source of ``program.run``.
@@ -61,31 +65,49 @@ def build_program(
                 mutates=tuple(reads[position] for position in result.mutates),
                 capture=piece.verdict.capture,
                 reason=piece.reason,
+                symbols=dims.symbols(nodes.value_of(node) for node in (*piece.inputs, *piece.nodes)),
                 unproven=tuple(dict.fromkeys(op for node in piece.nodes if (op := unproven(node)))),
                 eager=result.plain,
             )
         )
     returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     outputs = tuple(slots[v] if isinstance(v, fx.Node) else Constant(v) for v in _flat(returned))
-    inputs = tuple(_input_spec(n, e, sizes) for n, e in zip(placeholders, examples, strict=True))
+    values = [nodes.value_of(v) if isinstance(v, fx.Node) else v for v in _flat(returned)]
+    writing = {node for piece, result in zip(pieces, compiled, strict=True) if result.mutates for node in piece.nodes}
+    indices = write_index_inputs(graph, writing)
+    inputs = tuple(
+        _input_spec(node, example, sizes, dims, is_write_index=node in indices)
+        for node, example in zip(placeholders, examples, strict=True)
+    )
     comments = [f"{p.verdict.kind}{', ' + p.module_path if p.module_path else ''}" for p in pieces]
     source = live_source(name, inputs, steps, outputs, comments)
-    return Program(name, inputs, tuple(steps), outputs, _compile(name, source, steps, outputs)), source
+    run = _compile(name, source, steps, outputs)
+    output_sizes = tuple(map(dims.sizes, values))
+    return Program(name, inputs, tuple(steps), outputs, run, output_sizes, dims.largest), source
 
 
 def _flat(returned: Any) -> Sequence[Any]:
     return returned if isinstance(returned, (tuple, list)) else (returned,)
 
 
-def _input_spec(node: fx.Node, example: Any, sizes: SizeSymbols) -> InputSpec:
-    name = input_name(node)
+def _input_spec(node: fx.Node, example: Any, sizes: SizeSymbols, dims: GraphDims, *, is_write_index: bool) -> InputSpec:
     value = nodes.value_of(node)
     expression = private.symbol_expression(value)
-    if nodes.tensors_of(node):
+    tensor = bool(nodes.tensors_of(node))
+    kind = InputKind.SCALAR
+    if tensor:
         kind = InputKind.STATIC if private.is_static_input(example) else InputKind.TENSOR
-        return InputSpec(name, kind, is_parameter=isinstance(example, torch.nn.Parameter))
-    in_key = expression is None or expression.free_symbols <= sizes.key
-    return InputSpec(name, InputKind.SCALAR, symbol=str(expression) if expression is not None else None, in_key=in_key)
+    return InputSpec(
+        name=input_name(node),
+        kind=kind,
+        symbol=dims.text(expression) if expression is not None else None,
+        in_key=not tensor and (expression is None or expression.free_symbols <= sizes.key),
+        is_parameter=isinstance(example, torch.nn.Parameter),
+        sizes=dims.sizes(value),
+        strides=dims.strides(value),
+        dim_names=dims.names.get(node, {}),
+        is_write_index=is_write_index,
+    )
 
 
 def live_source(

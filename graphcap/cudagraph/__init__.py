@@ -4,7 +4,8 @@ In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the comp
 :mod:`~graphcap.cudagraph.runner` (what happens on a call), :mod:`~graphcap.cudagraph.observe` (what a warm-up learns),
 :mod:`~graphcap.cudagraph.layout` and :mod:`~graphcap.cudagraph.bindings` (what is captured, and how inputs get in),
 :mod:`~graphcap.cudagraph.capture` (the segmented capture), :mod:`~graphcap.cudagraph.recorded` (what it leaves behind),
-:mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.outputs` and :mod:`~graphcap.cudagraph.handout` (how outputs leave,
+:mod:`~graphcap.cudagraph.generations` how long they last), :mod:`~graphcap.cudagraph.replay` (the generated replay),
 :mod:`~graphcap.cudagraph.device` (what a device must do; :mod:`~graphcap.cudagraph.cuda` and
 :mod:`~graphcap.cudagraph.simulated` do it).
 """
@@ -17,12 +18,15 @@ from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, In
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.step import Dispatch, GraphKey, step
 
 __all__ = [
     "Binding",
     "Capture",
     "Constant",
     "DimSize",
+    "Dispatch",
+    "GraphKey",
     "GraphDevice",
     "GraphRunner",
     "InputKind",
@@ -35,4 +39,5 @@ __all__ = [
     "Step",
     "device_for",
     "graph_runner",
+    "step",
 ]

@@ -17,7 +17,8 @@ import torch
 
 from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, copy_into, span_bytes
 from graphcap.cudagraph.bindings import Binding
-from graphcap.cudagraph.device import GraphDevice, Pool, Recording
+from graphcap.cudagraph.device import GraphDevice, Pool, Recording, UnjoinedStreamError
+from graphcap.cudagraph.handout import Policy
 from graphcap.cudagraph.layout import Layout, segment_of
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.private import storage_address, weak_view
@@ -27,6 +28,7 @@ from graphcap.cudagraph.recorded import (
     Recorded,
     captured_slots,
     describe,
+    handed_out,
     inputs_written_back,
     outputs_of,
     run_live,
@@ -72,8 +74,8 @@ class SegmentedCapture:
             if index in copied:
                 copy_into(stand_in, self._slots[index])
 
-    def run(self, bar: Progress) -> tuple[tuple[Any, ...], Failure | None]:
-        """Run the call, one step after the other; ``bar`` is told of each.
+    def run(self, bar: Progress, policy: Policy) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call, one step after the other; ``bar`` is told of each. Outputs leave as ``policy`` says.
 
         Returns:
             The program's outputs, and why there is no plan if there is none.
@@ -92,6 +94,11 @@ class SegmentedCapture:
             captured_below = self._first
             run_live(recorded.program, self._slots, self._first)
         recorded.outputs = outputs_of(recorded, self._slots, captured_below)
+        if failure is None:
+            try:
+                recorded.outputs = handed_out(recorded, recorded.outputs, self._slots, policy, self._device)
+            except Exception as error:  # no memory for a ring: this call still has clones to return
+                failure = Failure((), describe(error))
         return recorded.outputs.collect(self._slots), failure
 
     def _run_segments(self, bar: Progress) -> Failure | None:
@@ -122,8 +129,7 @@ class SegmentedCapture:
                 self._keep_recorded(slot, value)
         except Exception as error:
             self._abort()
-            to_blame = () if isinstance(error, torch.OutOfMemoryError) else (number,)
-            return Failure(to_blame, describe(error))
+            return Failure.of(error, (number,))
         self._release(number)
         return None
 
@@ -149,7 +155,7 @@ class SegmentedCapture:
                 self._check_memory(slot, self._slots[slot])
                 self._give_place(slot, self._slots[slot])
         except Exception as error:
-            return Failure((), describe(error))
+            return Failure.of(error)
         self.recorded.timeline.append(number)
         self._release(number)
         return None
@@ -213,13 +219,30 @@ class SegmentedCapture:
             segment.replay()
         except Exception as error:
             self._abort()
-            return Failure(tuple(range(self._first, number)), describe(error))
+            steps = tuple(range(self._first, number))
+            if isinstance(error, UnjoinedStreamError):
+                steps = tuple(filter(self._leaves_stream_unjoined, steps)) or steps
+            return Failure.of(error, steps)
         self.recorded.timeline.append(~len(self.recorded.segments))
         self.recorded.segments.append(segment)
         for index in inputs_written_back(self.recorded, self._first, number):
             copy_into(self._slots[index], self.recorded.stand_ins[index])
         self._drop_outlived()
         return None
+
+    def _leaves_stream_unjoined(self, number: int) -> bool:
+        """Whether a step cannot be ended when it is recorded alone (it never runs): the end of a segment names none."""
+        step = self.recorded.program.steps[number]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._recording = self._device.begin(self.recorded.pool, [])
+                self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
+                self._recording.end()
+        except Exception as error:
+            self._abort()
+            return isinstance(error, UnjoinedStreamError)
+        self._recording = None
+        return False
 
     def _drop_outlived(self) -> None:
         for slot in self._outlived:

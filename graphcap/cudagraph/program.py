@@ -61,7 +61,8 @@ class InputSpec:
         in_key: for a scalar, whether its value is part of the graph key. Steps that depend on a scalar outside the
             key are ``Capture.NEVER``.
         is_parameter: whether it is a model's parameter, by which one instance of the model is told from another.
-        sizes: of a tensor, per dim; empty where nothing is known.
+        sizes: of a tensor, per dim; of a scalar the one that it is; empty where nothing is known.
+        strides: of a tensor, per dim; empty where nothing is known.
         dim_names: the dims of a tensor that the user declared, each with its name (``{0: "num_tokens"}``).
         is_write_index: whether its values say where something is written.
     """
@@ -72,6 +73,7 @@ class InputSpec:
     in_key: bool = False
     is_parameter: bool = False
     sizes: tuple[DimSize, ...] = ()
+    strides: tuple[DimSize, ...] = ()
     dim_names: Mapping[int, str] = field(default_factory=dict, hash=False)
     is_write_index: bool = False
 
@@ -123,7 +125,8 @@ class Program:
         steps: in execution order.
         outputs: per returned value the slot that holds it, or a :class:`Constant`.
         run: the stitched function: ``run(*args) -> tuple`` executes every step live, without any graph.
-        output_sizes: per output the sizes of its dims as in :attr:`InputSpec.sizes`; empty for what is no tensor.
+        output_sizes: per output the sizes of its dims as in :attr:`InputSpec.sizes`.
+        largest: the symbols of dims that live in a buffer of the largest size and are not in the key, each with it.
     """
 
     name: str
@@ -132,3 +135,4 @@ class Program:
     outputs: tuple[int | Constant, ...]
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
     output_sizes: tuple[tuple[DimSize, ...], ...] = ()
+    largest: Mapping[str, int] = field(default_factory=dict)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from graphcap.cudagraph.bindings import Binding
-from graphcap.cudagraph.device import Pool, Segment
+from graphcap.cudagraph.device import GraphDevice, Pool, Segment
+from graphcap.cudagraph.generations import Generations
+from graphcap.cudagraph.handout import Lent, Policy, Ring, kept_blocks
+from graphcap.cudagraph.hooks import HookError
 from graphcap.cudagraph.layout import Layout
 from graphcap.cudagraph.observe import Observation
-from graphcap.cudagraph.outputs import OutputPlan, StaticMemory, plan_outputs
+from graphcap.cudagraph.outputs import Clone, OutputPlan, StaticMemory, plan_outputs
 from graphcap.cudagraph.program import Program
 
 
@@ -23,10 +26,18 @@ class Failure:
     Attributes:
         steps: the steps that may be to blame; empty when no step is.
         reason: one line.
+        out_of_memory: whether the device was full.
     """
 
     steps: tuple[int, ...]
     reason: str
+    out_of_memory: bool = False
+
+    @staticmethod
+    def of(error: BaseException, steps: tuple[int, ...] = ()) -> Failure:
+        """What an exception says about ``steps``. A full device or a failed hook is no fault of theirs."""
+        full = is_out_of_memory(error)
+        return Failure(() if full or isinstance(error, HookError) else steps, describe(error), full)
 
 
 @dataclass(slots=True)
@@ -63,6 +74,13 @@ class Recorded:
     blocks: list[torch.Tensor] = field(default_factory=list)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the allocator or the driver had no memory left; a graph that cannot be instantiated says it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
+
+
 def describe(error: BaseException) -> str:
     """An exception in one line. The exception itself would keep the tensors of its frames alive."""
     lines = str(error).strip().splitlines() or [""]
@@ -81,6 +99,29 @@ def outputs_of(recorded: Recorded, slots: Sequence[Any], captured_below: int) ->
     captured = captured_slots(recorded.program, recorded.layout, captured_below)
     borrowed = borrowed_slots(recorded.program, recorded.layout, recorded.seen.roots, captured)
     return plan_outputs(recorded.program.outputs, recorded.seen, slots, captured, borrowed, recorded.memory)
+
+
+def handed_out(
+    recorded: Recorded, plan: OutputPlan, slots: Sequence[Any], policy: Policy, device: GraphDevice
+) -> OutputPlan:
+    """The same outputs, handed out as ``policy`` says.
+
+    Args:
+        recorded: a complete capture.
+        plan: its outputs, cloned.
+        slots: the values of the capturing call, whose memory has an owner as long as they are here.
+        policy: the setting.
+        device: where rings are allocated.
+    """
+    if not policy.lifetime:
+        return plan
+    generations = Generations(policy.lifetime, policy.too_late(recorded.program.name)) if policy.checked else None
+    if not policy.in_place:
+        return replace(plan, hand_out=Ring(plan.blocks, policy.lifetime, device), generations=generations)
+    roots = recorded.seen.roots
+    owners = {maker.block: slots[roots[slot]] for slot, maker in plan.makers.items() if isinstance(maker, Clone)}
+    blocks = kept_blocks(plan.blocks, owners)
+    return replace(plan, blocks=blocks, hand_out=Lent(), in_place=True, generations=generations)
 
 
 def captured_slots(program: Program, layout: Layout, below: int) -> set[int]:

@@ -17,7 +17,7 @@ import torch
 from graphcap import native
 from graphcap.cudagraph.arena import flat, overlaps_itself
 from graphcap.cudagraph.bindings import Binding, MemoryFacts
-from graphcap.cudagraph.outputs import AsIs, Rehomed, View
+from graphcap.cudagraph.outputs import AsIs, Clone, Rehomed, View
 from graphcap.cudagraph.plan import Unfit, static_addresses
 from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import Constant, InputKind
@@ -41,6 +41,7 @@ def generate(
     writer = _Writer(recorded, on_mismatch)
     writer.checks()
     writer.copies_in()
+    writer.expire(in_place=True)
     first = 0
     for position, entry in enumerate(recorded.timeline):
         if entry < 0:
@@ -112,6 +113,7 @@ class _Writer:
                 )
         self._alias_checks()
         self._relation_checks()
+        self._lent_checks()
 
     def _alias_checks(self) -> None:
         """A copy must not hide from a captured step what another step writes into the original."""
@@ -143,6 +145,26 @@ class _Writer:
                     f"if {one}.data_ptr() - {other}.data_ptr() != {distance} "
                     f"or {_storage(one)} != {_storage(other)}: return CHANGED"
                 )
+
+    def _lent_checks(self) -> None:
+        """An argument that lies in the plan's own outputs is overwritten while the plan runs: only what is copied in
+        before that may be one."""
+        recorded, layout = self._recorded, self._recorded.layout
+        lent = recorded.outputs.lent()
+        if not lent:
+            return
+        read_live = {slot for number in layout.live for slot in recorded.program.steps[number].reads}
+        late = read_live & {*layout.inputs_bound(Binding.COPIED, Binding.REFERENCE)}
+        for index in sorted(late.union(layout.inputs_bound(Binding.COPIED_BACK))):
+            name = self.value(index)
+            place = f"place_of({name})" if index in recorded.seen.foreign else _storage(name)
+            self.line(f"if {place} in LENT: return CHANGED", LENT=lent, place_of=storage_address)
+
+    def expire(self, in_place: bool) -> None:
+        """Say that outputs of earlier calls end here, where that is checked."""
+        plan = self._recorded.outputs
+        if plan.generations is not None and plan.in_place == in_place:
+            self.line("expire()", expire=plan.generations.expire)
 
     def copies_in(self) -> None:
         """One grouped copy for each dtype."""
@@ -209,10 +231,9 @@ class _Writer:
                 self.line(f"{target}.copy_({source})")
 
     def outputs(self, at_end: Callable[[], None] | None) -> None:
-        """Copy out of static memory, hand back what is the caller's."""
+        """Hand out what lies in static memory, hand back what is the caller's."""
         plan = self._recorded.outputs
-        for index, block in enumerate(plan.blocks):
-            self.line(f"k{index} = block{index}.clone()", **{f"block{index}": block})
+        self._blocks()
         made: dict[int, str] = {}
         for slot, maker in plan.makers.items():
             if isinstance(maker, AsIs):
@@ -229,6 +250,9 @@ class _Writer:
             else:
                 made[slot] = f"o{slot}"
                 self.line(f"o{slot} = part{slot}(k{maker.block})", **{f"part{slot}": maker.part})
+        if plan.generations is not None:
+            lent = "".join(f"{made[slot]}, " for slot, maker in plan.makers.items() if isinstance(maker, Clone))
+            self.line(f"handed_out(({lent}))", handed_out=plan.generations.hand_out)
         if at_end is not None:
             self.line("at_end()", at_end=at_end)
         listed = []
@@ -239,6 +263,17 @@ class _Writer:
             else:
                 listed.append(made[each])
         self.line(f"return ({', '.join(listed)}{',' if len(listed) == 1 else ''})")
+
+    def _blocks(self) -> None:
+        """Copy static memory, or hand it out in another way."""
+        plan = self._recorded.outputs
+        if plan.hand_out is None:
+            for index, block in enumerate(plan.blocks):
+                self.line(f"k{index} = block{index}.clone()", **{f"block{index}": block})
+        elif plan.blocks:
+            self.expire(in_place=False)
+            targets = "".join(f"k{index}, " for index in range(len(plan.blocks)))
+            self.line(f"{targets}= hand_out()", hand_out=plan.hand_out.over(plan.blocks))
 
     def finish(self) -> tuple[Callable[[tuple[Any, ...]], Any], str]:
         prelude = [f"a{index} = args[{index}]" for index in self._used]

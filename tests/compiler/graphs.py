@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphcap.compiler.backend import devices_of, home_device
+from graphcap.compiler.dims import read_dims
 from graphcap.compiler.effects import mutated_inputs
 from graphcap.compiler.partition import Group, partition
 from graphcap.compiler.pieces import CompiledPiece
@@ -65,12 +66,18 @@ def pieces_of(gm: fx.GraphModule, *, ops: Sequence[str] | None = None, rules: Se
     return split(gm, partition(gm.graph, SplitRules.of(ops, rules), sizes, home_device(devices_of(gm.graph))), sizes)
 
 
-def stitched(gm: fx.GraphModule, example_inputs: Sequence[Any], rules: Sequence[Any] = ()) -> tuple[Program, str]:
+def stitched(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    rules: Sequence[Any] = (),
+    declared: Mapping[str, Any] | None = None,
+) -> tuple[Program, str]:
     """The program of a graph whose pieces run as they are, and its source."""
     sizes: SizeSymbols = analyse_sizes(gm.graph)
     pieces = pieces_of(gm, rules=rules)
     compiled = [CompiledPiece(p.module.forward, mutated_inputs(p.module), "eager") for p in pieces]
-    return build_program("f_0", gm.graph, pieces, compiled, example_inputs, sizes)
+    dims = read_dims(gm.graph, example_inputs, declared)
+    return build_program("f_0", gm.graph, pieces, compiled, example_inputs, sizes, dims)
 
 
 def kinds(groups_or_pieces: Sequence[Group | Piece]) -> list[str]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from graphcap.compiler import private
-from graphcap.compiler.debug.explain import regions_of
 from graphcap.compiler.debug.profile_table import table
 from graphcap.compiler.debug.state import SavedState
+from graphcap.compiler.frontend.subject import regions_of
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.cudagraph import GraphRunner
 from graphcap.cudagraph.profile import Timers, timed

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from graphcap.compiler.debug.metrics import metrics_of
 from graphcap.compiler.debug.report_table import table
+from graphcap.cudagraph.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ class RegionReport:
         settings: every setting.
         dump_dir: where its dump lies, ``""`` without one.
         notes: remarks.
+        traffic: the sizes of the calls and the rungs that served them.
+        captures: plans that were ever captured; ``capture_seconds`` is the time that took.
+        alerts: what in these counters somebody should look at, each with what to do.
     """
 
     name: str
@@ -162,6 +167,10 @@ class RegionReport:
     settings: tuple[SettingReport, ...]
     dump_dir: str
     notes: tuple[str, ...]
+    traffic: Traffic = field(default_factory=Traffic)
+    captures: int = 0
+    capture_seconds: float = 0.0
+    alerts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,10 @@ class Report:
         found = plain(dataclasses.asdict(self))
         assert isinstance(found, dict)
         return found
+
+    def metrics(self) -> dict[str, int | float]:
+        """The counters as one flat dict, for Prometheus; :mod:`graphcap.compiler.debug.metrics` lists the keys."""
+        return metrics_of(self.regions)
 
     def __str__(self) -> str:
         return table(self)

@@ -12,6 +12,7 @@ from graphcap.compiler.debug.rows import LABEL, WIDTH, count, duration, row, som
 
 if TYPE_CHECKING:
     from graphcap.compiler.debug.report import PieceReport, PlanReport, RegionReport, Report
+    from graphcap.cudagraph.traffic import Traffic
 
 _SHOWN_TWINS = 3
 _SHOWN_PLANS = 12
@@ -185,10 +186,13 @@ def _graphs(region: RegionReport) -> Iterator[str]:
     if plans:
         yield from _plan_table(plans)
         yield from _unexpectedly_live(region)
+    yield from _traffic(region.traffic)
     for reason, calls in sorted(region.live_calls.items(), key=lambda item: -item[1]):
         yield from row("without graph", f"{count(calls, 'call')}: {reason}")
     for failure in region.failures:
         yield from row("failed", f"a capture: {failure}")
+    for alert in region.alerts:
+        yield from row("alert", alert)
     for divergence in region.divergences:
         yield from row("diverged", divergence)
     for name, reason in region.unchecked.items():
@@ -206,6 +210,24 @@ def _plan_table(plans: Sequence[PlanReport]) -> Iterator[str]:
         yield from wrap(f"{key:<22} {plan.mode:<10} {numbers}  {live}", left, left + "  ")
     if len(plans) > _SHOWN_PLANS:
         yield f"{left}... and {len(plans) - _SHOWN_PLANS} more"
+
+
+def _traffic(traffic: Traffic) -> Iterator[str]:
+    hits = sorted(traffic.hits().items(), key=lambda item: -item[1])
+    if hits:
+        shown = [f"{_size(rung)}: {replays}" for rung, replays in hits[:_SHOWN_PLANS]]
+        left = [f"and {len(hits) - _SHOWN_PLANS} more"] if len(hits) > _SHOWN_PLANS else []
+        yield from row("rungs", f"replays by rung of {', '.join(traffic.names)}: {', '.join(shown + left)}")
+        waste = f"{traffic.padded_tokens} of {traffic.tokens + traffic.padded_tokens} tokens in replays"
+        yield from row("padding", f"{waste} ({traffic.padding_waste:.1%})")
+    uncovered = traffic.uncovered()
+    if uncovered:
+        sizes = some([_size(size) for size in uncovered])
+        yield from row("uncovered", f"no rung for {sizes}: {count(sum(uncovered.values()), 'call')}")
+
+
+def _size(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
 
 
 def _unexpectedly_live(region: RegionReport) -> Iterator[str]:

@@ -10,6 +10,8 @@ from graphcap.compiler.debug.report import FusionReport, PieceReport, PlanReport
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.config import Config
 from graphcap.cudagraph import PlanStats, RunnerStats
+from graphcap.cudagraph.alerts import alerts
+from graphcap.cudagraph.traffic import traffic_of
 
 MIB = 2**20
 
@@ -40,6 +42,10 @@ def snapshot(region: Region) -> RegionReport:
         settings=_settings(region.config),
         dump_dir=region.dump_dir,
         notes=tuple(region.notes),
+        traffic=traffic_of(all_stats),
+        captures=sum(stats.captures for stats in all_stats),
+        capture_seconds=sum(stats.capture_seconds for stats in all_stats),
+        alerts=tuple(dict.fromkeys(alert.message for stats in all_stats for alert in alerts(stats))),
         **_merged(all_stats),
     )
 

@@ -39,14 +39,16 @@ def compile(
             one is returned.
         dynamic_arg_dims: which dims of which arguments change between calls: ``{"input_ids": 0, "x": -1,
             "hidden": {0: "num_tokens"}, "positions": [0, 1], "batch.ids": 0}``. Dims of one name have one size; an
-            int is named ``"num_tokens"``. Without it, dim 0 of every argument annotated as a tensor.
+            int is named ``"num_tokens"``; ``"num_reqs+1"`` follows ``"num_reqs"``; a :class:`graphcap.Dim` may have a
+            ``max``. Only dims declared here are ever padded. Without it, dim 0 of every argument annotated as a tensor
+            is dynamic.
         fullgraph: a graph break is an error.
         config: settings, overridden by ``options``.
         options: settings by name, see :class:`graphcap.Config`.
 
     Raises:
         ConfigError: an unknown setting or a bad value.
-        DimError: a malformed ``dynamic_arg_dims``, or one that names an argument that ``target`` does not have.
+        DimError: a malformed ``dynamic_arg_dims``; or it, or ``pad``, names an argument that ``target`` does not have.
         TypeError: ``target`` is something else.
 
     A second compilation with equal arguments does nothing; with others it replaces the first.
@@ -57,7 +59,10 @@ def compile(
     """
     existing = record_of(target)
     original = target if existing is None else existing.original
-    wanted = _target_of(original, dynamic_arg_dims, settings_of(config, options), fullgraph)
+    settings = settings_of(config, options)
+    declared = settings.get("dynamic_arg_dims") if dynamic_arg_dims is None else dynamic_arg_dims
+    wanted = _target_of(original, declared, settings, fullgraph)
+    wanted.dims.require(wanted.config.pad, "pad")
     if existing is not None and existing.same_request(wanted):
         return target
     if isinstance(target, nn.Module):

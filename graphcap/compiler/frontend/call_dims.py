@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from graphcap.compiler.frontend.dims import DynamicDim, infer, parse
+from graphcap.compiler.frontend.dims import DEFAULT_NAME, DynamicDim, infer, parse, unparse
 from graphcap.errors import DimError, did_you_mean
 
 
@@ -39,7 +39,8 @@ class CallDims:
     """Dynamic dims bound to one function's signature.
 
     Attributes:
-        dims: what was declared or inferred.
+        dims: what was declared or inferred, of the arguments.
+        step_dims: what was declared of the inputs of a step, ``"step.seq_lens"``. They are no arguments of the call.
         inferred: whether it was inferred. A declaration that does not fit a call is an error, an inference is not:
             what does not fit it is left alone.
     """
@@ -56,13 +57,14 @@ class CallDims:
         Raises:
             DimError: there is no parameter of that name.
         """
-        self.dims = tuple(dims)
+        self.dims = tuple(dim for dim in dims if not _is_of_step(dim.path, signature))
+        self.step_dims = tuple(dim for dim in dims if _is_of_step(dim.path, signature))
         self.inferred = inferred
         self._signature = signature
         self._owner = owner
         self._places = tuple(_place(dim, signature, owner) for dim in self.dims)
         direct = [p for p in self._places if not p.steps and not p.rest]
-        self._direct = tuple((p.position, p.keyword, p.dim.dim, p.dim.name) for p in direct)
+        self._direct = tuple((p.position, p.keyword, p.dim.dim, *_base(p.dim)) for p in direct)
         self._all_direct = len(direct) == len(self._places)
 
     @classmethod
@@ -76,10 +78,24 @@ class CallDims:
         owner = getattr(fn, "__qualname__", type(fn).__name__)
         return cls(dims, inspect.signature(fn), owner, inferred=declared is None)
 
+    def declared(self) -> dict[str, Any]:
+        """The dims for ``Config.dynamic_arg_dims``: those that the user declared, as ``parse`` reads them."""
+        return {} if self.inferred else unparse((*self.dims, *self.step_dims))
+
+    def require(self, paths: Iterable[str], setting: str) -> None:
+        """Check that these are paths of arguments.
+
+        Raises:
+            DimError: there is no parameter of that name.
+        """
+        for path in paths:
+            if not _is_of_step(path, self._signature):
+                _place(DynamicDim(path, 0, DEFAULT_NAME), self._signature, self._owner, setting)
+
     def independent(self) -> CallDims:
         """The same dims, each under a name of its own."""
         renamed = [d._replace(name=f"{d.path}.{d.dim}") for d in self.dims]
-        return CallDims(renamed, self._signature, self._owner, inferred=self.inferred)
+        return CallDims([*renamed, *self.step_dims], self._signature, self._owner, inferred=self.inferred)
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check that this call has the declared dims and that names agree.
@@ -89,14 +105,14 @@ class CallDims:
         Raises:
             DimError: a tensor has too few dims, or one name stands for two sizes.
         """
-        sizes: dict[str, int] = {}
+        sizes: dict[str, float] = {}
         num_args = len(args)
         try:
             if self._all_direct:
-                for position, keyword, dim, name in self._direct:
+                for position, keyword, dim, name, scale, offset in self._direct:
                     value = args[position] if position < num_args else kwargs.get(keyword)
                     if value is not None:
-                        size = value.shape[dim]
+                        size = (value.shape[dim] - offset) / scale
                         if sizes.setdefault(name, size) != size:
                             break
                 else:
@@ -112,25 +128,32 @@ class CallDims:
             DimError: as for :meth:`check`, except for sizes, which are not compared.
         """
         found: dict[int, TensorDims] = {}
-        for _, tensor, dim, name in self._resolved(args, kwargs):
-            found.setdefault(id(tensor), TensorDims(tensor, {})).names[dim] = name
+        for _, tensor, dim, declared in self._resolved(args, kwargs):
+            found.setdefault(id(tensor), TensorDims(tensor, {})).names[dim] = declared.name
         return list(found.values())
 
     def _check_thoroughly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sizes: dict[str, list[tuple[str, int, int]]] = {}
-        for path, tensor, dim, name in self._resolved(args, kwargs):
-            sizes.setdefault(name, []).append((path, dim, tensor.shape[dim]))
-        for name, seen in sizes.items():
-            if len({size for _, _, size in seen}) > 1:
-                listed = ", ".join(f"{path}.shape[{dim}] = {size}" for path, dim, size in seen)
-                path, dim, _ = seen[-1]
+        seen: dict[str, list[tuple[str, torch.Tensor, int, DynamicDim, float]]] = {}
+        for path, tensor, dim, declared in self._resolved(args, kwargs):
+            name, scale, offset = _base(declared)
+            base = (tensor.shape[dim] - offset) / scale
+            seen.setdefault(name, []).append((path, tensor, dim, declared, base))
+        for name, places in seen.items():
+            if len({base for *_, base in places}) > 1:
+                listed = ", ".join(
+                    f"{path}.shape[{dim}] = {tensor.shape[dim]}" + (f" ({each.name})" if each.follows else "")
+                    for path, tensor, dim, each, _ in places
+                )
+                path, _, dim, _, _ = places[-1]
                 raise DimError(
                     f"dim {name!r} has different sizes in one call: {listed}. Dims of one name must agree; "
                     f"where they are independent give them different names: {{{path!r}: {{{dim}: 'other'}}}}"
                 )
 
-    def _resolved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor, int, str]]:
-        """Every declared dim that this call has: path, tensor, non-negative dim, name."""
+    def _resolved(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[tuple[str, torch.Tensor, int, DynamicDim]]:
+        """Every declared dim that this call has: path, tensor, non-negative dim, what was declared."""
         for place in self._places:
             declared = place.dim
             value = _fetch(place, args, kwargs)
@@ -139,7 +162,7 @@ class CallDims:
             for path, tensor in _leaves(declared.path, value):
                 rank = tensor.dim()
                 if -rank <= declared.dim < rank:
-                    yield path, tensor, declared.dim % rank, declared.name
+                    yield path, tensor, declared.dim % rank, declared
                 elif not self.inferred:
                     raise DimError(
                         f"{path}: dim {declared.dim} is declared dynamic, but the tensor has {rank} dims "
@@ -147,7 +170,17 @@ class CallDims:
                     )
 
 
-def _place(dim: DynamicDim, signature: inspect.Signature, owner: str) -> _Place:
+def _base(dim: DynamicDim) -> tuple[str, int, int]:
+    """The name that a dim's size follows, the factor, and what is added."""
+    return dim.follows or (dim.name, 1, 0)
+
+
+def _is_of_step(path: str, signature: inspect.Signature) -> bool:
+    """Whether it names a tensor of :class:`graphcap.step`: ``"step.seq_lens"``, where no argument is called step."""
+    return path.startswith("step.") and "step" not in signature.parameters
+
+
+def _place(dim: DynamicDim, signature: inspect.Signature, owner: str, setting: str = "dynamic_arg_dims") -> _Place:
     root, *steps = dim.path.split(".")
     parameters = signature.parameters
     parameter = parameters.get(root)
@@ -156,7 +189,7 @@ def _place(dim: DynamicDim, signature: inspect.Signature, owner: str) -> _Place:
     if parameter is None or parameter.kind is parameter.VAR_KEYWORD:
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return _Place(sys.maxsize, root, False, tuple(steps), dim)
-        raise DimError(f"dynamic_arg_dims: {owner} has no argument {root!r}; {did_you_mean(root, parameters)}")
+        raise DimError(f"{setting}: {owner} has no argument {root!r}; {did_you_mean(root, parameters)}")
     if parameter.kind is parameter.KEYWORD_ONLY:
         return _Place(sys.maxsize, root, False, tuple(steps), dim)
     return _Place(list(parameters).index(root), root, parameter.kind is parameter.VAR_POSITIONAL, tuple(steps), dim)

@@ -75,7 +75,9 @@ def support_graph_compile(
         class Decoder(nn.Module): ...
     """
     settings = settings_of(config, options)
-    Config.resolve(settings)  # a mistake is reported where it was made, not at the first call
+    given = Config.resolve(settings)  # a mistake is reported where it was made, not at the first call
+    if dynamic_arg_dims is None:
+        dynamic_arg_dims = given.dynamic_arg_dims
     if dynamic_arg_dims is not None:
         parse(dynamic_arg_dims)
 
@@ -83,7 +85,7 @@ def support_graph_compile(
         if not issubclass(cls, nn.Module):
             raise TypeError(f"@support_graph_compile is for nn.Module classes, got {cls!r}; see graphcap.compile")
         if dynamic_arg_dims is not None and "forward" in vars(cls):
-            CallDims.of(cls.forward, dynamic_arg_dims)
+            CallDims.of(cls.forward, dynamic_arg_dims).require(given.pad, "pad")
         setattr(cls, COMPILED_CALL, _AtFirstCall(cls, dynamic_arg_dims, enable_if, settings, fullgraph))
         return cls
 

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import UnionType
 from typing import Any, NamedTuple
 
@@ -18,7 +20,30 @@ from graphcap.errors import DimError
 #: The name of a dim that is given as a plain int, and of every inferred one.
 DEFAULT_NAME = "num_tokens"
 
-_FORMS = "an int, a list of ints, {dim: name} or {field: ...} for a nested input"
+_FORMS = "an int, a list of ints, {dim: name}, {dim: Dim(...)} or {field: ...} for a nested input"
+
+#: A name that follows another one: "num_reqs+1", "2*num_reqs", "2*num_reqs - 1".
+_DERIVED = re.compile(r"(?:(?P<scale>[1-9]\d*)\s*\*\s*)?(?P<name>[A-Za-z_]\w*)(?:\s*(?P<sign>[+-])\s*(?P<offset>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """The name of a dynamic dim, with what else is known about it.
+
+    Attributes:
+        name: dims of one name have one size.
+        max: the largest size. A dim with it lives in a buffer of that size: one graph serves all its sizes.
+    """
+
+    name: str
+    max: int | None = None
+
+    def __post_init__(self) -> None:
+        name: object = self.name
+        if not isinstance(name, str) or not name:
+            raise DimError(f"Dim: expected a name, got {name!r}")
+        if self.max is not None and (not _is_int(self.max) or self.max < 1):
+            raise DimError(f"Dim({name!r}): max is the largest size, at least 1, got {self.max!r}")
 
 
 class DynamicDim(NamedTuple):
@@ -29,19 +54,31 @@ class DynamicDim(NamedTuple):
             Where it ends at a container, every tensor in it is meant.
         dim: the index of the dim; negative ones count from the end.
         name: dims of one name have one size.
+        max: the largest size, where it lives in a buffer of that size.
     """
 
     path: str
     dim: int
     name: str
+    max: int | None = None
+
+    @property
+    def follows(self) -> tuple[str, int, int] | None:
+        """For a name such as ``"2*num_reqs+1"`` the other name, the factor and what is added, otherwise ``None``."""
+        match = _DERIVED.fullmatch(self.name)
+        if match is None or (match["scale"] is None and match["sign"] is None):
+            return None
+        offset = int(f"{match['sign']}{match['offset']}") if match["sign"] else 0
+        return match["name"], int(match["scale"] or 1), offset
 
 
 def parse(declared: Mapping[str, Any]) -> tuple[DynamicDim, ...]:
     """Read ``dynamic_arg_dims``.
 
     Args:
-        declared: per argument an int (named ``"num_tokens"``), a list of ints (each its own name), ``{dim: name}``,
-            or, for a nested input, ``{field: any of these}``. A dotted key is the same as nesting.
+        declared: per argument an int (named ``"num_tokens"``), a list of ints (each its own name), ``{dim: name}`` or
+            ``{dim: Dim(name, max=...)}``, or, for a nested input, ``{field: any of these}``. A dotted key is the same
+            as nesting. A name may follow another one: ``"num_reqs+1"``.
 
     Raises:
         DimError: anything else.
@@ -61,15 +98,24 @@ def _parse_one(path: object, value: Any) -> Iterator[DynamicDim]:
         names = [DEFAULT_NAME] if len(value) == 1 else [f"{path}.{dim}" for dim in value]
         yield from (DynamicDim(path, dim, name) for dim, name in zip(value, names, strict=True))
     elif isinstance(value, Mapping) and value and all(map(_is_int, value)):
-        for dim, name in value.items():
-            if not isinstance(name, str) or not name:
-                raise DimError(f"dynamic_arg_dims[{path!r}]: dim {dim} needs a name, got {name!r}")
-            yield DynamicDim(path, dim, name)
+        for dim, given in value.items():
+            if not isinstance(given, Dim) and (not isinstance(given, str) or not given):
+                raise DimError(f"dynamic_arg_dims[{path!r}]: dim {dim} needs a name or a graphcap.Dim, got {given!r}")
+            named = given if isinstance(given, Dim) else Dim(given)
+            yield DynamicDim(path, dim, named.name, named.max)
     elif isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
         for key, inner in value.items():
             yield from _parse_one(f"{path}.{key}", inner)
     else:
         raise DimError(f"dynamic_arg_dims[{path!r}]: expected {_FORMS}, got {value!r}")
+
+
+def unparse(dims: Sequence[DynamicDim]) -> dict[str, Any]:
+    """What :func:`parse` reads as these dims."""
+    declared: dict[str, Any] = {}
+    for dim in dims:
+        declared.setdefault(dim.path, {})[dim.dim] = dim.name if dim.max is None else Dim(dim.name, dim.max)
+    return declared
 
 
 def _is_int(value: object) -> bool:

@@ -136,7 +136,7 @@ class CompiledTarget:
     ) -> None:
         self.name = name
         self.kind = kind
-        self.options = dict(options)
+        self.options = {**options, "dynamic_arg_dims": dims.declared()} if dims.dims else dict(options)
         self.config = Config.resolve(self.options)
         self.is_eager = self.config.enforce_eager or self.config.compilation_mode is CompilationMode.NONE
         self.fullgraph = fullgraph

@@ -241,7 +241,27 @@ def test_settings_reach_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "backend", lambda: recording)
     graphcap.compile(Linear(), capture_sizes=[4])(rows(3))
     graphcap.compile(Linear())(rows(3))
-    assert seen == [{"options": {"capture_sizes": [4]}}, {}]
+    assert seen == [{"options": {"capture_sizes": [4], "dynamic_arg_dims": {}}}, {"options": {"dynamic_arg_dims": {}}}]
+
+
+def test_only_declared_dims_reach_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is inferred from annotations is dynamic, and not to be padded."""
+    seen = []
+
+    def recording(gm: torch.fx.GraphModule, inputs: Any, options: Any) -> Callable[..., Any]:
+        seen.append(options["dynamic_arg_dims"])
+        return gm.forward
+
+    monkeypatch.setattr(targets, "backend", lambda: recording)
+    graphcap.compile(Linear())(rows(3))
+    graphcap.compile(Linear(), dynamic_arg_dims={"x": -2})(rows(3))
+    graphcap.compile(Linear(), config=graphcap.Config(dynamic_arg_dims={"x": {0: graphcap.Dim("n", max=8)}}))(rows(3))
+    assert seen == [{}, {"x": {-2: "num_tokens"}}, {"x": {0: graphcap.Dim("n", max=8)}}]
+
+
+def test_a_fill_for_an_argument_that_does_not_exist() -> None:
+    with pytest.raises(graphcap.DimError, match=r"pad: .* has no argument 'z'"):
+        graphcap.compile(Linear(), dynamic_arg_dims={"x": 0}, pad={"z": 0})
 
 
 def test_records() -> None:

@@ -218,7 +218,7 @@ def test_settings_and_dims() -> None:
     for size in SIZES:
         assert_same_as_eager(model, torch.randn(2, size))
     assert (record(model).config.max_plans, record(model).config.compiler) == (3, "eager")
-    assert [tuple(dim) for dim in record(model).dims.dims] == [("x", 1, "seq")]
+    assert [tuple(dim) for dim in record(model).dims.dims] == [("x", 1, "seq", None)]
 
 
 def test_mistakes_are_reported_at_the_class() -> None:
@@ -282,7 +282,7 @@ def test_declared_dims_are_inherited_where_they_fit(graphs: list[Any]) -> None:
     for model in (Same(), Other()):
         model(rows(3))
         dims.append([tuple(dim) for dim in record(model).dims.dims])
-    assert dims == [[("x", 0, "rows")], [("hidden", 0, "num_tokens")]]
+    assert dims == [[("x", 0, "rows", None)], [("hidden", 0, "num_tokens", None)]]
 
 
 def test_a_decorated_subclass_is_not_wrapped_twice(graphs: list[Any]) -> None:

@@ -49,7 +49,7 @@ def compiled_in_every_way() -> list[tuple[nn.Module, Any]]:
 @pytest.mark.parametrize(("module", "original"), compiled_in_every_way())
 def test_a_hook_after_a_trace_fires(module: nn.Module, original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
-    monkeypatch.setattr(targets, "backend", lambda: lambda gm, inputs: graphs.append(gm) or gm.forward)
+    monkeypatch.setattr(targets, "backend", lambda: lambda gm, inputs, **_: graphs.append(gm) or gm.forward)
     x = torch.randn(3, 4)
     with torch.no_grad():
         compiled = graphcap.compile(original)
@@ -74,7 +74,7 @@ def test_a_hook_after_a_trace_fires(module: nn.Module, original: Any, monkeypatc
 
 def test_a_hook_that_comes_and_goes_is_not_traced_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
-    monkeypatch.setattr(targets, "backend", lambda: lambda gm, inputs: graphs.append(gm) or gm.forward)
+    monkeypatch.setattr(targets, "backend", lambda: lambda gm, inputs, **_: graphs.append(gm) or gm.forward)
     model, x = graphcap.compile(Twice()), torch.randn(3, 4)
     with torch.no_grad():
         plain = model(x)

@@ -124,10 +124,14 @@ class Segment:
         ]
 
     def _states(self, copied: dict[int, Any]) -> Iterator[Outcome]:
-        """What the steps wrote into memory that is not their own, each with the last step that wrote it."""
+        """What the steps wrote into memory that is not their own, each with the last step that wrote it.
+
+        Memory whose last reader is among them may hold anything by the time that the graph has run.
+        """
+        over = {slot for number in self.numbers for slot in self._recorded.layout.releases[number]}
         for region in self._regions:
             last = self._writers(region)[-1]
-            for slot in region.slots:
+            for slot in [slot for slot in region.slots if slot not in over]:
                 yield Outcome(last, f"what it wrote into {self._name(slot)}", copied[slot], self._values[slot])
 
     def _name(self, slot: int) -> str:

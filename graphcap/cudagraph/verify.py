@@ -25,6 +25,7 @@ from graphcap.cudagraph.arena import span_bytes
 from graphcap.cudagraph.around import put_around
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.differences import Difference, difference, same_bits
+from graphcap.cudagraph.phase import captures_allowed
 from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.recorded import Recorded, describe
 from graphcap.cudagraph.rehearsal import Outcome, Rehearsal, Segment, segments_of
@@ -156,7 +157,7 @@ class Checks:
 
     def _finish(self, key: Any) -> None:
         self._done.add(key)
-        if (finished := self._finished()) is not None:
+        if captures_allowed() and (finished := self._finished()) is not None:
             finished(key)
 
 

@@ -84,3 +84,15 @@ def test_views_that_overlap_share_their_copy():
     assert part.data_ptr() == whole.data_ptr() + 8
     rehearsal.take_effect()
     assert torch.equal(memory, expected)
+
+
+def test_memory_that_ends_with_a_segment_is_not_looked_at():
+    region = Region()
+    x = region.tensor("x")
+    a = region.step(lambda x: x + 1, x)
+    live = region.step(lambda a: a.sum(), a, capture=LIVE)
+    program = region.returning(region.step(lambda a, s: a.add_(s) * 2, a, live, mutates=[a]))
+    runner = runner_of(program)
+    warm(runner, randn(3))
+    recorded = next(iter(runner._plans.values())).recorded
+    assert [outcome.what for outcome in Segment(recorded, [2]).rehearse(2**20)] == ["result 0"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from graphcap.cudagraph import Capture, verify
+from graphcap.cudagraph.phase import allow_capture
 from graphcap.cudagraph.simulated import SimulatedDevice
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 
@@ -238,6 +239,19 @@ def test_verify_of_a_number_compares_so_many_replays_and_then_captures_without_c
         assert torch.equal(runner(x)[0], (x + 1) * 2)
         segments.append([plan.num_segments for plan in runner.stats.plans])
     assert segments == [[], [], [2], [2], [], [1], [1], [1]]
+
+
+def test_a_sealed_process_keeps_the_plan_that_was_verified():
+    region = Region()
+    x = region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    runner = runner_of(region.returning(region.step(lambda y: y * 2, y)), verify=2)
+    warm(runner, randn(3))
+    with allow_capture(False):
+        for _ in range(4):
+            runner(randn(3))
+    assert runner.stats.replays == 4
+    assert runner.stats.plans[0].num_segments == 2
 
 
 def test_random_numbers_are_drawn_once():

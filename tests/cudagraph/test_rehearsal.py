@@ -94,5 +94,5 @@ def test_memory_that_ends_with_a_segment_is_not_looked_at():
     program = region.returning(region.step(lambda a, s: a.add_(s) * 2, a, live, mutates=[a]))
     runner = runner_of(program)
     warm(runner, randn(3))
-    recorded = next(iter(runner._plans.values())).recorded
+    recorded = next(iter(runner._table.plans.values())).recorded
     assert [outcome.what for outcome in Segment(recorded, [2]).rehearse(2**20)] == ["result 0"]

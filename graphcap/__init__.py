@@ -24,6 +24,7 @@ from graphcap.errors import (
 
 if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
+    from graphcap.compiler.debug.profile import profile
     from graphcap.compiler.debug.suggest import suggest_ladder
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
@@ -69,6 +70,7 @@ __all__ = [
     "hooks",
     "memory",
     "register_generator",
+    "profile",
     "register_op",
     "step",
     "release",
@@ -96,6 +98,7 @@ _LAZY = {
     "hooks": "graphcap.cudagraph",
     "memory": "graphcap.cudagraph.memory",
     "register_generator": "graphcap.cudagraph.generators",
+    "profile": "graphcap.compiler.debug.profile",
     "register_op": "graphcap.compiler.rules",
     "release": "graphcap.compiler.frontend.lifecycle",
     "reset": "graphcap.compiler.frontend.lifecycle",

@@ -158,7 +158,8 @@ class Config:
 
     outputs: str = "clone"
     """What a replay returns. "clone": fresh tensors, safe to keep. "static": the graph's own memory, valid until the
-    next replay of any plan in the pool. "ring:N": copies in N alternating buffers, valid for N replays of the plan."""
+    next replay of the same captured shape. "ring:N": copies in N alternating buffers, overwritten by the N-th later
+    replay of that shape. The call that captures counts as one; a call without a graph always returns fresh tensors."""
 
     static_args: tuple[str, ...] = ()
     """Names of arguments that keep their address between calls: read and written in place, never copied."""

@@ -38,6 +38,7 @@ PUBLIC = {
     "hooks",
     "memory",
     "register_generator",
+    "profile",
     "register_op",
     "step",
     "release",

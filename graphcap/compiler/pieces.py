@@ -157,6 +157,8 @@ class _PieceCompiler:
         try:
             artifact, origin, note, key = self._load_or_compile(piece, key, pipeline, example)
         except Exception as error:  # Inductor may raise anything; the piece still has its Python
+            if private.restarts_trace(error):
+                raise
             log.warning("%s could not be compiled and runs as it is: %s", piece.name, error, exc_info=True)
             note = f"{type(error).__name__}: {error}"
             return CompiledPiece(piece.module.forward, mutates, "failed", key.digest, note=note), None

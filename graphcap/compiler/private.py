@@ -44,6 +44,12 @@ class Frame:
         return f"{self.code.co_filename}:{self.code.co_firstlineno}" if self.code is not None else "<unknown>"
 
 
+def restarts_trace(error: BaseException) -> bool:
+    """Whether an exception is Dynamo's own way of saying that it has to trace again, having learned something: that a
+    float must be constant, say. It is no failure, and must reach Dynamo."""
+    return isinstance(error, torch._dynamo.exc.RestartAnalysis)
+
+
 def current_frame() -> Frame:
     """The frame being compiled, from inside a backend call (``InstructionTranslator.current_tx``)."""
     from torch._guards import CompileContext

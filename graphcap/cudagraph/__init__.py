@@ -4,7 +4,8 @@ In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the comp
 :mod:`~graphcap.cudagraph.runner` (what happens on a call), :mod:`~graphcap.cudagraph.observe` (what a warm-up learns),
 :mod:`~graphcap.cudagraph.layout` and :mod:`~graphcap.cudagraph.bindings` (what is captured, and how inputs get in),
 :mod:`~graphcap.cudagraph.capture` (the segmented capture), :mod:`~graphcap.cudagraph.recorded` (what it leaves behind),
-:mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.outputs` and :mod:`~graphcap.cudagraph.handout` (how outputs leave,
+:mod:`~graphcap.cudagraph.generations` how long they last), :mod:`~graphcap.cudagraph.replay` (the generated replay),
 :mod:`~graphcap.cudagraph.device` (what a device must do; :mod:`~graphcap.cudagraph.cuda` and
 :mod:`~graphcap.cudagraph.simulated` do it).
 """

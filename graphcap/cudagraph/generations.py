@@ -34,7 +34,7 @@ class Generations:
         """Prepare for one plan.
 
         Args:
-            lifetime: how many replays of the plan may begin before a replay overwrites an output, that one included.
+            lifetime: which later replay of the plan overwrites an output: the first, the second.
             why: the message of the :class:`graphcap.StaleOutputError`.
         """
         self._lifetime = lifetime

@@ -26,7 +26,7 @@ class Policy:
 
     Attributes:
         name: the value of the setting.
-        lifetime: how many replays of a plan an output is good for; 0 is for ever, by a clone.
+        lifetime: which later replay of its plan overwrites an output: the first, the second; 0 is none, by a clone.
         in_place: whether outputs are the memory that captured steps write.
         checked: whether reading an output too late raises.
     """
@@ -40,8 +40,7 @@ class Policy:
     def of(cls, config: Config, checked: bool) -> Policy:
         """Read the setting."""
         kind, _, number = config.outputs.partition(":")
-        lifetime = {"clone": 0, "static": 1}.get(kind) if not number else int(number)
-        assert lifetime is not None, config.outputs
+        lifetime = int(number) if number else {"clone": 0, "static": 1}[kind]
         return cls(config.outputs, lifetime, kind == "static", checked)
 
     def too_late(self, region: str) -> str:

@@ -150,6 +150,31 @@ class GraphRunner:
     def _why_not_here(self) -> str:
         return self._device.unusable or "inside another capture or replay"
 
+    @contextlib.contextmanager
+    def inspected(self, inspector: Inspector) -> Iterator[None]:
+        """Within this block calls make plans of their own, for ``inspector`` to look into; the others return at its
+        end."""
+        with self._device.lock:
+            before = self._plans, self._served, self.inspector
+            self._plans, self._served, self.inspector = {}, {}, inspector
+        try:
+            yield
+        finally:
+            with self._device.lock:
+                for plan in list(self._plans.values()):
+                    self._drop(plan)
+                self._plans, self._served, self.inspector = before
+
+    @property
+    def program(self) -> Program:
+        """What is called."""
+        return self._program
+
+    @property
+    def device(self) -> GraphDevice:
+        """Where it is captured."""
+        return self._device
+
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
         self.stats.live_calls[reason] += 1
         self._size_stats(self._sizes(args)).live += 1

@@ -107,16 +107,20 @@ class Checks:
 
     def attach(self, key: Any, recorded: Recorded, replay: Callable[..., Any]) -> None:
         """Have the next replays of a plan compared, if there is a reason to."""
-        groups = segments_of(recorded)
+        try:
+            self._attach(key, recorded, replay, segments_of(recorded))
+        except Exception as error:  # the plan itself needs none of this
+            self.skip(range(len(self.program.steps)), describe(error))
+
+    def _attach(self, key: Any, recorded: Recorded, replay: Callable[..., Any], groups: list[list[int]]) -> None:
         if recorded.layout.apart:
-            checked = list(range(len(groups)))
-            _PlanCheck(self, recorded, replay, groups, checked, self._wanted, lambda: self._finish(key))
+            everything = list(range(len(groups)))
+            _PlanCheck(self, recorded, replay, groups, everything, self._wanted, lambda: self._finish(key))
             return
         trusted = [n for n, steps in enumerate(groups) if self.unproven(steps)]
         if trusted:
-            self.skip(
-                [number for n in trusted for number in groups[n]], "no replay had other inputs than the capture yet"
-            )
+            steps = [number for n in trusted for number in groups[n]]
+            self.skip(steps, "no replay had other inputs than the capture yet")
             _PlanCheck(self, recorded, replay, groups, trusted, 1, lambda: None, InputsSeen(recorded))
 
     def unproven(self, numbers: Collection[int]) -> tuple[str, ...]:

@@ -33,6 +33,11 @@ def call(runner: GraphRunner, n: int) -> None:
     assert torch.equal(runner(n, x)[0], x + n)
 
 
+def calls(runner: GraphRunner, n: int, num: int) -> None:
+    for _ in range(num):
+        call(runner, n)
+
+
 def keys(runner: GraphRunner) -> list[int]:
     return [plan.key[0] for plan in runner.stats.plans]
 
@@ -149,8 +154,7 @@ def test_full_device_leaves_a_working_model(capacity):
     device = SimulatedDevice(capacity=capacity)
     runner = runner_of(grown(), device)
     with pytest.warns(UserWarning, match="ran out of memory during a capture"):
-        for _ in range(100):
-            call(runner, 1)
+        calls(runner, 1, 100)
     assert runner.stats.plans == []
     assert len(runner.stats.failures) == 2, "one more try, no storm"
     gc.collect()
@@ -166,8 +170,7 @@ def test_full_device_drops_a_plan_out_of_use_for_a_new_one():
     for _ in range(RECENT_USES + 1):
         call(runner, 2)
     with pytest.warns(UserWarning, match="ran out of memory"):
-        for _ in range(40):
-            call(runner, 3)
+        calls(runner, 3, 40)
     assert sorted(keys(runner)) == [2, 3]
 
 
@@ -193,8 +196,7 @@ def test_release_forgets_what_was_refused():
     device = SimulatedDevice(capacity=0)
     runner = runner_of(grown(), device)
     with pytest.warns(UserWarning, match="ran out of memory"):
-        for _ in range(20):
-            call(runner, 1)
+        calls(runner, 1, 20)
     device.capacity = None
     runner.release()
     call(runner, 1)

@@ -59,7 +59,7 @@ def test_generator_is_registered_for_its_life():
     reference = weakref.ref(generator)
     del generator
     assert reference() is None
-    with pytest.raises(TypeError, match="expected a torch.Generator, got int"):
+    with pytest.raises(TypeError, match=r"expected a torch\.Generator, got int"):
         register_generator(3)
 
 

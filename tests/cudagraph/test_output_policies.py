@@ -240,6 +240,26 @@ def test_memory_of_a_dropped_plan_goes_with_the_last_output():
     assert memory.expired()
 
 
+@pytest.mark.parametrize("outputs", POLICIES)
+def test_a_replay_that_goes_on_live_returns_fresh_tensors(outputs):
+    region = Region()
+    k, x = region.size("k", in_key=False), region.tensor("x")
+    y = region.step(lambda x: x * 2, x)
+    z = region.step(lambda y, k: y[:k] + 1, y, k, capture=LIVE)
+    program = region.returning(y, region.step(lambda z: z * 3, z), region.step(lambda y: y[1:], y))
+    runner = runner_of(program, outputs=outputs)
+    kept = []
+    for k in (3, 3, 3, 3, 2, 3, 2):
+        args = k, randn(4)
+        expected, got = program.run(*args), runner(*args)
+        assert all(map(torch.equal, got, expected))
+        assert relations([], got) == relations([], expected)
+        kept.append((got, expected))
+    assert runner.stats.replays == 1
+    assert not runner.stats.plans
+    assert all(all(map(torch.equal, got, expected)) for got, expected in kept[-3:])
+
+
 def test_a_ring_without_memory_is_a_failed_capture_and_the_call_is_right(monkeypatch):
     def no_memory(*args):
         raise torch.OutOfMemoryError("no memory for a ring")

@@ -89,9 +89,10 @@ def relations(args, outputs):
     moves=st.lists(st.sampled_from(["apart", "slices", "twice", "weight"]), min_size=1, max_size=2),
     limit=st.sampled_from([8, 2**20]),
     outputs=st.sampled_from(["clone", "static", "ring:1", "ring:2"]),
+    verify=st.sampled_from([False, True, 1]),
 )
-def test_any_program_is_what_it_is_live(program, mode, moves, limit, outputs):
-    runner = runner_of(program, cudagraph_mode=mode, max_copy_bytes=limit, outputs=outputs)
+def test_any_program_is_what_it_is_live(program, mode, moves, limit, outputs, verify):
+    runner = runner_of(program, cudagraph_mode=mode, max_copy_bytes=limit, outputs=outputs, verify=verify)
     weight = torch.ones(5)
     kept = []
     for call in range(NUM_CALLS):
@@ -106,6 +107,8 @@ def test_any_program_is_what_it_is_live(program, mode, moves, limit, outputs):
     for _, _, got, expected in kept[-1:]:
         assert all(map(torch.equal, got, expected))
     assert not runner.stats.failures
+    assert not runner.stats.divergences
+    assert not runner.stats.unchecked
 
 
 @given(

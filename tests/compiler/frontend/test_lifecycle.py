@@ -137,3 +137,32 @@ def test_budget_of_a_model_holds():
 def test_release_of_something_that_cannot_be_compiled():
     with pytest.raises(TypeError):
         graphcap.release(3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("end", [delete_model, torch_reset, graphcap_reset, drop_code_entry])
+def test_device_memory_returns_to_where_it_began(compiled, end):
+    def reserved() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    def one_life() -> None:
+        graphcap.reset()
+        model = Mlp().eval().cuda()
+        holder = [model, compiled(model)]
+        with torch.no_grad():
+            for _ in range(5):
+                x = torch.randn(2**18, 4, device="cuda")  # 4 MiB
+                torch.testing.assert_close(holder[1](x), torch.relu(x * model.weight) + 1)
+        assert graphcap.memory()["cuda:0"].num_plans == 1
+        del x, model
+        end(holder)
+        del holder
+
+    one_life()
+    before = reserved()
+    one_life()
+    assert reserved() <= before
+    assert graphcap.memory()["cuda:0"].num_plans == 0

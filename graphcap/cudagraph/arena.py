@@ -77,9 +77,14 @@ def offsets_for(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
 
 
 class Arena:
-    """One block of memory for the copied inputs of every plan of a runner; no two of its plans run at the same time."""
+    """One block of memory for the copied inputs of every plan of a runner; no two of its plans run at the same time.
+
+    Attributes:
+        holder: the padded replay whose padding lies in it; ``None`` when something else has been copied in since.
+    """
 
     def __init__(self, device: GraphDevice) -> None:
+        self.holder: object = None
         self._device = device
         self._block: torch.Tensor | None = None
 

@@ -141,8 +141,8 @@ def test_shared_bytes_count_and_are_never_credited():
 def test_a_plan_larger_than_the_budget_is_tried_once():
     runner = runner_of(grown(), max_graph_bytes=100)
     recordings = []
-    begin = runner._device.begin
-    runner._device.begin = lambda *args: recordings.append(1) or begin(*args)
+    begin = runner.device.begin
+    runner.device.begin = lambda *args: recordings.append(1) or begin(*args)
     for _ in range(100):
         call(runner, 1)
     assert len(recordings) == 1

@@ -90,6 +90,7 @@ def _plan(plan: PlanStats) -> PlanReport:
         mib=plan.bytes / MIB,
         seconds=plan.seconds,
         replays=plan.replays,
+        shared_mib=plan.shared_bytes / MIB,
     )
 
 

@@ -186,7 +186,7 @@ class Engine:
         settings = {
             "dynamic_arg_dims": {"input_ids": tokens, "positions": tokens, "slot_mapping": tokens,
                                  "step.block_tables": {0: "num_reqs"}},
-            "pad": {"slot_mapping": -1},
+            "pad": {"slot_mapping": -1, "positions": 0},
             "cudagraph_mode": "FULL_AND_PIECEWISE",
             "max_num_reqs": self.max_num_reqs,
             "max_capture_size": self.max_num_tokens,

@@ -120,7 +120,7 @@ class Config:
     """The most requests in a batch: caps the ladder of uniform decode batches. None is no limit."""
 
     max_padding_ratio: float = 0.5
-    """The largest part of a padded batch that may be padding: (rung - n) / rung. Beyond it the call runs live."""
+    """The largest part of a padded batch that may be padding: (rung - n) / rung. Beyond it a size is not declared."""
 
     capture_after: int = 3
     """A shape outside `capture_sizes` is captured at this sighting; at least 2, as an earlier call is the warm-up."""
@@ -278,6 +278,7 @@ _KIND_OF_NAME: dict[str, Kind] = {
     "guards": values.one_of("full", "sealed"),
     "fallback": values.one_of("eager", "breakable"),
     "dynamic_arg_dims": values.optional(values.MAPPING),
+    "pad": values.FILLS,
     "capture_sizes": values.optional(values.LADDERS),
     "max_num_reqs": values.optional(values.at_least(1)),
     "max_padding_ratio": values.RATIO,

@@ -94,6 +94,13 @@ def _accept_mapping(value: Any) -> Mapping[str, Any]:
     return MappingProxyType(dict(value))
 
 
+def _accept_fills(value: Any) -> Mapping[str, Any]:
+    for name, fill in _accept_mapping(value).items():
+        if not isinstance(fill, (bool, int, float)) and not callable(fill) and fill != "edge":
+            raise BadValue(f"expected a number, 'edge' or a function for {name!r}, got {fill!r}")
+    return _accept_mapping(value)
+
+
 def _each(accept: Callable[[Any], Any], value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset, range)):
         raise BadValue(f"expected a list or tuple, got {value!r}")
@@ -199,3 +206,5 @@ OUTPUTS = Kind(_accept_outputs, str)
 COUNT_OR_BOOL = Kind(_accept_count_or_bool, _read_count_or_bool)
 FUNCTIONS = Kind(lambda value: _each(_accept_callable, value), None)
 MAPPING = Kind(_accept_mapping, None)
+#: What padded rows of arguments hold.
+FILLS = Kind(_accept_fills, None)

@@ -26,7 +26,8 @@ class GraphDims:
     """The dims of one graph.
 
     Attributes:
-        names: per placeholder the declared dims of its tensor, ``{dim: name}``.
+        names: per placeholder the declared dims of its tensor, ``{dim: name}``; of ``"num_reqs+1"`` that is
+            ``"num_reqs"``.
         largest: the symbols of dims declared with a ``max``, each with it.
         equal: symbols that a declaration expresses through another one.
     """
@@ -83,7 +84,7 @@ def read_dims(graph: fx.Graph, examples: Sequence[Any], declared: Mapping[str, A
         found = list(_matches(placeholders, parse(declared)))
     names: dict[fx.Node, dict[int, str]] = {}
     for node, dim in found:
-        names.setdefault(node, {})[dim.dim] = dim.name
+        names.setdefault(node, {})[dim.dim] = dim.follows[0] if dim.follows else dim.name
     equal = _equal_symbols(found)
     dims = GraphDims(names, {}, equal)
     largest = {
@@ -128,6 +129,9 @@ def _equal_symbols(found: Sequence[tuple[fx.Node, DynamicDim]]) -> dict[Any, Any
     for symbol, dim in symbols:
         if symbol is not None and symbol.is_symbol and dim.follows is None:
             base.setdefault(dim.name, symbol)
+    for symbol, dim in symbols:
+        if symbol is not None and symbol.is_symbol and dim.follows is not None:
+            base.setdefault(dim.follows[0], sympy.Symbol(f"_{dim.follows[0]}_", integer=True))  # no dim has that size
     equal: dict[Any, Any] = {}
     for symbol, dim in symbols:
         if symbol is None or not symbol.is_symbol:

@@ -81,9 +81,13 @@ class Arena:
     """One block of memory for the copied inputs of every plan of a runner; no two of its plans run at the same time.
 
     The block belongs to the plans: it goes with the last of them.
+
+    Attributes:
+        holder: the padded replay whose padding lies in it; ``None`` when something else has been copied in since.
     """
 
     def __init__(self, device: GraphDevice) -> None:
+        self.holder: object = None
         self._device = device
         self._block: Callable[[], torch.Tensor | None] = lambda: None
 

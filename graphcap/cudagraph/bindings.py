@@ -16,6 +16,7 @@ class Binding(enum.Enum):
     STATIC = "static"  #: read and written in place; its address is checked on every call
     COPIED = "copied"  #: small and only read: copied into the arena on every call
     COPIED_BACK = "copied in and out"  #: small and written, at an address that keeps moving
+    PADDED = "padded"  #: copied into a buffer of the padded size, which every step reads and writes in its place
     REFERENCE = "by reference"  #: read by live steps alone
     VALUE = "value"  #: no tensor
 
@@ -31,8 +32,8 @@ class Choice:
         static_args: names of inputs that the user declared static.
         max_copy_bytes: a larger input is never copied.
         uniform_query_len: the tokens of each request, where the plan is for batches in which all have the same number.
-        padded: inputs that are captured larger than they come: never by reference, as live steps see the padded one.
         apart: steps that get a segment of their own where they are captured.
+        padded: inputs that this capture sees at a padded size.
     """
 
     full: bool
@@ -90,6 +91,9 @@ def bind(facts: MemoryFacts, live: Collection[int], choice: Choice) -> tuple[lis
     evicted: dict[int, str] = {}
     for index, spec in enumerate(facts.program.inputs):
         root = facts.seen.roots[index]
+        if index in choice.padded:  # live steps, too, must see the padded tensor
+            bindings.append(Binding.PADDED)
+            continue
         readers = [] if root < 0 else facts.readers(index, live)
         if not readers:
             bindings.append(Binding.VALUE if root < 0 else Binding.REFERENCE)

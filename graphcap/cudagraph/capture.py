@@ -30,6 +30,7 @@ from graphcap.cudagraph.recorded import (
     handed_out,
     inputs_written_back,
     outputs_of,
+    padded_inputs_written,
     run_live,
 )
 from graphcap.progress import Progress
@@ -45,6 +46,7 @@ class SegmentedCapture:
         self._device = device
         self._slots: list[Any] = [*args, *[None] * (len(seen.roots) - len(args))]  # what live steps read
         self._bound: list[Any] = [*args, *[None] * (len(seen.roots) - len(args))]  # what captured steps read
+        self._padded = {index: args[index] for index in layout.inputs_bound(Binding.PADDED)}
         self._recording: Recording | None = None
         self._first = 0  # the first step of the current segment
         self._ended: list[torch.Tensor] = []  # released between two segments, for the next one
@@ -57,7 +59,7 @@ class SegmentedCapture:
     def bind_inputs(self, arena: Arena) -> None:
         """Give every input that captured steps read its place, and copy in what is copied."""
         layout, memory = self.recorded.layout, self.recorded.memory
-        copied = layout.inputs_bound(Binding.COPIED, Binding.COPIED_BACK)
+        copied = layout.inputs_bound(Binding.COPIED, Binding.COPIED_BACK, Binding.PADDED)
         buffers, block = arena.buffers([self._slots[index] for index in copied])
         self.recorded.blocks.append(block)
         stand_ins = dict(zip(copied, buffers, strict=True))
@@ -72,6 +74,8 @@ class SegmentedCapture:
             self._addresses[self.recorded.seen.roots[index]].add(storage_address(stand_in))
             if index in copied:
                 copy_into(stand_in, self._slots[index])
+        for index in self._padded:
+            self._slots[index] = self._bound[index]
 
     def run(self, bar: Progress, policy: Policy) -> tuple[tuple[Any, ...], Failure | None]:
         """Run the call, one step after the other; ``bar`` is told of each. Outputs leave as ``policy`` says.
@@ -94,6 +98,8 @@ class SegmentedCapture:
             if failure.out_of_memory and not recorded.segments:
                 self._give_back()
             run_live(recorded.program, self._slots, self._first)
+        for index in padded_inputs_written(recorded):
+            copy_into(self._padded[index], recorded.stand_ins[index])
         recorded.outputs = outputs_of(recorded, self._slots, captured_below)
         if failure is None:
             try:

@@ -108,6 +108,9 @@ class GraphDevice(Protocol):
     def at_end(self, segments: Sequence[Any], lent: Collection[int]) -> Callable[[], None] | None:
         """What a replay does when its outputs have been made, if anything. ``lent``: storages that the caller reads."""
 
+    def spare_bytes(self) -> int:
+        """Memory of the device that copies may take for a moment, in bytes."""
+
     def used_bytes(self) -> int:
         """Memory of the device in use, in bytes, that of graphs included."""
 

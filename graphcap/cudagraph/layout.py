@@ -127,7 +127,7 @@ def _crossings(
 def _stays_put(facts: MemoryFacts, root: int, of_live_step: bool, bindings: list[Binding]) -> bool:
     """Whether a storage has the same address in every replay."""
     if root < len(facts.program.inputs):
-        return all(bindings[index] is Binding.STATIC for index in facts.inputs_of[root])
+        return all(bindings[index] in (Binding.STATIC, Binding.PADDED) for index in facts.inputs_of[root])
     return not of_live_step
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.budget import Holding
+from graphcap.cudagraph.fitted import Fitter
 from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.routes import Route
@@ -37,6 +38,7 @@ class Plan:
         serving: the buffers of the step inputs that it reads, if any.
         served: the ways to it from the calls that it serves.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
+        fitter: of a padded plan.
     """
 
     route: Route
@@ -49,6 +51,11 @@ class Plan:
     serving: Serving | None = None
     served: list[Served] = field(default_factory=list)
     num_changed: int = 0
+    fitter: Fitter | None = None
+
+    def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
+        """The replay for a call of these sizes, by symbol. To be kept by the caller: a look-up is all it costs then."""
+        return self.replay if self.fitter is None else self.fitter.fit(real)
 
 
 @dataclass(slots=True, eq=False)

@@ -63,7 +63,8 @@ class InputSpec:
         is_parameter: whether it is a model's parameter, by which one instance of the model is told from another.
         sizes: of a tensor, per dim; of a scalar the one that it is; empty where nothing is known.
         strides: of a tensor, per dim; empty where nothing is known.
-        dim_names: the dims of a tensor that the user declared, each with its name (``{0: "num_tokens"}``).
+        dim_names: the dims of a tensor that the user declared, each with the name that its size follows
+            (``{0: "num_tokens"}``).
         is_write_index: whether its values say where something is written.
     """
 

@@ -144,3 +144,10 @@ def inputs_written_back(recorded: Recorded, first: int, stop: int) -> list[int]:
     roots = recorded.seen.roots
     written = {roots[slot] for step in recorded.program.steps[first:stop] for slot in step.mutates}
     return [index for index in recorded.layout.inputs_bound(Binding.COPIED_BACK) if roots[index] in written]
+
+
+def padded_inputs_written(recorded: Recorded) -> list[int]:
+    """The padded inputs that any step writes, captured or live."""
+    roots = recorded.seen.roots
+    written = {roots[slot] for step in recorded.program.steps for slot in step.mutates}
+    return [index for index in recorded.layout.inputs_bound(Binding.PADDED) if roots[index] in written]

@@ -49,7 +49,7 @@ class Route:
         mode: PIECEWISE or FULL.
         batch: the kind of batch, as far as the plan depends on it.
         sizes: per symbol of the key the size at which the plan is captured; ``None`` where it does not depend on it.
-        rung: the symbols that are padded for it, with the size they are padded to.
+        rung: the symbols that may be padded for it, with the size they are padded to; empty for exact sizes.
         named: the padded size of each declared dim, by name.
         is_declared: whether it is on the ladder.
     """
@@ -65,6 +65,10 @@ class Route:
     def key(self) -> Hashable:
         """By which plans are kept."""
         return self.mode, self.batch, self.sizes
+
+    def computed(self, real: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes that a batch of these is computed at: padded where the plan depends on them."""
+        return tuple(size if at is None else at for size, at in zip(real, self.sizes, strict=True))
 
 
 class Router:
@@ -83,7 +87,7 @@ class Router:
         """Work out what does not change from call to call."""
         scalars = [spec for spec in program.inputs if spec.kind is InputKind.SCALAR and spec.in_key]
         self.symbols = tuple(spec.symbol or spec.name for spec in scalars)
-        self._names = padding.names
+        self._names = padding.declared
         by_name = {name: symbol for symbol, name in self._names.items()}
         self.tokens = by_name.get(TOKENS) or (self.symbols[0] if len(self.symbols) == 1 else None)
         self.reqs = by_name.get(REQS)
@@ -91,7 +95,7 @@ class Router:
         self._config = config
         self._padding = padding
         self.names = tuple(TOKENS if each == self.tokens else self._names.get(each, each) for each in self.symbols)
-        padded = [name for name, symbol in zip(self.names, self.symbols, strict=True) if symbol in padding.symbols]
+        padded = [name for name, symbol in zip(self.names, self.symbols, strict=True) if symbol in padding.names]
         found = ladders_of(self.names, padded, config)
         self.notes = found.notes
         self.rung_of = found.rung_of
@@ -215,10 +219,9 @@ class Router:
             return rung
         declared = rung is not None
         sizes = {symbol: (rung or {}).get(symbol, real[symbol]) for symbol in self.symbols if symbol in matters}
-        padded = {symbol: size for symbol, size in sizes.items() if size != real[symbol]}
-        fixed = {symbol: size for symbol, size in self._padding.fixed.items() if symbol in matters}
-        sizes |= fixed
-        padded |= {symbol: size for symbol, size in fixed.items() if size != real[symbol]}
+        padded = {symbol: size for symbol, size in (rung or {}).items() if symbol in self._padding.names}
+        padded |= {symbol: size for symbol, size in self._padding.fixed.items() if symbol in matters}
+        sizes |= padded
         named = {name: sizes[symbol] for symbol, name in self._names.items() if symbol in sizes}
         said = batch.num_reqs if full and self._counts_reqs and self.reqs not in sizes else None
         if said is not None:
@@ -246,7 +249,7 @@ class Router:
                 continue
             size, ladder, given = real[symbol], self._ladder(symbol, length), self._given(symbol, decision)
             found = given if given is not None and given >= size else ladder(size)
-            if symbol not in self._padding.symbols and found != size:
+            if symbol not in self._padding.names and found != size:
                 return None
             if isinstance(found, str):
                 return found
@@ -267,7 +270,7 @@ class Router:
             if ladder is None:
                 return None
             found = ladder.rung_of(size // unit)
-            if found is None and symbol in self._padding.symbols and size // unit > ladder.largest:
+            if found is None and symbol in self._padding.names and size // unit > ladder.largest:
                 return ladder.why_uncovered(size // unit)
             return None if found is None else found * unit
 

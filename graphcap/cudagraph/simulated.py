@@ -284,6 +284,10 @@ class SimulatedDevice(Device):
 
         return poison
 
+    def spare_bytes(self) -> int:
+        """A gibibyte."""
+        return 2**30
+
     def used_bytes(self) -> int:
         """The bytes of all recorded results."""
         pool = self._pool() if self._pool else None

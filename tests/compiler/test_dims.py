@@ -82,6 +82,15 @@ def test_a_name_may_follow_another(program_of):
     assert program.output_sizes[1] == (size,)
 
 
+def test_a_name_may_follow_one_that_no_dim_has(program_of):
+    program = program_of(lambda starts: starts[1:] - starts[:-1], {"starts": {0: "num_reqs + 1"}}, rows(4))
+    starts = spec(program, "starts")
+    assert starts.sizes == (Size("_num_reqs_", 1, 1),)
+    assert starts.dim_names == {0: "num_reqs"}
+    assert program.output_sizes == ((Size("_num_reqs_"),),)
+    assert program.steps[0].symbols == {"_num_reqs_"}
+
+
 def test_a_dim_with_a_max(program_of):
     declared = {"table": {0: "num_reqs", 1: graphcap.Dim("blocks", max=16)}}
     program = program_of(lambda table: table + 1, declared, rows(3, 5))

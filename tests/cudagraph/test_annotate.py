@@ -32,7 +32,7 @@ def test_nothing_is_put_around_a_replay_that_is_not_annotated():
     runner = runner_of(three_steps())
     warm(runner, randn(3))
     assert names_in_trace(runner) == []
-    (plan,) = runner._plans.values()
+    (plan,) = runner._table.plans.values()
     names = plan.replay.__globals__
     assert names["g0"] == plan.recorded.segments[0].replay
     assert names["live2"] is plan.recorded.program.steps[2].fn

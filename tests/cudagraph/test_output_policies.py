@@ -155,7 +155,7 @@ def test_memory_is_used_again_after_the_promised_number_of_replays(outputs, life
 def test_static_output_is_what_the_graph_writes():
     runner = runner_of(doubling(), outputs="static")
     warm(runner, randn(4))
-    (plan,) = runner._plans.values()
+    (plan,) = runner._table.plans.values()
     (out,) = runner(randn(4))
     assert out.data_ptr() in plan.recorded.memory.pool
     assert ".clone()" not in plan.stats.source
@@ -165,7 +165,7 @@ def test_static_output_is_what_the_graph_writes():
 def test_the_capturing_call_follows_the_policy_and_live_calls_give_fresh_tensors(outputs):
     runner, x = runner_of(doubling(), outputs=outputs), randn(4)
     calls = [runner(x)[0] for _ in range(3)]
-    lifetime = runner._policy.lifetime
+    lifetime = runner._maker._policy.lifetime
     assert len({each.data_ptr() for each in calls}) == 3, "two live ones and the captured one"
     later = [runner(x)[0] for _ in range(lifetime)]
     assert later[-1].data_ptr() == calls[-1].data_ptr()
@@ -197,7 +197,7 @@ def test_another_plan_leaves_the_outputs_alone(outputs):
 def test_an_output_outlives_its_plan(outputs):
     runner = runner_of(doubling(2), outputs=outputs)
     warm(runner, randn(1000))
-    (plan,) = runner._plans.values()
+    (plan,) = runner._table.plans.values()
     gone = weakref.ref(plan.recorded.segments[0])
     x = randn(1000)
     twice, thrice = runner(x)
@@ -219,7 +219,7 @@ def test_a_captured_view_of_a_live_view_outlives_its_plan():
     runner = runner_of(region.returning(region.step(lambda t: t[1:], tail)), SimulatedDevice(), outputs="static")
     warm(runner, x := randn(1000))
     (out,) = runner(x)
-    (memory,) = [StorageWeakRef(block.storage) for block in runner._device._pool().blocks.values()]
+    (memory,) = [StorageWeakRef(block.storage) for block in runner.device._pool().blocks.values()]
     runner.release()
     gc.collect()
     assert not memory.expired()

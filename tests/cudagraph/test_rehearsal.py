@@ -24,7 +24,7 @@ def captured():
     left, right = memory[3:6], memory[200:203]
     runner = runner_of(writing())
     warm(runner, left, right, randn(3))
-    return next(iter(runner._plans.values())).recorded, memory
+    return next(iter(runner._table.plans.values())).recorded, memory
 
 
 def test_the_segments_of_a_plan():
@@ -70,7 +70,7 @@ def test_views_that_overlap_share_their_copy():
     runner = runner_of(program)
     for _ in range(3):
         runner(memory, memory[2:])
-    recorded = next(iter(runner._plans.values())).recorded
+    recorded = next(iter(runner._table.plans.values())).recorded
     expected = memory.clone()
     expected += 1
     expected[2:] *= expected.sum()

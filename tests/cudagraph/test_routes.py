@@ -11,7 +11,7 @@ from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph import Capture, Dispatch, GraphKey, InputKind, InputSpec, Program, Size, Step, step
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.phase import Keeper, Phase, allow_capture, in_phase
-from graphcap.cudagraph.routes import Route, Router
+from graphcap.cudagraph.routes import Batch, Route, Router
 from tests.cudagraph.regions import Region, randn, runner_of
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -39,7 +39,7 @@ def serving_program(attention: Capture = Capture.UNIFORM) -> Program:
 
 def modes_of(mode: str, sizes: tuple[int, int], said: step | None, attention: Capture = Capture.UNIFORM) -> list[str]:
     program = serving_program(attention)
-    config = Config(cudagraph_mode=CUDAGraphMode[mode])
+    config = Config(cudagraph_mode=CUDAGraphMode[mode], max_padding_ratio=0)
     routes = Router(program, config, Padding(program, config)).routes(sizes, said)
     return [] if isinstance(routes, str) else [route.mode.name for route in routes]
 
@@ -91,7 +91,7 @@ def test_as_many_tokens_as_requests_is_uniform_without_a_step() -> None:
 
 def routes(sizes: tuple[int, int], said: step | None = None, **settings: Any) -> tuple[Route, ...]:
     program = serving_program()
-    config = Config(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, **settings)
+    config = Config(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_padding_ratio=0, **settings)
     found = Router(program, config, Padding(program, config)).routes(sizes, said)
     assert not isinstance(found, str), found
     return found
@@ -107,6 +107,11 @@ def test_a_full_plan_depends_on_the_requests_too() -> None:
     full, piecewise = routes((6, 6))
     assert (full.sizes, piecewise.sizes) == ((6, 6), (6, None))
     assert full.named == {"num_tokens": 6, "num_reqs": 6}
+
+
+def test_a_batch_is_computed_at_the_sizes_that_the_plan_depends_on() -> None:
+    route = Route(PIECEWISE, Batch(), (8, None), {"t": 8}, {"num_tokens": 8}, True)
+    assert route.computed((6, 2)) == (8, 2)
 
 
 def test_tags_have_plans_of_their_own_only_where_that_was_asked_for() -> None:
@@ -132,7 +137,7 @@ def call(runner: Any, tokens: int, reqs: int) -> torch.Tensor:
 
 
 def test_uniform_batches_replay_one_graph_and_mixed_ones_two() -> None:
-    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2)
+    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2, max_padding_ratio=0)
     for _ in range(4):
         call(runner, 6, 6)
         call(runner, 6, 2)
@@ -143,7 +148,7 @@ def test_uniform_batches_replay_one_graph_and_mixed_ones_two() -> None:
 
 
 def test_one_piecewise_plan_serves_any_number_of_requests() -> None:
-    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=2)
+    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=2, max_padding_ratio=0)
     for reqs in (1, 2, 3, 4, 5):
         call(runner, 6, reqs)
     (plan,) = runner.stats.plans
@@ -151,7 +156,7 @@ def test_one_piecewise_plan_serves_any_number_of_requests() -> None:
 
 
 def test_a_full_plan_that_is_missing_leaves_decode_to_the_piecewise_one() -> None:
-    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2)
+    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2, max_padding_ratio=0)
     for _ in range(3):
         call(runner, 6, 2)
     with allow_capture(False):
@@ -161,7 +166,7 @@ def test_a_full_plan_that_is_missing_leaves_decode_to_the_piecewise_one() -> Non
 
 
 def test_sealed_calls_run_live_and_are_counted() -> None:
-    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=2)
+    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=2, max_padding_ratio=0)
     with allow_capture(False):
         for _ in range(4):
             call(runner, 6, 2)
@@ -173,7 +178,7 @@ def test_sealed_calls_run_live_and_are_counted() -> None:
 
 
 def test_dispatch_says_what_the_call_will_do() -> None:
-    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2)
+    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2, max_padding_ratio=0)
     assert runner.dispatch(GraphKey(6, 6, 1), None).mode is FULL
     assert runner.dispatch(GraphKey(6, 6, 1), PIECEWISE).mode is PIECEWISE
     assert runner.dispatch(GraphKey(6, 2), None).mode is PIECEWISE
@@ -184,7 +189,7 @@ def test_dispatch_says_what_the_call_will_do() -> None:
 
 
 def test_a_forced_warm_up_and_recording_need_no_sightings() -> None:
-    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=9)
+    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=9, max_padding_ratio=0)
     for phase in (Phase.WARM_UP, Phase.WARM_UP, Phase.RECORD):
         with in_phase(phase):
             call(runner, 6, 2)

@@ -87,7 +87,7 @@ def test_an_honest_operation_is_compared_once_and_then_left_alone():
     assert runner.inspector.proven == {"ns::attend", "ns::other"}
     assert not runner.stats.unchecked
     assert not runner.stats.divergences
-    (plan,) = runner._plans.values()
+    (plan,) = runner._table.plans.values()
     assert not plan.recorded.layout.apart
     assert [
         name for name, value in plan.replay.__globals__.items() if "compared" in getattr(value, "__name__", "")
@@ -292,7 +292,7 @@ def test_a_dropped_plan_does_not_wait_for_the_collector():
     program = trusting(region.returning(region.step(lambda x: x * 2, x)), step_0=("ns::a",))
     runner = runner_of(program)
     warm(runner, randn(3))
-    (plan,) = runner._plans.values()
+    (plan,) = runner._table.plans.values()
     replay = weakref.ref(plan.replay)
     gc.disable()
     try:

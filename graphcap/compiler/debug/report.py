@@ -85,10 +85,9 @@ class PlanReport:
         num_segments: CUDA graphs that one replay launches.
         captured: the pieces inside.
         live: the pieces that run live, each with the reason.
-        mib: growth of device memory in MiB.
+        mib: growth of device memory in MiB; ``shared_mib`` of it is memory that other plans use as well.
         seconds: how long the capturing call took.
         replays: calls that it served.
-        exclusive_mib: of ``mib`` what goes when this plan goes; the rest is shared with others.
     """
 
     key: tuple[Any, ...]
@@ -99,7 +98,7 @@ class PlanReport:
     mib: float
     seconds: float
     replays: int
-    exclusive_mib: float = 0.0
+    shared_mib: float = 0.0
 
 
 @dataclass(frozen=True)

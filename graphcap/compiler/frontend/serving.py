@@ -120,14 +120,14 @@ def capture(model: Any, make_inputs: MakeInputs) -> CaptureSummary:
             raise StepError(
                 "there is no ladder to capture: give capture_sizes=, or dynamic_arg_dims= whose dims may be padded"
             )
-        used = max((runner.used_bytes() for runner in runners), default=0)
+        used = max((runner.device.used_bytes() for runner in runners), default=0)
         bar = session.enter_context(Progress("capturing", len(keys), enabled=_config_of(model).progress))
         skipped: dict[GraphKey, str] = {}
         for position, key in enumerate(keys):
             reason = calls.capture(key, runners)
             if reason:
                 skipped[key] = reason
-            grown = max((runner.used_bytes() for runner in runners), default=0) - used
+            grown = max((runner.device.used_bytes() for runner in runners), default=0) - used
             bar.advance(f"{key.num_tokens} tokens, {grown / 2**20:.0f} MiB")
             if position == 0 or keys[position - 1].uniform_query_len != key.uniform_query_len:
                 calls.prove_padding(key)

@@ -6,6 +6,9 @@ In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the comp
 :mod:`~graphcap.cudagraph.capture` (the segmented capture), :mod:`~graphcap.cudagraph.recorded` (what it leaves behind),
 :mod:`~graphcap.cudagraph.outputs` and :mod:`~graphcap.cudagraph.handout` (how outputs leave,
 :mod:`~graphcap.cudagraph.generations` how long they last), :mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.padding`, :mod:`~graphcap.cudagraph.proof` and :mod:`~graphcap.cudagraph.fitted` (which sizes
+may be padded, the proof that it changes nothing, one plan for many sizes),
 :mod:`~graphcap.cudagraph.device` (what a device must do; :mod:`~graphcap.cudagraph.cuda` and
 :mod:`~graphcap.cudagraph.simulated` do it).
 

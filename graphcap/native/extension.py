@@ -50,9 +50,7 @@ class Extension:
         """A check that tensors still begin at these addresses; contract and errors: ``fallback.AddressCheck``."""
         return cast(AddressCheck, self._implementation().AddressCheck(indices, addresses))
 
-    def identity_check(
-        self, entries: Sequence[fallback.Entry], sized: Sequence[fallback.Sized] = ()
-    ) -> IdentityCheck:
+    def identity_check(self, entries: Sequence[fallback.Entry], sized: Sequence[fallback.Sized] = ()) -> IdentityCheck:
         """A check that dicts still hold these very objects; contract and errors: ``fallback.IdentityCheck``."""
         return cast(IdentityCheck, self._implementation().IdentityCheck(entries, sized))
 

@@ -77,13 +77,13 @@ class IdentityCheck:
     deleted key and a key whose ``__eq__`` raises are a false.
 
     Instead of a dict an entry may have a number, and ``sized`` a pair ``(number, dict)``: then it is about the argument
-    of that number, which may be another dict on every call. The check is called with as many dicts as there are numbers.
+    of that number, which may be another dict on every call. A call takes as many dicts as there are numbers.
 
-    The dicts and keys are kept alive (arguments are not), and the objects only where they do not support weak references
+    The dicts and keys are kept alive (not so arguments), and the objects only where they do not support weak references
     (``None``, numbers, strings, dicts): an obsolete parameter or submodule is not kept alive, and once one of them is
     dead the check is false for ever. A dict keeps alive what it holds, so a check of ``module._parameters`` keeps the
-    parameters of a dead module: who makes one calls :meth:`clear` when the module dies, or is itself owned by the module
-    (the garbage collector sees through a check). A check that has been cleared is false.
+    parameters of a dead module: who makes one calls :meth:`clear` when the module dies, or is itself owned by the
+    module (the garbage collector sees through a check). A check that has been cleared is false.
 
     A module that gets a new dict (``module._parameters = {...}``) is noticed only when ``(module.__dict__,
     "_parameters", module._parameters)`` is among the entries.

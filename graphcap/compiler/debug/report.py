@@ -88,6 +88,7 @@ class PlanReport:
         mib: growth of device memory in MiB; ``shared_mib`` of it is memory that other plans use as well.
         seconds: how long the capturing call took.
         replays: calls that it served.
+        exclusive_mib: of ``mib`` what goes when this plan goes; the rest is shared with others.
     """
 
     key: tuple[Any, ...]
@@ -99,6 +100,7 @@ class PlanReport:
     seconds: float
     replays: int
     shared_mib: float = 0.0
+    exclusive_mib: float = 0.0
 
 
 @dataclass(frozen=True)

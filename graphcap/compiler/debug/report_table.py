@@ -191,7 +191,9 @@ def _graphs(region: RegionReport) -> Iterator[str]:
         yield from row("graphs", "on the simulated device: a test of the logic, it says nothing about speed or memory")
     plans = region.plans
     mib = sum(plan.mib for plan in plans)
-    counts = f"{count(len(plans), 'captured shape')}, {mib:.1f} MiB, {count(region.replays, 'replay')}"
+    own = sum(plan.exclusive_mib for plan in plans)
+    memory = f"{mib:.1f} MiB ({own:.1f} of it the graphs alone)" if own >= 0.05 else f"{mib:.1f} MiB"
+    counts = f"{count(len(plans), 'captured shape')}, {memory}, {count(region.replays, 'replay')}"
     extra = [f"{n} {word}" for n, word in ((region.recaptures, "recaptured"), (region.evictions, "dropped")) if n]
     yield from row("graphs", ", ".join([counts, *extra]))
     if plans:

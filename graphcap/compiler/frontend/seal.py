@@ -13,9 +13,7 @@ Without the C++ checks a look at everything costs more than the guards, which ar
 
 from __future__ import annotations
 
-import operator
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -42,33 +40,12 @@ class StaticInput(NamedTuple):
     steps: tuple[Step, ...]
 
 
-class _Root(NamedTuple):
-    """What is expected of a module's own dict, which is not to be kept alive: the module may own the seal."""
-
-    module: weakref.ref[nn.Module]
-    num_attributes: int
-    names: tuple[str, ...]
-    values: tuple[Any, ...]
-
-    def holds(self, module: nn.Module) -> bool:
-        attributes = module.__dict__
-        return (
-            self.module() is module
-            and len(attributes) == self.num_attributes
-            and all(map(operator.is_, map(attributes.get, self.names), self.values))
-        )
-
-
 class _Known(NamedTuple):
     """A seal: what has to be unchanged, and the graph's arguments as long as it is."""
 
-    roots: tuple[_Root, ...]
-    below: Callable[[], bool]
+    holds: Callable[..., bool]  #: takes the own dicts of the modules where everything begins
     values: list[Any]
     ids: frozenset[int]
-
-    def holds(self, roots: Sequence[nn.Module]) -> bool:
-        return self.below() and all(map(_Root.holds, self.roots, roots))
 
 
 class Seal:
@@ -98,37 +75,40 @@ class Seal:
         """Whether calls go by that evaluate only the guards on arguments."""
         return self._known is not None
 
-    def __call__(self, ids: Sequence[int], *roots: nn.Module) -> list[Any] | None:
+    def __call__(self, ids: Sequence[int], *roots: dict[str, Any]) -> list[Any] | None:
         """A fresh argument list with the static inputs filled in; ``None`` where the seal does not hold.
 
         Args:
             ids: of the tensors that must not be among the static inputs.
-            roots: the modules, as the frame finds them.
+            roots: the own dicts of the modules, as the frame finds them.
         """
         known = self._known
-        if (
-            known is not None
-            and self._remaining > 0
-            and self._plans == plans_made.count
-            and known.ids.isdisjoint(ids)
-            and known.holds(roots)
-        ):
-            self._remaining -= 1
-            return known.values.copy()
-        return None
+        if known is None or self._plans != plans_made.count or self._remaining <= 0:
+            return None
+        if not known.holds(*roots) or not known.ids.isdisjoint(ids):
+            return None
+        self._remaining -= 1
+        return known.values.copy()
 
     def renew(self, f_locals: dict[str, Any], ids: Sequence[int], *roots: nn.Module) -> list[Any] | None:
         """The same where the seal does not hold and the guards on arguments do; ``None`` where all guards decide.
+
+        Args:
+            f_locals: the variables that the frame begins with.
+            ids: as above.
+            roots: the modules themselves.
 
         Raises:
             GuardError: a guard on what no seal covers fails.
         """
         if self._num_changes >= MAX_CHANGES or native.status() != "extension":
             return None
+        if not all(isinstance(root, nn.Module) for root in roots):
+            return None
         self._num_served += EVERY - 1 - self._remaining
         self._remaining = EVERY - 1
         known, plans = self._known, plans_made.count
-        holds = known is not None and known.holds(roots)
+        holds = known is not None and known.holds(*map(vars, roots))
         if not self._guards(f_locals):
             self._known = None
             if holds and known is not None and known.ids.isdisjoint(ids):
@@ -144,16 +124,10 @@ class Seal:
         self._num_changes = self._num_changes + 1 if self._num_served < FEW_CALLS else 0
         self._num_served = 0
         entries: dict[tuple[int, Any], Entry] = {}
-        sized: list[dict[Any, Any]] = []
-        for root in roots:
-            for holder in _dicts_of(root):
-                entries |= {(id(holder), key): (holder, key, value) for key, value in holder.items()}
-                sized.append(holder)
-            for module in root.modules():
-                own = vars(module)
-                entries |= {(id(own), name): (own, name, own[name]) for name in _STATE if name in own}
-                sized.append(own)
         values: list[Any] = [None] * self._num_arguments
+        for holder, names in (each for root in roots for each in _dicts_of(root)):
+            entries |= {(id(holder), name): (holder, name, holder[name]) for name in names}
+        sized = list({id(holder): holder for root in roots for holder, _ in _dicts_of(root)}.values())
         try:
             for static in self._statics:
                 for entry in walk(roots[static.root], static.steps):
@@ -161,13 +135,13 @@ class Seal:
                     values[static.position] = entry[2]
         except LookupError:
             return None
-        own_dicts = {id(vars(root)) for root in roots}
-        below = native.identity_check(
-            [entry for entry in entries.values() if id(entry[0]) not in own_dicts],
-            [holder for holder in sized if id(holder) not in own_dicts],
+        # The own dicts of the roots are given at each call, as what owns this seal may be found in one of them.
+        numbers = {id(vars(root)): number for number, root in enumerate(roots)}
+        holds = native.identity_check(
+            [(numbers.get(id(holder), holder), name, value) for holder, name, value in entries.values()],
+            [(numbers[id(holder)], holder) if id(holder) in numbers else holder for holder in sized],
         )
-        found = tuple(_root(root, entries.values()) for root in roots)
-        return _Known(found, below, values, frozenset(id(values[static.position]) for static in self._statics))
+        return _Known(holds, values, frozenset(id(values[static.position]) for static in self._statics))
 
     def _raise(self, f_locals: dict[str, Any]) -> None:
         if guard := self._guards.failing(f_locals):
@@ -179,17 +153,10 @@ class Seal:
             )
 
 
-def _dicts_of(root: nn.Module) -> Iterator[dict[Any, Any]]:
-    """The dicts that hold what belongs to a module and its submodules."""
+def _dicts_of(root: nn.Module) -> Iterator[tuple[dict[Any, Any], Iterable[Any]]]:
+    """The dicts of a module and its submodules, each with the keys that matter in it."""
     for module in root.modules():
         own = vars(module)
-        yield from (held for name in _HELD if isinstance(held := own.get(name), dict))
-        yield from (held for name in _HOOKS if isinstance(held := own.get(name), dict) and held)
-
-
-def _root(module: nn.Module, entries: Iterator[Entry] | Any) -> _Root:
-    own = vars(module)
-    expected = [(key, value) for holder, key, value in entries if holder is own]
-    return _Root(
-        weakref.ref(module), len(own), tuple(key for key, _ in expected), tuple(value for _, value in expected)
-    )
+        yield own, [name for name in _STATE if name in own]
+        held = [own.get(name) for name in _HELD] + [own.get(name) or None for name in _HOOKS]
+        yield from ((each, each) for each in held if isinstance(each, dict))

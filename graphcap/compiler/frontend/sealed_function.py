@@ -63,20 +63,23 @@ def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[...
     statics = [StaticInput(position, numbers[_name(path[0])], _steps(path)) for position, path in paths.items()]
     seal = Seal(writer.entry.__qualname__, guards, statics, len(frame.arguments))
     ids = "".join(f"id({each}), " for each in on_arguments.unaliased)
-    known = ", ".join([f"({ids})", *(root.text for root in roots.values())])
+    texts = [root.text for root in roots.values()]
+    own_dicts = [root.own_dict(prefix) for root in roots.values()]
     before, after = writer.kept_lines(set(paths), {id(value) for path in paths.values() for value in path}, ())
     body = [
         f"{prefix}locals = {writer.variables()}",
         f"if not {prefix}on_arguments({prefix}locals): return {prefix}MISS",
-        f"{prefix}args = {prefix}seal({known})",
+        f"{prefix}ids = ({ids})",
+        f"{prefix}args = {prefix}seal({', '.join([f'{prefix}ids', *own_dicts])})",
         f"if {prefix}args is None:",
-        f"  {prefix}args = {prefix}renew({prefix}locals, {known})",
+        f"  {prefix}args = {prefix}renew({', '.join([f'{prefix}locals', f'{prefix}ids', *texts])})",
         f"  if {prefix}args is None: return {prefix}otherwise({_forwarded(writer)})",
         *before,
         *writer.call_with_statics(set(paths)),
         *after,
     ]
     names = {"on_arguments": on_arguments, "seal": seal, "renew": seal.renew, "otherwise": otherwise, "MISS": MISS}
+    names["own_dict"] = _own_dict
     return SealedFunction(writer.define_frame(body, names), seal, on_arguments)
 
 
@@ -86,16 +89,25 @@ class _Root:
 
     module: Any
     text: str
+    may_change: bool  #: into an object that is no module
+
+    def own_dict(self, prefix: str) -> str:
+        """The expression for the module's own dict."""
+        return f"{prefix}own_dict({self.text})" if self.may_change else f"{self.text}.__dict__"
+
+
+def _own_dict(module: Any) -> dict[str, Any]:
+    return module.__dict__ if isinstance(module, nn.Module) else {}
 
 
 def _roots(writer: FrameWriter) -> dict[tuple[str, str], _Root]:
     """By where it comes from: the bound object, what closure cells hold, and globals that the function names."""
-    found = {("parameter", name): _Root(bound, name) for name, bound in writer.bound.items()}
+    found = {("parameter", name): _Root(bound, name, may_change=False) for name, bound in writer.bound.items()}
     for name, cell in writer.cells.items():
-        found["cell", name] = _Root(cell.cell_contents, writer.cell(name))
+        found["cell", name] = _Root(cell.cell_contents, writer.cell(name), may_change=True)
     for name in writer.entry.__code__.co_names:
         if name in writer.entry.__globals__:
-            found["global", name] = _Root(writer.entry.__globals__[name], name)
+            found["global", name] = _Root(writer.entry.__globals__[name], name, may_change=True)
     return {name: root for name, root in found.items() if isinstance(root.module, nn.Module)}
 
 

@@ -5,10 +5,10 @@ Three parts, over 35 sizes (1, 2, 4, 8..256 by 8) of the lab decoder of ``bench/
 - *capture*: seconds and MiB of device memory of all graphs, captured at one go. Artifacts are warm: a live call has
   compiled everything before. Device memory is cudaMemGetInfo's, after empty_cache on both sides; weights and KV caches
   are there before, workspaces and warm-ups are counted.
-- *traffic*: calls of random sizes 1 to 300, captures forbidden. Sizes between the rungs are padded with copies of the
-  last row. Each row is compared with the same model in fp32; a row is wrong when the norm of its error is above 0.5 of
-  its own norm (a row of another request is at about 1.4). Calls up to 256 must all be replays, and memory must not grow
-  between the first tenth of the calls and the end.
+- *traffic*: calls of random sizes 1 to 300, captures forbidden. Sizes between the rungs are padded; a padded row writes
+  zeros into one row of the caches that belongs to nobody. Each row is compared with the same model in fp32; a row is
+  wrong when the norm of its error is above 0.5 of its own norm (a row of another request is at about 1.4). Calls up to
+  256 must all be replays, and memory must not grow between the first tenth of the calls and the end.
 - *threads*: 8 threads over 2 models without state (``bench/rowwise.py``), each on a stream of its own, random sizes,
   for 60 s; rows are compared in the same way.
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import graphcap
-from bench import decode_variants, graphcaps, handmade, harness, models, rowwise
+from bench import graphcaps, handmade, harness, models, rowwise
 from bench.harness import say
 from bench.models import Decoder
 from bench.record import Record
@@ -39,13 +39,30 @@ from bench.record import Record
 SIZES = (1, 2, 4, *range(8, 257, 8))
 WRONG = 0.5
 DIMS = {name: {0: "num_tokens"} for name in ("input_ids", "positions", "slot_mapping")}
+PAD = {"input_ids": 0, "positions": 0, "slot_mapping": -1}
 
 Forward = Callable[..., Tensor]
 
 
+def attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, out: Tensor
+) -> None:
+    """:func:`bench.models.attend` for padded batches: slot -1 is the last row of the caches, and gets zeros."""
+    real = slot_mapping >= 0
+    slots = torch.where(real, slot_mapping, k_cache.shape[0] * k_cache.shape[1] - 1)
+    k, v = (torch.where(real[:, None, None], each, 0) for each in (k, v))
+    models.attend(q, k, v, k_cache, v_cache, slots, out)
+
+
+_MUTATED = ("k_cache", "v_cache", "out")
+torch.library.custom_op("lab::padded_attention", mutates_args=_MUTATED)(attend_padded)
+torch.library.custom_op("lab::capturable_padded_attention", mutates_args=_MUTATED)(attend_padded)
+OPS = {"PIECEWISE": "padded_attention", "FULL": "capturable_padded_attention"}
+
+
 @dataclass
 class Ladder:
-    """What the variants share. Traffic goes up to ``most``, beyond the largest size."""
+    """What the variants share. Traffic goes up to ``most``, beyond the largest size; there is one sequence more."""
 
     model: Decoder
     sizes: tuple[int, ...]
@@ -59,6 +76,12 @@ class Ladder:
 
     def inputs(self, num_tokens: int, seed: int) -> tuple[Tensor, ...]:
         return models.decode_inputs(self.model.config, self.device, num_tokens, seed)
+
+    def fill_caches(self) -> None:
+        """Fill the KV caches with the same rows every time, and the one that belongs to nobody with zeros."""
+        models.fill_caches(self.model)
+        for cache in models.caches(self.model):
+            cache[-1, -1] = 0
 
 
 @dataclass
@@ -74,14 +97,13 @@ def ours(mode: str) -> Callable[[Ladder], Subject]:
     """graphcap with declared dims, padded by repeating the last row."""
 
     def build(ladder: Ladder) -> Subject:
-        group = decode_variants.Group(ladder.model, 1, ladder.device, ladder.options)
-        options = {
-            **decode_variants.graphcap_options(group, mode),
-            "capture_sizes": ladder.sizes,
-            "pad": dict.fromkeys(DIMS, "edge"),
-            "max_padding_ratio": 0.9,
-        }
-        model = graphcap.compile(decode_variants.model_for(group, mode), dynamic_arg_dims=DIMS, **options)
+        model = models.share_tensors(ladder.model)
+        for layer in model.decoder_layers():
+            layer.attention_op = getattr(torch.ops.lab, OPS[mode])
+        graphcap.register_op(f"lab::{OPS['FULL']}", capture="always")
+        settings = {"cudagraph_mode": mode, "capture_sizes": ladder.sizes, "pad": PAD, "max_padding_ratio": 0.9}
+        settings |= {**graphcaps.device_options(ladder.device), **ladder.options}
+        graphcap.compile(model, dynamic_arg_dims=DIMS, **settings)
 
         def make_inputs(key: graphcap.GraphKey) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
             return ladder.inputs(key.num_tokens, seed=0), {}
@@ -169,14 +191,14 @@ def traffic_sizes(ladder: Ladder, num_calls: int) -> list[int]:
 
 def references(ladder: Ladder, sizes: list[int]) -> list[Tensor]:
     """The fp32 model's rows for every call of the traffic, in order: each call writes the KV caches for later ones."""
-    models.fill_caches(ladder.model)
+    ladder.fill_caches()
     wide = models.float_copy(ladder.model)
     return [wide(*ladder.inputs(size, seed)) for seed, size in enumerate(sizes, start=1)]
 
 
 def served(ladder: Ladder, subject: Subject, sizes: list[int], expected: list[Tensor]) -> dict[str, Any]:
     """Serve the traffic with captures forbidden."""
-    models.fill_caches(ladder.model)
+    ladder.fill_caches()
     live_before, worst, wrong = live_calls(subject.forward), 0.0, 0
     memory: float | None = None
     with graphcap.allow_capture(False):
@@ -320,9 +342,10 @@ def main() -> None:
     with torch._dynamo.config.patch(recompile_limit=64), torch.inference_mode():
         for name in ["tiny"] if arguments.tiny else harness.words(arguments.models):
             with torch.inference_mode(mode=False), torch.no_grad():
-                model = models.build_decoder(models.CONFIGS[name], device, dtype, most)
+                model = models.build_decoder(models.CONFIGS[name], device, dtype, most + 1)
             say(f"{name}: {len(sizes)} sizes up to {sizes[-1]}")
             ladder = Ladder(model, sizes, most, json.loads(arguments.graphcap_options))
+            ladder.fill_caches()
             run_variants(ladder, names, arguments.calls, record)
             if arguments.threads:
                 hidden = models.CONFIGS[name].hidden_size

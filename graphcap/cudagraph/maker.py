@@ -122,7 +122,9 @@ class PlanMaker:
 
     def forget(self, route: Route) -> None:
         """Let the next call be a warm-up again."""
-        self._observations.pop(route.key, None)
+        known = self._observations.pop(route.key, None)
+        if known is not None:
+            self._observations[None] = known  # a proof asks for any call that was seen
 
     def no_room(self, route: Route) -> str:
         """Why the device has no room for a plan, ``""`` where it may."""
@@ -146,7 +148,8 @@ class PlanMaker:
         return self._at_size(route, args, tuple(self._padding.pad(args, route.rung)), serving)
 
     def _family(self, route: Route) -> Hashable:
-        return route.batch, frozenset(route.rung)
+        batch = route.batch  # the number of requests goes with the rung, what is proven does not
+        return batch.uniform_query_len, batch.tags, frozenset(route.rung)
 
     def _is_smaller(self, route: Route, args: tuple[Any, ...]) -> bool:
         real = self._padding.sizes(args)

@@ -68,10 +68,10 @@ def test_rows_of_the_stateless_model_are_independent() -> None:
 
 
 def test_the_reference_follows_the_caches() -> None:
-    decoder = models.build_decoder(models.CONFIGS["tiny"], CPU, torch.float32, max_sequences=10)
+    decoder = models.build_decoder(models.CONFIGS["tiny"], CPU, torch.float32, max_sequences=11)
     subject = ladder.Ladder(decoder, (1, 2, 4), 10, {})
     sizes = ladder.traffic_sizes(subject, 5)
     expected = ladder.references(subject, sizes)
-    models.fill_caches(decoder)
+    subject.fill_caches()
     for seed, (size, rows) in enumerate(zip(sizes, expected, strict=True), start=1):
         assert float(ladder.row_errors(decoder(*subject.inputs(size, seed)), rows).max()) < 1e-4

@@ -165,3 +165,18 @@ def test_dispatch_looks_for_the_graphs_of_a_model_once(monkeypatch: pytest.Monke
         graphcap.capture(second, inputs)
         assert graphcap.dispatch(first, num_tokens=4).mode.name == "FULL"
     assert graphcap.dispatch(second, num_tokens=4).mode.name == "FULL"
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+def test_the_capture_proves_padding_for_every_rung(mode: str) -> None:
+    model = compiled(cudagraph_mode=mode, max_padding_ratio=0.9)
+    with torch.no_grad():
+        graphcap.capture(model, inputs)
+        (before,) = graphcap.explain(model).regions
+        with graphcap.allow_capture(False):
+            for num_tokens in (7, 3, 1, 5):
+                with graphcap.step(num_tokens=num_tokens, num_reqs=num_tokens):
+                    x = torch.randn(num_tokens, 4)
+                    assert torch.allclose(model(x), model.linear(x), atol=1e-6)
+    (after,) = graphcap.explain(model).regions
+    assert (after.replays - before.replays, after.live_calls) == (4, before.live_calls)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bench import graphcaps, harness, models
-from bench.decode_variants import HAND_FULL, HAND_PIECEWISE, VARIANTS, Forward, Group
+from bench.decode_variants import HAND_FULL, HAND_PIECEWISE, Forward, Group
 from bench.harness import Samples, say
 from bench.record import Record
 
@@ -78,7 +78,7 @@ def build(name: str, group: Group, reference: Tensor, row: dict[str, Any]) -> En
     """Build, warm up and check one variant, filling its row with what is known before timing."""
     before = harness.used_memory_mib(group.device)
     start = time.perf_counter()
-    forward = VARIANTS[name](group)
+    forward = group.variants[name](group)
     if name == "torch.compile default":
         group.compiled = forward
     call = alternating(forward, group.inputs(seed=1), group.inputs(seed=2))
@@ -155,7 +155,7 @@ def time_rounds(group: Group, entries: dict[str, Entry], record: Record, rounds:
 
 def run_group(group: Group, record: Record, arguments: argparse.Namespace) -> None:
     """All variants of one model and batch size."""
-    names = [name for name in VARIANTS if harness.selected(name, arguments.only)]
+    names = [name for name in group.variants if harness.selected(name, arguments.only)]
     entries = build_all(group, names, record)
     time_rounds(group, entries, record, arguments.rounds, arguments.steps)
     for name, entry in entries.items():

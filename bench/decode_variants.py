@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ HAND_PIECEWISE = "hand-made PIECEWISE"
 class Group:
     """What the variants of one model and batch size share.
 
-    Builders run in the order of :data:`VARIANTS`; two of them leave something for a later one.
+    Builders run in the order of ``variants``; two of them leave something for a later one.
     """
 
     model: models.Decoder
@@ -31,6 +31,7 @@ class Group:
     graphcap_options: dict[str, Any]
     compiled: Forward | None = None
     loop: handmade.PiecewiseLoop | None = None
+    variants: Mapping[str, Callable[[Group], Forward]] = field(default_factory=lambda: VARIANTS)
 
     def inputs(self, seed: int) -> tuple[Tensor, ...]:
         return models.decode_inputs(self.model.config, self.device, self.batch, seed)

@@ -26,8 +26,11 @@ def require_cuda(tensor: Tensor) -> None:
         raise Skipped("needs CUDA")
 
 
-def full_graph(compiled: Forward, inputs: Sequence[Tensor]) -> Forward:
-    """One CUDA graph of a compiled forward, attention included. Captured for the shapes of ``inputs``."""
+def full_graph(compiled: Forward, inputs: Sequence[Tensor], pool: Any = None) -> Forward:
+    """One CUDA graph of a compiled forward, attention included, in a memory pool of its own or in ``pool``.
+
+    Captured for the shapes of ``inputs``.
+    """
     require_cuda(inputs[0])
     static_inputs = [tensor.clone() for tensor in inputs]
     graph, stream = torch.cuda.CUDAGraph(), harness.side_stream()
@@ -35,7 +38,7 @@ def full_graph(compiled: Forward, inputs: Sequence[Tensor]) -> Forward:
         for _ in range(3):
             compiled(*static_inputs)
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         output = compiled(*static_inputs)
     replay = graph.replay
 
@@ -50,10 +53,11 @@ def full_graph(compiled: Forward, inputs: Sequence[Tensor]) -> Forward:
 class CompiledPieces:
     """The Inductor-compiled code between two attentions: three functions serve every layer.
 
-    Each takes the residual of the piece before it first; ``first`` and ``middle`` return (q, k, v, residual).
+    Each takes the residual of the piece before it first; ``first`` and ``middle`` return (q, k, v, residual). With
+    ``dynamic`` they serve every batch size.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, dynamic: bool = False) -> None:
         def first(_: None, ids: Tensor, embed: Tensor, norm: Tensor, qkv: Tensor, rotary: Tensor, at: Tensor) -> Any:
             hidden = nn.functional.embedding(ids, embed)
             normed, residual = rms_norm(hidden, torch.zeros_like(hidden), norm, config.eps)
@@ -79,7 +83,7 @@ class CompiledPieces:
         def last(residual: Tensor, attended: Tensor, weights: Sequence[Tensor], norm: Tensor) -> Any:
             return finish_layer(residual, attended, weights, norm)[0]
 
-        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=dynamic)
         self.first, self.middle, self.last = compiled(first), compiled(middle), compiled(last)
 
 
@@ -94,21 +98,21 @@ class PiecewiseLoop:
     The compiled pieces and their inputs can be run without graphs too (``run_compiled``), which is how they warm up.
     """
 
-    def __init__(self, model: Decoder, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, model: Decoder, inputs: Sequence[Tensor], compiled: CompiledPieces | None = None) -> None:
         self.static_inputs = [tensor.clone() for tensor in inputs]
         self.layers = model.decoder_layers()
         num_tokens, attended_size = inputs[0].shape[0], model.config.num_heads * model.config.head_dim
         # The steps run in order, so one buffer takes the result of every attention.
         self.attended = torch.empty(num_tokens, attended_size, dtype=model.rotary.dtype, device=inputs[0].device)
-        self.pieces = self._bind(model)
+        self.pieces = self._bind(model, compiled or CompiledPieces(model.config))
         self._replays: list[Callable[[], None]] = []
         self._attention_inputs: list[tuple[Tensor, ...]] = []
         self._output: Tensor | None = None
 
-    def _bind(self, model: Decoder) -> list[Callable[[Any], Any]]:
+    def _bind(self, model: Decoder, compiled: CompiledPieces) -> list[Callable[[Any], Any]]:
         """The num_layers + 1 pieces with everything bound but the residual."""
         ids, positions, _ = self.static_inputs
-        compiled, bind = CompiledPieces(model.config), functools.partial
+        bind = functools.partial
         norms = [layer.input_norm.weight for layer in self.layers] + [model.final_norm.weight]
         rotary = {"rotary": model.rotary, "at": positions}
         qkv = [layer.qkv.weight for layer in self.layers]
@@ -136,10 +140,10 @@ class PiecewiseLoop:
         assert isinstance(result, Tensor)
         return result
 
-    def capture(self, attention: Attention) -> None:
-        """Warm up and capture every piece on one side stream, into one pool."""
+    def capture(self, attention: Attention, pool: Any = None) -> None:
+        """Warm up and capture every piece on one side stream, into one pool: that of other loops, or a new one."""
         require_cuda(self.attended)
-        stream, pool = harness.side_stream(), torch.cuda.graph_pool_handle()
+        stream, pool = harness.side_stream(), pool or torch.cuda.graph_pool_handle()
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and lets the libraries allocate their scratch outside the graphs' pool
                 self.run_compiled(attention)

@@ -1,7 +1,8 @@
-"""Renders the measured tables of README.md from bench/results/*.json.
+"""Renders the measured tables of README.md and of the guides from bench/results/*.json.
 
 A table stands between two markers, ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``, where NAME is the stem of the
-JSON file. ``python -m bench.table`` rewrites what is between them; ``--check`` only says whether it would change.
+JSON file or one of :data:`SUMMARIES`. ``python -m bench.table`` rewrites what is between them; ``--check`` only says
+whether it would change.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,51 @@ LAYOUTS = {
             Column("P99", "host_p99_us", tenth),
             Column("tokens/s", "tokens_per_s", whole),
             Column("error vs fp32", "relative_error", error),
+        ),
+    ),
+    "replay": Layout(
+        group=("model", "batch"),
+        title=lambda row: f"{row['model']}-like decoder, batch {row['batch']}",
+        names=(Column("variant", "variant"),),
+        figures=(
+            Column("host us, mean", "host_mean_us", tenth),
+            Column("median", "host_median_us", tenth),
+            Column("P99", "host_p99_us", tenth),
+            Column("step us, mean", "step_mean_us", whole),
+            Column("x floor", "x_floor", factor),
+            Column("error vs fp32", "relative_error", error),
+        ),
+    ),
+    "ladder": Layout(
+        group=("model", "part"),
+        title=lambda row: f"{row['model']}-like decoder, {row['part']}",
+        names=(Column("variant", "variant"),),
+        figures=(
+            Column("sizes", "num_sizes"),
+            Column("capture s", "capture_s", hundredth),
+            Column("MiB", "memory_mib", whole),
+            Column("graphs", "num_graphs"),
+            Column("calls", "num_calls"),
+            Column("rows", "num_rows"),
+            Column("wrong rows", "wrong_rows"),
+            Column("live calls in the ladder", "live_in_ladder"),
+            Column("MiB grown", "grown_mib", tenth),
+            Column("worst row", "worst_row", error),
+        ),
+    ),
+    "engine": Layout(
+        group=("model", "traffic"),
+        title=lambda row: f"{row['model']}-like engine, {row['traffic']}",
+        names=(Column("variant", "variant"),),
+        figures=(
+            Column("tokens/s", "tokens_per_s", whole),
+            Column("x hand-made", "x_hand_made", factor),
+            Column("step ms, P50", "step_median_ms", hundredth),
+            Column("P99", "step_p99_ms", hundredth),
+            Column("error vs fp32", "relative_error", error),
+            Column("wrong rows", "wrong_rows"),
+            Column("ready s", "build_s", tenth),
+            Column("MiB", "memory_mib", whole),
         ),
     ),
     "hf_generate": Layout(
@@ -164,6 +211,25 @@ def render(content: Row) -> str:
     return "\n\n".join([*tables, environment_line(content)])
 
 
+def modes(content: Row) -> str:
+    """One line per model and batch of the decode bench: the step by mode, and what FULL saves."""
+    columns = ("eager", "torch.compile default", "graphcap PIECEWISE", "graphcap FULL")
+    steps: dict[str, dict[str, float]] = {}
+    for row in content["rows"]:
+        if row["status"] == "ok":
+            steps.setdefault(f"{row['model']}-like, batch {row['batch']}", {})[row["variant"]] = row["step_mean_us"]
+    lines = [line(("decoder", *columns, "eager / FULL")), line(["---"] + ["---:"] * (len(columns) + 1))]
+    for name, by_variant in steps.items():
+        figures = [whole(by_variant[each]) if each in by_variant else "-" for each in columns]
+        first, last = by_variant.get(columns[0]), by_variant.get(columns[-1])
+        lines.append(line((name, *figures, tenth(first / last) if first and last else "-")))
+    return "\n".join([*lines, "", environment_line(content)])
+
+
+#: Further tables of a result file, by the name of their markers.
+SUMMARIES: dict[str, tuple[str, Callable[[Row], str]]] = {"decode-modes": ("decode", modes)}
+
+
 def between_markers(text: str, name: str) -> re.Match[str] | None:
     """The marked part of a text for one bench; its group ``body`` is what stands between the markers."""
     pattern = rf"(?P<open><!-- bench:{name} -->\n)(?P<body>.*?)(?P<close><!-- /bench:{name} -->)"
@@ -171,31 +237,32 @@ def between_markers(text: str, name: str) -> re.Match[str] | None:
 
 
 def filled(text: str, results: Path) -> str:
-    """The text with every marked part rendered from ``results/NAME.json`` where that file exists."""
-    for name in LAYOUTS:
-        path = results / f"{name}.json"
+    """The text with every marked part rendered from its result file where that file exists."""
+    for name, (stem, write) in {**{name: (name, render) for name in LAYOUTS}, **SUMMARIES}.items():
+        path = results / f"{stem}.json"
         found = between_markers(text, name)
         if found and path.exists():
-            body = render(json.loads(path.read_text())) + "\n"
+            body = write(json.loads(path.read_text())) + "\n"
             text = text[: found.start("body")] + body + text[found.end("body") :]
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, action="append", help="default: README.md and docs/*.md")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the tables are not up to date")
     arguments = parser.parse_args()
-    before = arguments.readme.read_text()
-    after = filled(before, arguments.results)
-    if after == before:
-        print("tables are up to date")
-    elif arguments.check:
-        raise SystemExit(f"{arguments.readme}: tables differ from {arguments.results}; run python -m bench.table")
-    else:
-        arguments.readme.write_text(after)
-        print(f"rewrote the tables of {arguments.readme}")
+    for path in arguments.readme or DOCUMENTS:
+        before = path.read_text()
+        after = filled(before, arguments.results)
+        if after == before:
+            print(f"{path.name}: tables are up to date")
+        elif arguments.check:
+            raise SystemExit(f"{path}: tables differ from {arguments.results}; run python -m bench.table")
+        else:
+            path.write_text(after)
+            print(f"rewrote the tables of {path}")
 
 
 if __name__ == "__main__":

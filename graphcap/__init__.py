@@ -24,20 +24,33 @@ from graphcap.errors import (
 
 if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
+    from graphcap.compiler.debug.profile import profile
+    from graphcap.compiler.debug.suggest import suggest_ladder
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
     from graphcap.compiler.frontend.dims import Dim
+    from graphcap.compiler.frontend.lifecycle import release, reset
+    from graphcap.compiler.frontend.serving import CaptureSummary, capture, dispatch
     from graphcap.compiler.rules import eager, register_op
+    from graphcap.cudagraph import hooks
+    from graphcap.cudagraph.choose import set_graph_pool
+    from graphcap.cudagraph.generators import register_generator
+    from graphcap.cudagraph.memory import memory
+    from graphcap.cudagraph.phase import allow_capture
+    from graphcap.cudagraph.step import Dispatch, GraphKey, current_step, step
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CUDAGraphMode",
+    "CaptureSummary",
     "CompilationMode",
     "Config",
     "ConfigError",
     "Dim",
     "DimError",
+    "Dispatch",
+    "GraphKey",
     "GraphcapError",
     "GuardError",
     "MissingExtraError",
@@ -46,22 +59,51 @@ __all__ = [
     "StaleOutputError",
     "StepError",
     "__version__",
+    "allow_capture",
+    "capture",
     "compile",
+    "current_step",
     "disabled",
+    "dispatch",
     "eager",
     "explain",
+    "hooks",
+    "memory",
+    "register_generator",
+    "profile",
     "register_op",
+    "step",
+    "release",
+    "reset",
+    "set_graph_pool",
+    "suggest_ladder",
     "support_graph_compile",
 ]
 
 #: Where the names that need torch live.
 _LAZY = {
+    "CaptureSummary": "graphcap.compiler.frontend.serving",
+    "Dispatch": "graphcap.cudagraph.step",
+    "GraphKey": "graphcap.cudagraph.step",
+    "allow_capture": "graphcap.cudagraph.phase",
+    "capture": "graphcap.compiler.frontend.serving",
+    "current_step": "graphcap.cudagraph.step",
+    "dispatch": "graphcap.compiler.frontend.serving",
+    "step": "graphcap.cudagraph.step",
     "Dim": "graphcap.compiler.frontend.dims",
     "compile": "graphcap.compiler.frontend.api",
     "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",
     "explain": "graphcap.compiler.debug.explain",
+    "hooks": "graphcap.cudagraph",
+    "memory": "graphcap.cudagraph.memory",
+    "register_generator": "graphcap.cudagraph.generators",
+    "profile": "graphcap.compiler.debug.profile",
     "register_op": "graphcap.compiler.rules",
+    "release": "graphcap.compiler.frontend.lifecycle",
+    "reset": "graphcap.compiler.frontend.lifecycle",
+    "set_graph_pool": "graphcap.cudagraph.choose",
+    "suggest_ladder": "graphcap.compiler.debug.suggest",
     "support_graph_compile": "graphcap.compiler.frontend.decorator",
 }
 

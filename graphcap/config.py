@@ -120,7 +120,7 @@ class Config:
     """The most requests in a batch: caps the ladder of uniform decode batches. None is no limit."""
 
     max_padding_ratio: float = 0.5
-    """The largest part of a padded batch that may be padding: (rung - n) / rung. Beyond it the call runs live."""
+    """The largest part of a padded batch that may be padding: (rung - n) / rung. Beyond it a size is not declared."""
 
     capture_after: int = 3
     """A shape outside `capture_sizes` is captured at this sighting; at least 2, as an earlier call is the warm-up."""
@@ -158,7 +158,8 @@ class Config:
 
     outputs: str = "clone"
     """What a replay returns. "clone": fresh tensors, safe to keep. "static": the graph's own memory, valid until the
-    next replay of any plan in the pool. "ring:N": copies in N alternating buffers, valid for N replays of the plan."""
+    next replay of the same captured shape. "ring:N": copies in N alternating buffers, overwritten by the N-th later
+    replay of that shape. The call that captures counts as one; a call without a graph always returns fresh tensors."""
 
     static_args: tuple[str, ...] = ()
     """Names of arguments that keep their address between calls: read and written in place, never copied."""

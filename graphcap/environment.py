@@ -21,12 +21,16 @@ NATIVE = "GRAPHCAP_NATIVE"
 #: Whether calls of what ``graphcap.compile`` made may go around Dynamo's frame hook, its guards evaluated all the same.
 DIRECT_CALL = "GRAPHCAP_DIRECT_CALL"
 
+#: Whether outputs that lie in memory of a plan raise when they are read too late; a ``debug_dir`` asks for it as well.
+CHECK_OUTPUTS = "GRAPHCAP_CHECK_OUTPUTS"
+
 #: Variables with our prefix that are no settings of a compilation.
 OTHER_VARIABLES = frozenset(
     {
         "GRAPHCAP_COMMIT",  # what a bench writes into its results where there is no git
         NATIVE,
         DIRECT_CALL,
+        CHECK_OUTPUTS,
     }
 )
 
@@ -51,6 +55,7 @@ def read_environment(
             variable is only warned about, once per process: it may belong to another version.
     """
     native_wanted(environ)  # a value that it cannot take is reported here, not in the middle of a capture
+    check_outputs_wanted(environ)
     names = {PREFIX + name.upper(): name for name, kind in kinds.items() if kind.read is not None}
     names |= {PREFIX + alias.upper(): name for alias, name in aliases.items()}
     found: dict[str, tuple[Any, str]] = {}
@@ -85,6 +90,16 @@ def direct_call_wanted(environ: Mapping[str, str]) -> bool:
     """
     text = environ.get(DIRECT_CALL, "").strip()
     return bool(_read(DIRECT_CALL, text, BOOL)) if text else True
+
+
+def check_outputs_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether :data:`CHECK_OUTPUTS` asks for the check; it does not unless it says yes.
+
+    Raises:
+        ConfigError: for a value that is neither yes nor no.
+    """
+    text = environ.get(CHECK_OUTPUTS, "").strip()
+    return bool(_read(CHECK_OUTPUTS, text, BOOL)) if text else False
 
 
 def _read(variable: str, text: str, kind: Kind) -> Any:

@@ -8,7 +8,7 @@
     |-- PassRequiredError   a pass named in `require_passes` matched nothing                         (RuntimeError)
     |-- RecompileError      compilation_mode=DYNAMO_TRACE_ONCE, and a guard asked for a second trace (RuntimeError)
     |-- GuardError          guards="sealed", and what the compiled code relies on has changed        (RuntimeError)
-    |-- StaleOutputError    an output of outputs="static" was read after its memory was written again (RuntimeError)
+    |-- StaleOutputError    an output of outputs="static" or "ring:N" was read after it was overwritten (RuntimeError)
     |-- StepError           a batch that `graphcap.step` describes does not exist or does not fit    (ValueError)
     `-- MissingExtraError   an optional package is not installed                                     (ImportError)
 

@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_each_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"quickstart", "huggingface", "decorator"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"quickstart", "huggingface", "decorator", "engine"}
 
 
 def test_quickstart(run: Callable[[str], str]) -> None:
@@ -56,3 +56,12 @@ def test_decorator(run: Callable[[str], str]) -> None:
     assert printed.count("differs from eager by at most 0.0e+00") == 6
     assert "1 region" in printed, "the function that runs live does not break the graph"
     assert re.search(r"piece_1 +live", printed)
+
+
+def test_engine(run: Callable[[str], str]) -> None:
+    printed = run("engine")
+    assert "10 of 10 requests have eager's tokens" in printed
+    modes = re.search(r"steps by mode: \{'PIECEWISE': (\d+), 'FULL': (\d+)\}", printed)
+    assert modes is not None, "every step has a graph, of the one kind or the other"
+    assert "1 region" in printed
+    assert re.search(r"^ +1 +FULL +1 ", printed, re.MULTILINE), "attention is inside the one graph of a decode step"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcap.compiler import nodes
+from graphcap.compiler import nodes, private
 from graphcap.compiler.bypass import reason_to_bypass, run_bypass
 from graphcap.compiler.debug import dump
 from graphcap.compiler.dims import GraphDims, read_dims
@@ -30,7 +30,7 @@ from graphcap.compiler.frontend.target import will_retry
 from graphcap.compiler.inputs import name_inputs
 from graphcap.compiler.partition import partition
 from graphcap.compiler.pieces import compile_pieces
-from graphcap.compiler.region import Region, open_region
+from graphcap.compiler.region import Region, close_region, open_region
 from graphcap.compiler.rules import SplitRules
 from graphcap.compiler.specialise import by_size, position_of, specialisable_symbol
 from graphcap.compiler.split import Piece, split
@@ -69,6 +69,16 @@ def graphcap(
     config = Config.resolve(options, mode)
     region = open_region(gm, example_inputs, config)
     region.bypass = reason_to_bypass(gm, example_inputs, config)
+    try:
+        return compile_or_bypass(gm, example_inputs, region)
+    except Exception as error:
+        if private.restarts_trace(error):
+            close_region(region)
+        raise
+
+
+def compile_or_bypass(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Region) -> Callable[..., Any]:
+    """Compile one graph through our pipeline, or through Inductor alone where there is a reason to."""
     if region.bypass:
         return run_bypass(gm, example_inputs, region)
     try:
@@ -76,7 +86,7 @@ def graphcap(
     except GraphcapError:
         raise
     except Exception as error:  # a fault of ours must not take the model down
-        if will_retry(error):
+        if will_retry(error) or private.restarts_trace(error):
             raise
         log.warning("%s: graphcap failed and Inductor takes over: %s", region.name, error, exc_info=True)
         region.bypass = f"graphcap failed: {type(error).__name__}: {error}"
@@ -154,7 +164,7 @@ def capture_device(devices: set[torch.device], config: Config) -> tuple[GraphDev
     """The device that captures, or ``None`` and the reason why nothing is captured."""
     if config.cudagraph_mode is CUDAGraphMode.NONE:
         return None, f"cudagraph_mode=NONE ({config.origin('cudagraph_mode')})"
-    return device_for(devices, config.simulate)
+    return device_for(devices, config.simulate, private=config.pool == "private")
 
 
 def capturing(program: Program, device: GraphDevice | None, region: Region) -> Callable[..., Any]:

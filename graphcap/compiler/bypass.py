@@ -64,7 +64,7 @@ def run_bypass(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Region
         compiled: Callable[..., Any] = private.inductor_with_autograd(gm, example_inputs, patches)
         return compiled
     except Exception as error:
-        if config.compilation_mode is CompilationMode.STOCK_TORCH_COMPILE:
+        if config.compilation_mode is CompilationMode.STOCK_TORCH_COMPILE or private.restarts_trace(error):
             raise
         log.warning("%s: Inductor failed too, the graph runs eager: %s", region.name, error)
         region.notes.append(f"Inductor failed, runs eager: {error}")

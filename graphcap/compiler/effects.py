@@ -1,7 +1,8 @@
 """Which of its inputs a piece writes: found by running it once on fake tensors and watching every operator's schema.
 
 Names say too little (``relu_``, ``out=``, custom ops with ``mutates_args``), schemas say nearly all: the old batch
-norms write their running statistics without a word.
+norms write their running statistics without a word, and a custom op may be registered without saying what it writes
+(``register_op(out_args=...)`` says it then).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcap.compiler import nodes, private
+from graphcap.compiler.rules import declared
 
 #: Higher-order ops have no schema. These write nothing; every other one counts as writing all that it is given.
 _FUNCTIONAL_HIGHER_ORDER = {"flex_attention"}
@@ -44,9 +46,11 @@ def _declared_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
     if isinstance(func, torch._ops.HigherOrderOperator):
         yield from () if func.name() in _FUNCTIONAL_HIGHER_ORDER else (args, dict(kwargs))
         return
-    for index, declared in enumerate(func._schema.arguments):
-        if declared.alias_info is not None and declared.alias_info.is_write:
-            yield args[index] if index < len(args) else kwargs.get(declared.name)
+    told = declared(func)
+    for index, argument in enumerate(func._schema.arguments):
+        marked = argument.alias_info is not None and argument.alias_info.is_write
+        if marked or (told is not None and argument.name in told.out_args):
+            yield args[index] if index < len(args) else kwargs.get(argument.name)
     if func._schema.name in _BATCH_NORMS and args[5]:
         yield from args[3:5]
 

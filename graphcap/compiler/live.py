@@ -1,4 +1,4 @@
-"""How a live piece is called: as flat Python, with custom ops called directly where the dispatcher would add nothing.
+"""How a piece runs without Inductor: as flat Python, custom ops called directly where the dispatcher would add nothing.
 
 A ``torch.library.custom_op`` costs a few microseconds in the dispatcher before its kernel's first line runs; at one
 attention per layer that is a good part of a decode step. Its kernel is the very function that the dispatcher would
@@ -9,6 +9,7 @@ or function mode, functorch, the profiler. That is asked on every call; otherwis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,15 @@ def live_function(piece: fx.GraphModule) -> Callable[..., Any]:
             node.target = direct(node.target, next(iter(devices)))
     forward: Callable[..., Any] = fx.GraphModule(piece, graph, class_name="live").forward
     return forward
+
+
+def plain_function(piece: fx.GraphModule) -> Callable[..., Any] | None:
+    """The piece's Python without its graph, which would keep every fake tensor of the trace; ``None`` where the code
+    needs the module (it reads an attribute)."""
+    if any(node.op in ("get_attr", "call_module") for node in piece.graph.nodes):
+        return None
+    code = getattr(piece.forward, "__func__", None)
+    return functools.partial(code, None) if code is not None else None
 
 
 def _tensors(piece: fx.GraphModule) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphcap.compiler import nodes, private
-from graphcap.compiler.rules import SplitRules, never_captured
+from graphcap.compiler.rules import SplitRules, captured_when, never_captured, op_name, undeclared_writes
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.cudagraph import Capture
 
@@ -124,8 +124,14 @@ def judge(node: fx.Node, rules: SplitRules, sizes: SizeSymbols, device: torch.de
     if refused:
         simple = split is None and never_captured(node) is None and _foreign_device(node, device) is None
         return Verdict(simple or _needs_inductor(node), Capture.NEVER, refused)
+    condition = captured_when(node)
+    if condition:
+        return Verdict(False, *condition)
     if split:
         return Verdict(_needs_inductor(node), Capture.FULL, split)
+    if writes := undeclared_writes(node):
+        reason = f"{op_name(node.target)} writes {', '.join(writes)}, which its schema does not say"
+        return Verdict(False, Capture.ALWAYS, reason)
     return CAPTURED
 
 
@@ -239,7 +245,7 @@ def _keep_spans_whole(judged: Judged) -> Judged:
 
 
 def _strictest(verdicts: Iterable[Verdict]) -> Verdict:
-    order = [Capture.ALWAYS, Capture.FULL, Capture.NEVER]
+    order = [Capture.ALWAYS, Capture.FULL, Capture.UNIFORM, Capture.UNIFORM_SINGLE, Capture.NEVER]
     return max(verdicts, key=lambda v: (order.index(v.capture), not v.compiled), default=CAPTURED)
 
 

@@ -20,7 +20,7 @@ from graphcap.compiler import inductor, nodes, private
 from graphcap.compiler.ambient import ambient_state, device_identity
 from graphcap.compiler.canonical import canonical_symbols, canonical_text
 from graphcap.compiler.effects import mutated_inputs, written_overlap
-from graphcap.compiler.live import live_function
+from graphcap.compiler.live import live_function, plain_function
 from graphcap.compiler.shape_guards import ShapeGuards
 from graphcap.compiler.specialise import example_arguments
 from graphcap.compiler.split import Piece
@@ -47,6 +47,7 @@ class CompiledPiece:
         output_code: Inductor's Python.
         note: why the cache missed, or why it could not be compiled.
         made_at: when this record was made, seconds since the epoch.
+        plain: the piece as Python, called like ``call``; ``None`` where only the piece's module could run it.
     """
 
     call: Callable[..., Any]
@@ -59,6 +60,7 @@ class CompiledPiece:
     output_code: str = ""
     note: str = ""
     made_at: float = field(default_factory=time.time)
+    plain: Callable[..., Any] | None = None
 
 
 def compile_pieces(
@@ -119,6 +121,7 @@ class _PieceCompiler:
             result, artifact = CompiledPiece(self._as_is(piece), mutates, "failed", note=reason), None
         else:
             result, artifact = self._compile(piece, text, mutates, example)
+        result.plain = plain_function(piece.module)
         self.seen[text] = (index, result, artifact)
         return result
 
@@ -134,7 +137,8 @@ class _PieceCompiler:
         if artifact is not None and not self._holds(artifact.guards, piece):
             return None
         call = first.call if artifact is not None else self._as_is(piece)  # eager code may hold its own attributes
-        return CompiledPiece(call, first.mutates, first.origin, first.key, 0.0, twin_of=index)
+        plain = plain_function(piece.module)
+        return CompiledPiece(call, first.mutates, first.origin, first.key, 0.0, twin_of=index, plain=plain)
 
     @staticmethod
     def _as_is(piece: Piece) -> Callable[..., Any]:
@@ -153,6 +157,8 @@ class _PieceCompiler:
         try:
             artifact, origin, note, key = self._load_or_compile(piece, key, pipeline, example)
         except Exception as error:  # Inductor may raise anything; the piece still has its Python
+            if private.restarts_trace(error):
+                raise
             log.warning("%s could not be compiled and runs as it is: %s", piece.name, error, exc_info=True)
             note = f"{type(error).__name__}: {error}"
             return CompiledPiece(piece.module.forward, mutates, "failed", key.digest, note=note), None

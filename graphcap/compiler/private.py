@@ -44,6 +44,12 @@ class Frame:
         return f"{self.code.co_filename}:{self.code.co_firstlineno}" if self.code is not None else "<unknown>"
 
 
+def restarts_trace(error: BaseException) -> bool:
+    """Whether an exception is Dynamo's own way of saying that it has to trace again, having learned something: that a
+    float must be constant, say. It is no failure, and must reach Dynamo."""
+    return isinstance(error, torch._dynamo.exc.RestartAnalysis)
+
+
 def current_frame() -> Frame:
     """The frame being compiled, from inside a backend call (``InstructionTranslator.current_tx``)."""
     from torch._guards import CompileContext
@@ -192,6 +198,30 @@ def resolve_op_overload(target: Any) -> Any:
         if len(overloads) == 1:
             return getattr(target, overloads[0])
     return target
+
+
+def argument_names(name: str) -> list[str]:
+    """The names of the arguments of ``"ns::op"``, over all its overloads; empty for an op that torch does not know yet.
+
+    Schemas as they are registered (``torch._C._jit_get_schemas_for_operator``); looking at ``torch.ops.ns.op`` instead
+    would raise for an op that is registered later.
+    """
+    found = torch._C._jit_get_schemas_for_operator(name)
+    return list(dict.fromkeys(argument.name for schema in found for argument in schema.arguments))
+
+
+def triton_kernel_name(node: fx.Node) -> str | None:
+    """The name of the user's Triton kernel that a node launches, ``None`` for any other node."""
+    if getattr(node.target, "_name", "") not in ("triton_kernel_wrapper_mutation", "triton_kernel_wrapper_functional"):
+        return None
+    index: Any = node.kwargs.get("kernel_idx")
+    try:
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        kernel: Any = kernel_side_table.get_kernel(index)
+        return f"triton kernel {getattr(kernel, '__name__', None) or kernel.fn.__name__}"
+    except (ImportError, AttributeError, AssertionError, KeyError):
+        return f"triton kernel {index}"
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:

@@ -204,6 +204,13 @@ def _warn_near_limit(region: Region) -> None:
         region.notes.append(f"recompile_limit ({limit}) reached: a further miss runs eager")
 
 
+def close_region(region: Region) -> None:
+    """Forget a region whose trace Dynamo begins anew."""
+    with _lock:
+        if region in _regions:
+            _regions.remove(region)
+
+
 def all_regions() -> list[Region]:
     """Every region of the process that was opened since :func:`forget_regions`, oldest first."""
     with _lock:

@@ -12,13 +12,14 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import fx
 
 from graphcap.compiler import private
-from graphcap.errors import ConfigError
+from graphcap.cudagraph import Capture
+from graphcap.errors import ConfigError, did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,35 +74,69 @@ _PYTHON_SPELLINGS: dict[Any, str] = {
     torch.nn.functional.scaled_dot_product_attention: "aten::scaled_dot_product_attention",
 }
 
-CapturePolicy = Literal["always", "never"]
+CapturePolicy = Literal["always", "uniform_batch", "uniform_single_token", "never"]
 
 
 @dataclass(frozen=True)
-class _Declared:
+class Declared:
+    """What :func:`register_op` was told about an op.
+
+    Attributes:
+        capture: when a CUDA graph may hold it.
+        out_args: the arguments that it writes its results into.
+    """
+
     capture: CapturePolicy
-    reason: str
+    out_args: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The declaration as part of a sentence."""
+        return f"registered with capture={self.capture!r}"
 
 
-_declared: dict[str, _Declared] = {}
+_declared: dict[str, Declared] = {}
 _lock = threading.Lock()
 
 
-def register_op(op: str | Any, *, capture: CapturePolicy) -> None:
+def register_op(op: str | Any, *, capture: CapturePolicy, out_args: Sequence[str] = ()) -> None:
     """Declare whether a custom op may be captured into a CUDA graph.
+
+    A declaration is believed and then checked: the first replay on other inputs than those of the capture is compared
+    with a live run, and where they differ the op runs live from then on, with an error in the log.
 
     Args:
         op: ``"ns::name"``, an ``OpOverload``, an ``OpOverloadPacket`` or what ``torch.library.custom_op`` returned.
         capture: ``"always"``: the op is a function of its tensor arguments and launches work on the current stream
             only;
+            ``"uniform_batch"``: that holds where every request of the batch brings the same number of tokens; it is
+            captured in FULL graphs of such batches and runs live elsewhere;
+            ``"uniform_single_token"``: the same, where every request brings one token;
             ``"never"``: it runs live on every call.
+        out_args: names of the arguments that the op writes its results into. What its schema marks as written
+            (``Tensor(a!)``, ``mutates_args=``) is known and need not be named.
 
     Raises:
-        ConfigError: for another value of ``capture`` or something that names no op.
+        ConfigError: for another value of ``capture``, something that names no op, or an argument that the op does not
+            have.
     """
-    if capture not in ("always", "never"):
-        raise ConfigError(f"register_op: capture={capture!r} is not known; use 'always' or 'never'")
+    if capture not in get_args(CapturePolicy):
+        valid = ", ".join(map(repr, get_args(CapturePolicy)))
+        raise ConfigError(f"register_op: capture={capture!r} is not known; valid are: {valid}")
+    if isinstance(out_args, str) or not all(isinstance(name, str) for name in out_args):
+        raise ConfigError(f"register_op: out_args takes a sequence of argument names, got {out_args!r}")
+    name = _registered_name(op)
+    known = private.argument_names(name)
+    for argument in out_args:
+        if known and argument not in known:
+            raise ConfigError(f"register_op: {name} has no argument {argument!r}; {did_you_mean(argument, known)}")
     with _lock:
-        _declared[_registered_name(op)] = _Declared(capture, f"registered with capture={capture!r}")
+        _declared[name] = Declared(capture, tuple(out_args))
+
+
+def declared(target: Any) -> Declared | None:
+    """What was declared about the op that a node calls, ``None`` where nothing was."""
+    return _declared.get(op_name(target)) if _declared else None
 
 
 def _registered_name(op: str | Any) -> str:
@@ -202,9 +237,9 @@ def never_captured(node: fx.Node) -> str | None:
     name = op_name(target)
     if hasattr(target, "_graphcap_eager"):
         return f"@graphcap.eager function {name}"
-    declared = _declared.get(name)
-    if declared is not None:
-        return f"{name} is {declared.reason}" if declared.capture == "never" else None
+    known = declared(target)
+    if known is not None:
+        return f"{name} is {known.reason}" if known.capture == "never" else None
     if torch.Tag.cudagraph_unsafe in getattr(private.resolve_op_overload(target), "tags", ()):
         return f"{name} is tagged cudagraph_unsafe"
     namespace, _, plain = name.rpartition("::")
@@ -213,6 +248,40 @@ def never_captured(node: fx.Node) -> str | None:
     if not namespace or namespace in CAPTURABLE_NAMESPACES or name in CAPTURABLE_OPS:
         return None if _is_torch_function(target) else f"{name} is a Python function that torch does not know"
     return f"{name} is an opaque custom op; graphcap.register_op({name!r}, capture='always') declares it capturable"
+
+
+#: In which batches an op that may be captured under a condition is captured.
+_CONDITIONS = {"uniform_batch": Capture.UNIFORM, "uniform_single_token": Capture.UNIFORM_SINGLE}
+
+
+def captured_when(node: fx.Node) -> tuple[Capture, str] | None:
+    """The condition under which an op may be captured, and why; ``None`` for one without a condition."""
+    known = declared(node.target)
+    if known is None or known.capture not in _CONDITIONS:
+        return None
+    return _CONDITIONS[known.capture], f"{op_name(node.target)} is {known.reason}"
+
+
+def unproven(node: fx.Node) -> str | None:
+    """The name of an op that is captured on somebody's word: declared, or a Triton kernel; ``None`` for all others.
+
+    Such an op may bake into a graph what it read in Python; the graph runtime compares its first replay with a live
+    run.
+    """
+    known = declared(node.target)
+    if known is not None:
+        return op_name(node.target) if known.capture != "never" else None
+    return private.triton_kernel_name(node)
+
+
+def undeclared_writes(node: fx.Node) -> tuple[str, ...]:
+    """The ``out_args`` of an op that its schema does not mark as written: torch must not get to compile it."""
+    known = declared(node.target)
+    if known is None or not known.out_args:
+        return ()
+    schema = getattr(private.resolve_op_overload(node.target), "_schema", None)
+    marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write} if schema else ()
+    return tuple(name for name in known.out_args if name not in marked)
 
 
 def _aten_spelling(target: Any) -> str:

@@ -19,6 +19,7 @@ from graphcap.compiler import nodes, private
 from graphcap.compiler.dims import GraphDims
 from graphcap.compiler.inputs import input_name
 from graphcap.compiler.pieces import CompiledPiece
+from graphcap.compiler.rules import unproven
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.compiler.write_indices import write_index_inputs
@@ -65,6 +66,8 @@ def build_program(
                 capture=piece.verdict.capture,
                 reason=piece.reason,
                 symbols=dims.symbols(nodes.value_of(node) for node in (*piece.inputs, *piece.nodes)),
+                unproven=tuple(dict.fromkeys(op for node in piece.nodes if (op := unproven(node)))),
+                eager=result.plain,
             )
         )
     returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]

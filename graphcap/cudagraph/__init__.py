@@ -7,6 +7,8 @@ In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the comp
 :mod:`~graphcap.cudagraph.replay` (the generated replay),
 :mod:`~graphcap.cudagraph.padding`, :mod:`~graphcap.cudagraph.proof` and :mod:`~graphcap.cudagraph.fitted` (which sizes
 may be padded, the proof that it changes nothing, one plan for many sizes),
+:mod:`~graphcap.cudagraph.outputs` and :mod:`~graphcap.cudagraph.handout` (how outputs leave,
+:mod:`~graphcap.cudagraph.generations` how long they last), :mod:`~graphcap.cudagraph.replay` (the generated replay),
 :mod:`~graphcap.cudagraph.device` (what a device must do; :mod:`~graphcap.cudagraph.cuda` and
 :mod:`~graphcap.cudagraph.simulated` do it).
 """
@@ -19,12 +21,15 @@ from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, In
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.step import Dispatch, GraphKey, step
 
 __all__ = [
     "Binding",
     "Capture",
     "Constant",
     "DimSize",
+    "Dispatch",
+    "GraphKey",
     "GraphDevice",
     "GraphRunner",
     "InputKind",
@@ -37,4 +42,5 @@ __all__ = [
     "Step",
     "device_for",
     "graph_runner",
+    "step",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from graphcap.cudagraph.observe import Observation
-from graphcap.cudagraph.program import Capture, InputKind, Program
+from graphcap.cudagraph.program import Capture, InputKind, Program, Step
 
 
 class Binding(enum.Enum):
@@ -31,6 +31,8 @@ class Choice:
         unstable: inputs whose address moved too often to be used in place.
         static_args: names of inputs that the user declared static.
         max_copy_bytes: a larger input is never copied.
+        uniform_query_len: the tokens of each request, where the plan is for batches in which all have the same number.
+        apart: steps that get a segment of their own where they are captured.
         padded: inputs that this capture sees at a padded size.
     """
 
@@ -39,7 +41,9 @@ class Choice:
     unstable: Collection[int]
     static_args: Collection[str]
     max_copy_bytes: int
+    uniform_query_len: int | None = None
     padded: Collection[int] = ()
+    apart: Collection[int] = ()
 
 
 class MemoryFacts:
@@ -117,10 +121,27 @@ def _bind_one(facts: MemoryFacts, index: int, live: Collection[int], choice: Cho
     return Binding.COPIED
 
 
+def is_captured(step: Step, full: bool, uniform_query_len: int | None) -> bool:
+    """Whether a step may be part of a graph.
+
+    Args:
+        step: the step.
+        full: whether split ops are captured.
+        uniform_query_len: the tokens of each request, where all requests of the batch have the same number.
+    """
+    if step.capture is Capture.ALWAYS:
+        return True
+    if step.capture is Capture.UNIFORM:
+        return full and uniform_query_len is not None
+    if step.capture is Capture.UNIFORM_SINGLE:
+        return full and uniform_query_len == 1
+    return full and step.capture is Capture.FULL
+
+
 def live_from_the_start(program: Program, choice: Choice) -> dict[int, str]:
     """The steps that run live whatever their inputs are, each with the reason."""
     live = dict(choice.demoted)
     for number, step in enumerate(program.steps):
-        if step.capture is Capture.NEVER or (step.capture is Capture.FULL and not choice.full):
+        if not is_captured(step, choice.full, choice.uniform_query_len):
             live.setdefault(number, step.reason or f"capture={step.capture.value}")
     return live

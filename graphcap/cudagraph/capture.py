@@ -17,8 +17,9 @@ import torch
 
 from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, copy_into, span_bytes
 from graphcap.cudagraph.bindings import Binding
-from graphcap.cudagraph.device import GraphDevice, Pool, Recording
-from graphcap.cudagraph.layout import Layout
+from graphcap.cudagraph.device import GraphDevice, Pool, Recording, UnjoinedStreamError
+from graphcap.cudagraph.handout import Policy
+from graphcap.cudagraph.layout import Layout, segment_of
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.private import storage_address, weak_view
 from graphcap.cudagraph.program import Program
@@ -27,6 +28,7 @@ from graphcap.cudagraph.recorded import (
     Recorded,
     captured_slots,
     describe,
+    handed_out,
     inputs_written_back,
     outputs_of,
     padded_inputs_written,
@@ -52,7 +54,8 @@ class SegmentedCapture:
         self._outlived: list[int] = []  # live results to drop when the segment is closed
         self._addresses: dict[int, set[int]] = {}  # where the storage of each root may be
         self._captured = captured_slots(program, layout, len(program.steps))
-        self._crossing = _crossing_slots(program, layout)
+        self._segments = segment_of(program, layout)
+        self._crossing = _crossing_slots(program, self._segments)
 
     def bind_inputs(self, arena: Arena) -> None:
         """Give every input that captured steps read its place, and copy in what is copied."""
@@ -75,8 +78,8 @@ class SegmentedCapture:
         for index in self._padded:
             self._slots[index] = self._bound[index]
 
-    def run(self, bar: Progress) -> tuple[tuple[Any, ...], Failure | None]:
-        """Run the call, one step after the other; ``bar`` is told of each.
+    def run(self, bar: Progress, policy: Policy) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call, one step after the other; ``bar`` is told of each. Outputs leave as ``policy`` says.
 
         Returns:
             The program's outputs, and why there is no plan if there is none.
@@ -97,6 +100,11 @@ class SegmentedCapture:
         for index in padded_inputs_written(recorded):
             copy_into(self._padded[index], recorded.stand_ins[index])
         recorded.outputs = outputs_of(recorded, self._slots, captured_below)
+        if failure is None:
+            try:
+                recorded.outputs = handed_out(recorded, recorded.outputs, self._slots, policy, self._device)
+            except Exception as error:  # no memory for a ring: this call still has clones to return
+                failure = Failure((), describe(error))
         return recorded.outputs.collect(self._slots), failure
 
     def _run_segments(self, bar: Progress) -> Failure | None:
@@ -108,6 +116,10 @@ class SegmentedCapture:
         return self._close(len(self.recorded.program.steps))
 
     def _record(self, number: int) -> Failure | None:
+        if self._recording is not None and self._segments[number] != self._segments[number - 1]:
+            failure = self._close(number)
+            if failure is not None:
+                return failure
         step = self.recorded.program.steps[number]
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -115,14 +127,15 @@ class SegmentedCapture:
                     self._first = number
                     self._recording = self._device.begin(self.recorded.pool, self._ended)
                     self._ended = []
-                results = self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
+                read = [self._bound[slot] for slot in step.reads]
+                results = self._recording.call(step.fn, read)
+            self.recorded.given |= {s: v for s, v in zip(step.reads, read, strict=True) if s not in self._captured}
             for slot, value in zip(step.writes, results, strict=True):
                 self._check_memory(slot, value)
                 self._keep_recorded(slot, value)
         except Exception as error:
             self._abort()
-            to_blame = () if isinstance(error, torch.OutOfMemoryError) else (number,)
-            return Failure(to_blame, describe(error))
+            return Failure.of(error, (number,))
         self._release(number)
         return None
 
@@ -148,7 +161,7 @@ class SegmentedCapture:
                 self._check_memory(slot, self._slots[slot])
                 self._give_place(slot, self._slots[slot])
         except Exception as error:
-            return Failure((), describe(error))
+            return Failure.of(error)
         self.recorded.timeline.append(number)
         self._release(number)
         return None
@@ -212,13 +225,30 @@ class SegmentedCapture:
             segment.replay()
         except Exception as error:
             self._abort()
-            return Failure(tuple(range(self._first, number)), describe(error))
+            steps = tuple(range(self._first, number))
+            if isinstance(error, UnjoinedStreamError):
+                steps = tuple(filter(self._leaves_stream_unjoined, steps)) or steps
+            return Failure.of(error, steps)
         self.recorded.timeline.append(~len(self.recorded.segments))
         self.recorded.segments.append(segment)
         for index in inputs_written_back(self.recorded, self._first, number):
             copy_into(self._slots[index], self.recorded.stand_ins[index])
         self._drop_outlived()
         return None
+
+    def _leaves_stream_unjoined(self, number: int) -> bool:
+        """Whether a step cannot be ended when it is recorded alone (it never runs): the end of a segment names none."""
+        step = self.recorded.program.steps[number]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._recording = self._device.begin(self.recorded.pool, [])
+                self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
+                self._recording.end()
+        except Exception as error:
+            self._abort()
+            return isinstance(error, UnjoinedStreamError)
+        self._recording = None
+        return False
 
     def _drop_outlived(self) -> None:
         for slot in self._outlived:
@@ -231,21 +261,8 @@ class SegmentedCapture:
             recording.abort()
 
 
-def segment_of(program: Program, layout: Layout) -> list[int]:
-    """For each step the number of its segment; live steps have numbers of their own, below zero."""
-    segments, current = [], 0
-    for number in range(len(program.steps)):
-        if number in layout.live:
-            current += 1
-            segments.append(-number - 1)
-        else:
-            segments.append(current)
-    return segments
-
-
-def _crossing_slots(program: Program, layout: Layout) -> set[int]:
+def _crossing_slots(program: Program, segments: Sequence[int]) -> set[int]:
     """Results that are read outside of the segment that makes them, outputs included."""
-    segments = segment_of(program, layout)
     made_in = {slot: segments[number] for number, step in enumerate(program.steps) for slot in step.writes}
     crossing = {each for each in program.outputs if isinstance(each, int)}
     for number, step in enumerate(program.steps):

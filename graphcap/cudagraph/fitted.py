@@ -27,7 +27,8 @@ class Fitter:
 
     Attributes:
         padding: of the program.
-        rung: every symbol's size in the plan.
+        rung: the symbols that are padded in the plan, each with its size there.
+        scalars: the scalar inputs that follow one of them, each with its value in the plan.
         arena: where the padded inputs lie, which the plans of a runner share.
         written: the padded inputs that a step writes into.
     """
@@ -35,10 +36,15 @@ class Fitter:
     def __init__(self, padding: Padding, rung: Mapping[str, int], recorded: Recorded, arena: Arena) -> None:
         self.padding = padding
         self.rung = dict(rung)
+        followed = padding.scalars.items()
+        self.scalars = {index: size.at(rung[size.symbol]) for index, size in followed if size.symbol in rung}
         self.arena = arena
         self.written = padded_inputs_written(recorded)
         self._recorded = recorded
         self._inputs = recorded.layout.inputs_bound(Binding.PADDED)
+        self._outputs = {
+            slot for slot in recorded.program.outputs if isinstance(slot, int) and padding.follows(slot, rung)
+        }
         self._replay: FunctionType | None = None
         self._on_made: Callable[[FunctionType], None] = lambda replay: None
         self._fits: dict[tuple[int, ...], FunctionType] = {}
@@ -50,10 +56,10 @@ class Fitter:
     def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
         """The replay for these sizes, by symbol; symbols that are left out have the size of the rung."""
         assert self._replay is not None
-        sizes = {**self.rung, **real}
-        key = tuple(sizes[symbol] for symbol in self.rung)
-        if key == tuple(self.rung.values()):
+        sizes = {symbol: real.get(symbol, size) for symbol, size in self.rung.items()}
+        if sizes == self.rung:
             return self._replay
+        key = tuple(sizes.values())
         found = self._fits.get(key)
         if found is None:
             if len(self._fits) >= _MAX_FITS:
@@ -67,20 +73,23 @@ class Fitter:
         once: list[Callable[[], Any]] = []
         always: list[Callable[[], Any]] = []
         for index in self._inputs:
-            buffer, size = recorded.stand_ins[index], self.padding.size_of_input(index, sizes)
-            names[f"SIZE{index}"] = size
-            names[f"t{index}"] = corner(buffer, size)
+            buffer = recorded.stand_ins[index]
+            part = names[f"t{index}"] = corner(buffer, self.padding.size_of_input(index, sizes))
+            size = names[f"SIZE{index}"] = part.shape
             if buffer.shape != size:
                 fill = self.padding.fill(index)
                 lasts = isinstance(fill, (bool, int, float)) and index not in self.written
                 (once if lasts else always).append(_filler(buffer, size, fill))
         for output, slot in zip(recorded.program.outputs, recorded.outputs.order, strict=True):
-            cut_to = self.padding.size_of_output(output, sizes) if isinstance(output, int) else None
-            if cut_to is not None and isinstance(slot, int) and slot >= len(recorded.program.inputs):
-                names[f"CUT{slot}"] = cut_to
+            if output in self._outputs and isinstance(slot, int) and slot >= len(recorded.program.inputs):
+                cut_to = names[f"CUT{slot}"] = self.padding.size_of_output(output, sizes)
                 maker = recorded.outputs.makers[slot]
                 if isinstance(maker, Clone) and maker.part is None:
                     names[f"block{maker.block}"] = corner(recorded.outputs.blocks[maker.block], cut_to)
+        outputs = recorded.outputs
+        if outputs.hand_out is not None and outputs.blocks:
+            blocks = [names.get(f"block{number}", block) for number, block in enumerate(outputs.blocks)]
+            names["hand_out"] = outputs.hand_out.over(blocks)
         return names | {"me": object(), "fill_once": _all(once), "fill_always": _all(always)}
 
     def _made_for(self, sizes: Mapping[str, int]) -> FunctionType:

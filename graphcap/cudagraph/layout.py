@@ -25,6 +25,7 @@ class Layout:
         bridged: results of live steps that are copied to a fixed address for the captured steps that read them.
         fixed: results of live steps that lie in memory which does not move; a replay checks that they still do.
         releases: for each step the slots whose memory ends with it; see :func:`graphcap.cudagraph.liveness.releases`.
+        apart: captured steps that get a segment of their own.
     """
 
     full: bool
@@ -33,6 +34,7 @@ class Layout:
     bridged: frozenset[int]
     fixed: frozenset[int]
     releases: tuple[tuple[int, ...], ...]
+    apart: frozenset[int] = frozenset()
 
     def inputs_bound(self, *bindings: Binding) -> list[int]:
         """The inputs with one of these bindings."""
@@ -51,9 +53,22 @@ def lay_out(program: Program, seen: Observation, choice: Choice) -> Layout:
         if not evicted:
             break
         live |= evicted
-    return Layout(
-        choice.full, live, tuple(bindings), frozenset(bridged), frozenset(fixed), releases(program, seen.roots)
-    )
+    crossing = frozenset(bridged), frozenset(fixed)
+    apart = frozenset(choice.apart) - live.keys()
+    return Layout(choice.full, live, tuple(bindings), *crossing, releases(program, seen.roots), apart)
+
+
+def segment_of(program: Program, layout: Layout) -> list[int]:
+    """For each step the number of its segment, counted from 0; live steps have numbers of their own, below zero."""
+    segments: list[int] = []
+    current = -1
+    for number in range(len(program.steps)):
+        if number in layout.live:
+            segments.append(-number - 1)
+            continue
+        current += number == 0 or number - 1 in layout.live or not layout.apart.isdisjoint((number - 1, number))
+        segments.append(current)
+    return segments
 
 
 def _unfit(facts: MemoryFacts, live: Mapping[int, str]) -> dict[int, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,16 @@ class Observation:
     signature: tuple[Any, ...]
 
 
-def observe(program: Program, args: Sequence[Any], device: torch.device) -> tuple[Observation, tuple[Any, ...]]:
+def observe(
+    program: Program, args: Sequence[Any], device: torch.device, captured: Collection[int] | None = None
+) -> tuple[Observation, tuple[Any, ...]]:
     """Run every step live, once.
+
+    Args:
+        program: the steps.
+        args: of the call.
+        device: where captured steps find their tensors.
+        captured: the steps that may be captured; those that are not NEVER where it is not given.
 
     Returns:
         What was seen, and the program's outputs.
@@ -64,17 +72,19 @@ def observe(program: Program, args: Sequence[Any], device: torch.device) -> tupl
         for slot in table.expire(number):
             slots[slot] = None
     nbytes = tuple(_copy_bytes(arg) for arg in args)
-    signature = signature_of(program, args)
+    signature = signature_of(program, args, captured)
     seen = Observation(tuple(roots), tuple(identity), foreign, frozenset(needing_grad), nbytes, signature)
     return seen, tuple(each.value if isinstance(each, Constant) else slots[each] for each in program.outputs)
 
 
-def signature_of(program: Program, args: Sequence[Any]) -> tuple[Any, ...]:
+def signature_of(program: Program, args: Sequence[Any], captured: Collection[int] | None = None) -> tuple[Any, ...]:
     """Layout of the tensors that may differ from call to call, and how arguments share memory.
 
     What only live steps read may have another size on every call (a cache that grows) and does not count.
     """
-    read = {slot for step in program.steps if step.capture is not Capture.NEVER for slot in step.reads}
+    if captured is None:
+        captured = [number for number, step in enumerate(program.steps) if step.capture is not Capture.NEVER]
+    read = {slot for number in captured for slot in program.steps[number].reads}
     layouts = tuple(
         (arg.size(), arg.stride() if arg.layout is torch.strided else None, arg.dtype) if torch.is_tensor(arg) else None
         for index, (arg, spec) in enumerate(zip(args, program.inputs, strict=True))

@@ -1,4 +1,5 @@
-"""What a plan hands back: fresh tensors for what lies in static memory, the caller's own for what is or views them."""
+"""What a plan hands back: for what lies in static memory a copy or what ``Config.outputs`` says (see
+:mod:`graphcap.cudagraph.handout`), the caller's own tensors for what is or views them."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.arena import overlaps_itself, span_bytes
+from graphcap.cudagraph.generations import Generations
+from graphcap.cudagraph.handout import HandOut
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.private import storage_address, weak_view
 from graphcap.cudagraph.program import Constant
@@ -50,7 +53,7 @@ class Rehomed:
 
 @dataclass(frozen=True, slots=True)
 class Clone:
-    """A part of the fresh copy of block number ``block``, made by ``part(copy)``; ``None`` is all of it."""
+    """A part of what is handed out for block number ``block``, made by ``part(copy)``; ``None`` is all of it."""
 
     block: int
     part: Callable[[torch.Tensor], torch.Tensor] | None
@@ -63,16 +66,28 @@ class OutputPlan:
     Attributes:
         order: per output the slot whose maker gives it, or a constant. A slot that occurs twice is one object.
         makers: per slot how its value leaves the plan.
-        blocks: static memory to copy, each with one ``clone()``.
+        blocks: static memory to copy, each with one ``clone()`` unless it is handed out in another way.
+        hand_out: that other way.
+        in_place: whether ``hand_out`` gives the static memory itself, so that replays write into it as they run.
+        generations: told what is handed out and when it ends, where that is checked.
     """
 
     order: tuple[int | Constant, ...]
     makers: Mapping[int, AsIs | View | Rehomed | Clone]
     blocks: tuple[torch.Tensor, ...]
+    hand_out: HandOut | None = None
+    in_place: bool = False
+    generations: Generations | None = None
+
+    def lent(self) -> set[int]:
+        """The storages of the plan that outputs lie in."""
+        return {storage_address(block) for block in self.blocks} - {0} if self.in_place else set()
 
     def collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
         """The outputs of one call."""
-        copies = [block.clone() for block in self.blocks]
+        copies = (
+            [block.clone() for block in self.blocks] if self.hand_out is None else self.hand_out.over(self.blocks)()
+        )
         made: dict[int, Any] = {}
         for slot, maker in self.makers.items():
             if isinstance(maker, AsIs):
@@ -83,6 +98,8 @@ class OutputPlan:
                 made[slot] = maker.make(slots[maker.slot], slots[maker.base])
             else:
                 made[slot] = maker.part(copies[maker.block]) if maker.part else copies[maker.block]
+        if self.generations is not None:
+            self.generations.hand_out([made[slot] for slot, maker in self.makers.items() if isinstance(maker, Clone)])
         return tuple(each.value if isinstance(each, Constant) else made[each] for each in self.order)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.budget import Holding
 from graphcap.cudagraph.fitted import Fitter
+from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.recorded import Recorded
-from graphcap.cudagraph.stats import PlanStats
+from graphcap.cudagraph.routes import Route
+from graphcap.cudagraph.stats import PlanStats, SizeStats
 
 
 class Unfit(enum.Enum):
@@ -25,26 +28,55 @@ class Plan:
     """A captured shape, ready to be replayed.
 
     Attributes:
+        route: what it is good for.
         replay: takes the tuple of arguments, returns the tuple of outputs or an :class:`Unfit`.
         source: of ``replay``.
         addresses: of the static inputs, by input; ``None`` elsewhere.
         recorded: what must stay alive.
         stats: for reports.
+        holding: what the plan holds of the device, in its account.
+        serving: the buffers of the step inputs that it reads, if any.
+        served: the ways to it from the calls that it serves.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
         fitter: of a padded plan.
     """
 
+    route: Route
     replay: Callable[[tuple[Any, ...]], Any]
     source: str
     addresses: list[int | None]
     recorded: Recorded
     stats: PlanStats
+    holding: Holding
+    serving: Serving | None = None
+    served: list[Served] = field(default_factory=list)
     num_changed: int = 0
     fitter: Fitter | None = None
 
     def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
         """The replay for a call of these sizes, by symbol. To be kept by the caller: a look-up is all it costs then."""
         return self.replay if self.fitter is None else self.fitter.fit(real)
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """The way from one kind of call to its plan.
+
+    Attributes:
+        replay: as :attr:`Plan.replay`, for calls of this kind.
+        plan: whose.
+        key: by which the runner finds it.
+        stats: of the plan.
+        holding: of the plan.
+        size: counts the calls of this size.
+    """
+
+    replay: Callable[[tuple[Any, ...]], Any]
+    plan: Plan
+    key: Hashable
+    stats: PlanStats
+    holding: Holding
+    size: SizeStats
 
 
 def static_addresses(recorded: Recorded) -> list[int | None]:

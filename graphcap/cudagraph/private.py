@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import dlpack
 
 
 def storage_address(tensor: torch.Tensor) -> int:
@@ -44,6 +46,15 @@ def weak_view(tensor: torch.Tensor) -> torch.Tensor:
     return over_storage(nowhere_owned, tensor, int(tensor.storage_offset()))
 
 
+def fixed_storage(memory: torch.Tensor) -> torch.UntypedStorage:
+    """A storage over a contiguous uint8 tensor that keeps it alive and that nobody can resize.
+
+    A resize would give the memory back under the graphs that write into it.
+    """
+    with torch.inference_mode(False):
+        return dlpack.from_dlpack(torch._C._to_dlpack(memory)).untyped_storage()
+
+
 def current_raw_stream() -> Callable[[int], int]:
     """The function that takes a device index and returns the handle of its current stream."""
     return torch._C._cuda_getCurrentRawStream
@@ -61,3 +72,21 @@ def end_allocation_to_pool(index: int, handle: tuple[int, int]) -> bool:
         return False
     torch._C._cuda_releasePool(index, handle)
     return True
+
+
+class StorageWatch:
+    """How many bytes some tensors still take, views of them included, without keeping them alive."""
+
+    def __init__(self) -> None:
+        self._watched: list[tuple[StorageWeakRef, int]] = []
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Watch the storage of this tensor, and return the tensor. One thread at a time."""
+        storage = tensor.untyped_storage()
+        alive = [each for each in self._watched if not each[0].expired()]
+        self._watched = [*alive, (StorageWeakRef(storage), storage.nbytes())]
+        return tensor
+
+    def nbytes(self) -> int:
+        """The bytes of the storages that are alive."""
+        return sum(nbytes for storage, nbytes in self._watched if not storage.expired())

@@ -45,6 +45,10 @@ class Size:
         """The size where the symbol has this value."""
         return self.scale * value + self.offset
 
+    def symbol_at(self, size: int) -> int:
+        """The value of the symbol where this is the size."""
+        return (size - self.offset) // self.scale
+
 
 #: The size of one dim: fixed, following a symbol, or (``None``) depending on symbols in another way.
 DimSize = int | Size | None
@@ -92,6 +96,9 @@ class Step:
         capture: see :class:`Capture`.
         reason: for all but ALWAYS, one line that says why, with the user's source line where it is known.
         symbols: the symbols that the sizes and numbers it reads or writes follow.
+        unproven: the operations in it that are captured on somebody's word (declared custom ops, Triton kernels): the
+            first replay is compared with a live run.
+        eager: the same without compilation, called like ``fn``; ``None`` where that is not at hand. For profiles.
     """
 
     name: str
@@ -102,6 +109,8 @@ class Step:
     capture: Capture = Capture.ALWAYS
     reason: str = ""
     symbols: frozenset[str] = frozenset()
+    unproven: tuple[str, ...] = ()
+    eager: Callable[..., Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ size. What a call writes is copied beforehand, so that all of it happens once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,8 @@ def prove(
     seen: Observation,
     device: torch.device,
     max_state_bytes: int,
+    captured: Collection[int] | None = None,
+    beside: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Verdict:
     """Serve a call live, at its exact sizes, and find out whether it may be padded.
 
@@ -76,6 +79,8 @@ def prove(
         device: whose generator is watched, besides the CPU's.
         max_state_bytes: bytes that copies of the tensors which the call writes may take. Beyond it the verdict is a
             refusal.
+        captured: the steps that may be captured, as for :func:`graphcap.cudagraph.observe.observe`.
+        beside: what surrounds each padded run: ops find the padded inputs of the step there.
 
     Raises:
         Exception: what the call itself raises, as it would without padding.
@@ -93,7 +98,7 @@ def prove(
             f"the proof needs {needed} bytes for copies of what the call writes, {max_state_bytes} are allowed; "
             "graphcap.capture() at start-up, while caches are small, proves it once",
         )
-    proof = _Proof(program, args, padding, rung, scratch, device, generators)
+    proof = _Proof(program, args, padding, rung, scratch, device, generators, captured, beside)
     try:
         reason = proof.reason(outputs)
     except Exception as error:
@@ -102,7 +107,12 @@ def prove(
 
 
 def warm_up_padded(
-    program: Program, args: Sequence[Any], padding: Padding, rung: Mapping[str, int], device: torch.device
+    program: Program,
+    args: Sequence[Any],
+    padding: Padding,
+    rung: Mapping[str, int],
+    device: torch.device,
+    captured: Collection[int] | None = None,
 ) -> tuple[Observation, tuple[Any, ...]]:
     """Serve a call live at the size of a rung: the warm-up of further rungs, once the program has been proven.
 
@@ -112,12 +122,13 @@ def warm_up_padded(
         padding: of the program.
         rung: the sizes to pad to, by symbol.
         device: where it will be captured.
+        captured: the steps that may be.
 
     Returns:
         What a capture at this rung must know, and the outputs of the call at its real size.
     """
     padded = padding.pad(args, rung)
-    seen, outputs = observe(program, padded, device)
+    seen, outputs = observe(program, padded, device, captured)
     return seen, padding.hand_back(args, padded, outputs, seen)
 
 
@@ -133,7 +144,10 @@ class _Proof:
         scratch: Scratch,
         device: torch.device,
         generators: Sequence[torch.Tensor],
+        captured: Collection[int] | None,
+        beside: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        self._captured, self._beside = captured, beside
         self._program, self._args, self._padding, self._rung = program, args, padding, rung
         self._scratch, self._device, self._generators = scratch, device, generators
         self.seen: Observation | None = None
@@ -178,8 +192,8 @@ class _Proof:
     def _run(self, seed: int | None, outputs: Sequence[Any]) -> tuple[_Result, str]:
         """One padded run: what it left, and how its outputs differ in kind from those of the call."""
         exact, padded = self._arguments(seed)
-        with same_random_numbers(self._device, self._generators), torch.no_grad():
-            self.seen, found = observe(self._program, padded, self._device)
+        with same_random_numbers(self._device, self._generators), torch.no_grad(), self._beside():
+            self.seen, found = observe(self._program, padded, self._device, self._captured)
         misfit = self._misfit(padded, found) or self._other_form(exact, self._padding.cut(exact, found), outputs)
         for index in self._padding.inputs & set(self._scratch.written):
             exact[index] = corner(padded[index], self._args[index].shape)
@@ -221,12 +235,12 @@ class _Proof:
         program = self._program
         with same_random_numbers(self._device, self._generators):
             exact = trace(program, self._scratch.arguments(self._args), None)
-        with same_random_numbers(self._device, self._generators):
+        with same_random_numbers(self._device, self._generators), self._beside():
             padded = trace(program, self._arguments(None)[1], exact)
         if seed is None:
             step = first_departure(program, padded, exact, apart, with_state=False)
             return step or first_departure(program, padded, exact, apart, with_state=True)
-        with same_random_numbers(self._device, self._generators):
+        with same_random_numbers(self._device, self._generators), self._beside():
             varied = trace(program, self._arguments(seed)[1], exact)
         return first_departure(program, varied, padded, apart, with_state=True)
 

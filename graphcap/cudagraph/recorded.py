@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from graphcap.cudagraph.bindings import Binding
-from graphcap.cudagraph.device import Pool, Segment
+from graphcap.cudagraph.device import GraphDevice, Pool, Segment
+from graphcap.cudagraph.generations import Generations
+from graphcap.cudagraph.handout import Lent, Policy, Ring, kept_blocks
+from graphcap.cudagraph.hooks import HookError
 from graphcap.cudagraph.layout import Layout
 from graphcap.cudagraph.observe import Observation
-from graphcap.cudagraph.outputs import OutputPlan, StaticMemory, plan_outputs
+from graphcap.cudagraph.outputs import Clone, OutputPlan, StaticMemory, plan_outputs
 from graphcap.cudagraph.program import Program
 
 
@@ -23,10 +26,18 @@ class Failure:
     Attributes:
         steps: the steps that may be to blame; empty when no step is.
         reason: one line.
+        out_of_memory: whether the device was full.
     """
 
     steps: tuple[int, ...]
     reason: str
+    out_of_memory: bool = False
+
+    @staticmethod
+    def of(error: BaseException, steps: tuple[int, ...] = ()) -> Failure:
+        """What an exception says about ``steps``. A full device or a failed hook is no fault of theirs."""
+        full = is_out_of_memory(error)
+        return Failure(() if full or isinstance(error, HookError) else steps, describe(error), full)
 
 
 @dataclass(slots=True)
@@ -39,7 +50,9 @@ class Recorded:
         segments: in order.
         timeline: ``~n`` replays segment n, ``n`` runs step n live.
         stand_ins: for inputs and bridged slots the tensor that captured steps read in their place.
-        constants: non-owning views (and numbers) that captured steps made and others read.
+        given: what captured steps were given for the inputs and live results that they read: stand-ins, non-owning
+            views, numbers.
+        constants: non-owning views (and numbers) that captured steps made and steps of other segments read.
         places: for fixed slots the address and size they must have.
         memory: which addresses are static.
         outputs: how outputs leave.
@@ -53,11 +66,19 @@ class Recorded:
     segments: list[Segment] = field(default_factory=list)
     timeline: list[int] = field(default_factory=list)
     stand_ins: dict[int, torch.Tensor] = field(default_factory=dict)
+    given: dict[int, Any] = field(default_factory=dict)
     constants: dict[int, Any] = field(default_factory=dict)
     places: dict[int, tuple[int, torch.Size]] = field(default_factory=dict)
     memory: StaticMemory = field(default_factory=lambda: StaticMemory({}, set()))
     outputs: OutputPlan = field(default_factory=lambda: OutputPlan((), {}, ()))
     blocks: list[torch.Tensor] = field(default_factory=list)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the allocator or the driver had no memory left; a graph that cannot be instantiated says it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
 
 
 def describe(error: BaseException) -> str:
@@ -78,6 +99,29 @@ def outputs_of(recorded: Recorded, slots: Sequence[Any], captured_below: int) ->
     captured = captured_slots(recorded.program, recorded.layout, captured_below)
     borrowed = borrowed_slots(recorded.program, recorded.layout, recorded.seen.roots, captured)
     return plan_outputs(recorded.program.outputs, recorded.seen, slots, captured, borrowed, recorded.memory)
+
+
+def handed_out(
+    recorded: Recorded, plan: OutputPlan, slots: Sequence[Any], policy: Policy, device: GraphDevice
+) -> OutputPlan:
+    """The same outputs, handed out as ``policy`` says.
+
+    Args:
+        recorded: a complete capture.
+        plan: its outputs, cloned.
+        slots: the values of the capturing call, whose memory has an owner as long as they are here.
+        policy: the setting.
+        device: where rings are allocated.
+    """
+    if not policy.lifetime:
+        return plan
+    generations = Generations(policy.lifetime, policy.too_late(recorded.program.name)) if policy.checked else None
+    if not policy.in_place:
+        return replace(plan, hand_out=Ring(plan.blocks, policy.lifetime, device), generations=generations)
+    roots = recorded.seen.roots
+    owners = {maker.block: slots[roots[slot]] for slot, maker in plan.makers.items() if isinstance(maker, Clone)}
+    blocks = kept_blocks(plan.blocks, owners)
+    return replace(plan, blocks=blocks, hand_out=Lent(), in_place=True, generations=generations)
 
 
 def captured_slots(program: Program, layout: Layout, below: int) -> set[int]:

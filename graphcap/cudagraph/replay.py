@@ -58,6 +58,7 @@ def generate(
     writer.checks()
     writer.claim(arena)
     writer.copies_in()
+    writer.expire(in_place=True)
     writer.fills()
     first = 0
     for position, entry in enumerate(recorded.timeline):
@@ -110,9 +111,8 @@ class _Writer:
         if slot in self._padded:
             self._names[f"b{slot}"] = self._recorded.stand_ins[slot]
             return f"b{slot}"
-        if self._fitter is not None and slot in self._fitter.padding.scalars:
-            size = self._fitter.padding.scalars[slot]
-            self._names[f"n{slot}"] = size.at(self._fitter.rung[size.symbol])
+        if self._fitter is not None and slot in self._fitter.scalars:
+            self._names[f"n{slot}"] = self._fitter.scalars[slot]
             return f"n{slot}"
         return self.argument_or_result(slot)
 
@@ -154,6 +154,7 @@ class _Writer:
                 )
         self._alias_checks()
         self._relation_checks()
+        self._lent_checks()
 
     def _alias_checks(self) -> None:
         """A copy must not hide from a captured step what another step writes into the original."""
@@ -194,6 +195,26 @@ class _Writer:
                     f"if {one}.data_ptr() - {other}.data_ptr() != {distance} "
                     f"or {_storage(one)} != {_storage(other)}: return CHANGED"
                 )
+
+    def _lent_checks(self) -> None:
+        """An argument that lies in the plan's own outputs is overwritten while the plan runs: only what is copied in
+        before that may be one."""
+        recorded, layout = self._recorded, self._recorded.layout
+        lent = recorded.outputs.lent()
+        if not lent:
+            return
+        read_live = {slot for number in layout.live for slot in recorded.program.steps[number].reads}
+        late = read_live & {*layout.inputs_bound(Binding.COPIED, Binding.REFERENCE)}
+        for index in sorted(late.union(layout.inputs_bound(Binding.COPIED_BACK))):
+            name = self.value(index)
+            place = f"place_of({name})" if index in recorded.seen.foreign else _storage(name)
+            self.line(f"if {place} in LENT: return CHANGED", LENT=lent, place_of=storage_address)
+
+    def expire(self, in_place: bool) -> None:
+        """Say that outputs of earlier calls end here, where that is checked."""
+        plan = self._recorded.outputs
+        if plan.generations is not None and plan.in_place == in_place:
+            self.line("expire()", expire=plan.generations.expire)
 
     def claim(self, arena: Arena | None) -> None:
         """Say that what other plans have put around their real rows is gone, unless this very replay did."""
@@ -284,11 +305,13 @@ class _Writer:
                 self.line(f"{target}.copy_({source})")
 
     def outputs(self, at_end: Callable[[], None] | None) -> None:
-        """Copy out of static memory, hand back what is the caller's."""
+        """Hand out what lies in static memory, hand back what is the caller's."""
         plan = self._recorded.outputs
-        for index, block in enumerate(plan.blocks):
-            self.line(f"k{index} = block{index}.clone()", **{f"block{index}": block})
+        self._blocks()
         made = {slot: self._output(slot, maker) for slot, maker in plan.makers.items()}
+        if plan.generations is not None:
+            lent = "".join(f"{made[slot]}, " for slot, maker in plan.makers.items() if isinstance(maker, Clone))
+            self.line(f"handed_out(({lent}))", handed_out=plan.generations.hand_out)
         if at_end is not None:
             self.line("at_end()", at_end=at_end)
         listed = []
@@ -299,6 +322,17 @@ class _Writer:
             else:
                 listed.append(made[each])
         self.line(f"return ({', '.join(listed)}{',' if len(listed) == 1 else ''})")
+
+    def _blocks(self) -> None:
+        """Copy static memory, or hand it out in another way."""
+        plan = self._recorded.outputs
+        if plan.hand_out is None:
+            for index, block in enumerate(plan.blocks):
+                self.line(f"k{index} = block{index}.clone()", **{f"block{index}": block})
+        elif plan.blocks:
+            self.expire(in_place=False)
+            targets = "".join(f"k{index}, " for index in range(len(plan.blocks)))
+            self.line(f"{targets}= hand_out()", hand_out=plan.hand_out.over(plan.blocks))
 
     def _output(self, slot: int, maker: Any) -> str:
         """Make one output; the name under which it is found."""
@@ -369,8 +403,8 @@ def _make_finish(
         if fitter is not None:
             for index in recorded.layout.inputs_bound(Binding.PADDED):
                 slots[index] = recorded.stand_ins[index]
-            for index, size in fitter.padding.scalars.items():
-                slots[index] = size.at(fitter.rung[size.symbol])
+            for index, value in fitter.scalars.items():
+                slots[index] = value
         run_live(recorded.program, slots, start)
         on_mismatch(f"{recorded.program.steps[start - 1].name} gave a result of another size or place than at capture")
         outputs = outputs_of(recorded, slots, start).collect(slots)

@@ -1,39 +1,36 @@
-"""What happens when a region is called: replay, capture, or run live, and what is remembered for the next call."""
+"""What happens when a region is called: replay, or the way to a plan, or a live run, and what is remembered of it.
+
+A call is known by its sizes, and by the :class:`~graphcap.cudagraph.step.step` in force. The first call of each kind
+finds its route (:mod:`~graphcap.cudagraph.routes`); where that leads to a plan, the way is kept in one table, so that
+the next such call is one look-up and one replay. Plans are made by :mod:`~graphcap.cudagraph.maker`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import operator
-import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
-from graphcap import native
-from graphcap.cache_root import cache_root
 from graphcap.config import Config, CUDAGraphMode
-from graphcap.cudagraph.arena import Arena
-from graphcap.cudagraph.bindings import Choice
-from graphcap.cudagraph.capture import SegmentedCapture
+from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.device import GraphDevice
-from graphcap.cudagraph.layout import Layout, lay_out
+from graphcap.cudagraph.maker import ELSEWHERE, Parts, PlanMaker
+from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.moves import MoveRecord
-from graphcap.cudagraph.observe import Observation, observe, signature_of
-from graphcap.cudagraph.plan import Plan, Unfit, static_addresses
-from graphcap.cudagraph.program import Capture, InputKind, Program
-from graphcap.cudagraph.recorded import Failure, Recorded, describe
-from graphcap.cudagraph.replay import generate
-from graphcap.cudagraph.stats import PlanStats, RunnerStats
-from graphcap.progress import Progress
+from graphcap.cudagraph.padding import Padding
+from graphcap.cudagraph.phase import Phase, current_purpose
+from graphcap.cudagraph.plan import Plan, Served, Unfit
+from graphcap.cudagraph.plan_table import PlanTable
+from graphcap.cudagraph.program import InputKind, Program
+from graphcap.cudagraph.routes import Route, Router
+from graphcap.cudagraph.stats import RunnerStats, SizeStats
+from graphcap.cudagraph.step import Dispatch, GraphKey, current, step
+from graphcap.cudagraph.verify import Inspector
 
-_log = logging.getLogger("graphcap.cudagraph")
-
-_MAX_FAILURES = 2  #: failed captures after which a region runs without new graphs
 _MAX_REPLACED = 2  #: how often a plan gives way to one for another layout of the inputs under the same key
-_MAX_KEYS = 65536  #: sightings remembered
 
 
 class GraphRunner:
@@ -43,213 +40,185 @@ class GraphRunner:
     ``program.run(*args)``. Safe to call from several threads and streams.
 
     Attributes:
+        program: what is called.
+        device: where it is captured.
         stats: counters and the list of plans.
+        padding: which sizes may be padded.
+        router: finds the mode and the sizes for a call.
     """
 
     def __init__(self, program: Program, device: GraphDevice, config: Config) -> None:
+        self.program = program
+        self.device = device
         self.stats = RunnerStats()
-        self._program = program
-        self._device = device
-        self._config = config
-        self._full = _captures_full(program, config.cudagraph_mode)
-        self._key = _key_reader(program)
-        self._plans: dict[Any, Plan] = {}
-        self._arena = Arena(device)
-        self._sightings: dict[Any, int] = {}
-        self._observations: dict[Any, Observation] = {}
-        self._replaced: dict[Any, int] = {}
-        self._refused: dict[Any, str] = {}
-        self._failed = ""
-        self._num_failures = 0
-        self._demoted: dict[int, str] = {}
+        self.padding = Padding(program, config)
+        self.router = Router(program, config, self.padding)
+        self.stats.dim_names = self.router.names
+        self._sizes = _size_reader(program)
+        self._table = PlanTable(self.stats)
+        self._attempts = Attempts(program, config, self.stats)
         self._moves = MoveRecord(program, config)
+        parts = Parts(program, device, config, self.padding, self.router, self._table, self._attempts, self._moves)
+        self._maker = PlanMaker(parts, self.stats)
+        self._replaced: dict[Hashable, int] = {}
+        self._tick = device.account.tick
+        mutated = {slot for each in program.steps for slot in each.mutates}
+        self._state = [i for i, spec in enumerate(program.inputs) if i in mutated and spec.kind is InputKind.STATIC]
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        key = self._key(args)
-        plan = self._plans.get(key)
-        if plan is None:
-            return self._without_plan(key, args)
+        said = current()
+        key = self._sizes(args) if said is None else (self._sizes(args), said.token)
+        served = self._table.served.get(key)
+        if served is None:
+            return self._first_of_its_kind(key, args, said)
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self(*args)
-        device = self._device
+        device = self.device
         with device.lock:
             if device.busy or not device.enter():
                 result: Any = None
             else:
                 device.busy = True
                 try:
-                    result = plan.replay(args)
+                    result = served.replay(args)
                 finally:
                     device.busy = False
         if result.__class__ is tuple:
-            plan.stats.replays += 1
-            plan.num_changed = 0
+            served.stats.replays += 1
+            served.size.replays += 1
+            served.holding.last_use = self._tick()
+            served.plan.num_changed = 0
             return result
-        return self._unfit(key, plan, result, args)
+        return self._unfit(served.plan, result, args, said)
+
+    def dispatch(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> Dispatch:
+        """How a batch is going to run: by the first of its routes that has a plan or may get one."""
+        routes = self.router.routes_of(key, max_mode)
+        reasons = [routes] if isinstance(routes, str) else []
+        for route in () if isinstance(routes, str) else routes:
+            barred = "" if route.key in self._table.plans else self._barred(route)
+            if not barred:
+                return Dispatch(route.mode, *self.router.padded_sizes(route, key), key)
+            reasons.append(barred)
+        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0])
+
+    def has_plan(self, key: GraphKey) -> bool:
+        """Whether a batch finds a plan."""
+        routes = self.router.routes_of(key, None)
+        return not isinstance(routes, str) and any(each.key in self._table.plans for each in routes)
 
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""
-        with self._device.lock:
-            for key in list(self._plans):
-                self._drop(key)
-            self._arena = Arena(self._device)
+        with self.device.lock:
+            if self._table.plans and self.device.enter():
+                self.device.wait()
+            self._table.drop_if(lambda plan: True)
+            self._maker.clear()
+
+    @property
+    def inspector(self) -> Inspector:
+        """Looks into the replays of every plan that is captured from now on."""
+        return self._maker.inspector
+
+    @contextlib.contextmanager
+    def inspected(self, inspector: Inspector) -> Iterator[None]:
+        """Within this block calls make plans of their own, for ``inspector`` to look into; the others return at its
+        end."""
+        with self._table.set_aside(), self._maker.inspected(inspector):
+            yield
 
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
-        self.stats.live_calls[reason] += 1
-        return self._program.run(*args)
+        self._note_live(args, reason)
+        return self.program.run(*args)
 
-    def _unfit(self, key: Any, plan: Plan, why: Unfit | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _note_live(self, args: tuple[Any, ...], reason: str) -> None:
+        self.stats.live_calls[reason] += 1
+        self._size_stats(args).live += 1
+
+    def _first_of_its_kind(self, key: Hashable, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
+        """No way is known for such a call."""
+        routes = self.router.routes(self._sizes(args), said)
+        if isinstance(routes, str):
+            return self._live(args, routes)
+        reasons = []
+        for route in routes:
+            plan = self._table.plans.get(route.key)
+            if plan is not None and self._maker.may_serve(plan, args):
+                return self._serve(key, plan, args)
+            reasons.append("" if plan is not None else self._barred(route))
+            if not reasons[-1]:
+                return self._approach(route, args, said)
+        return self._live(args, reasons[0])
+
+    def _serve(self, key: Hashable, plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Keep the way from this kind of call to its plan, and go it."""
+        replay = plan.fit(self.padding.sizes(args) or {})
+        if plan.serving is not None and len(plan.serving):
+            replay = _with_inputs(replay, plan.serving)
+        self._table.lead(Served(replay, plan, key, plan.stats, plan.holding, self._size_stats(args)))
+        return self(*args)
+
+    def _approach(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
+        """A route that may be captured: now, or after more sightings."""
+        purpose = current_purpose()
+        if purpose.phase is Phase.TRAFFIC and not self._attempts.is_due(route):
+            return self._live(args, "warm-up")
+        if purpose.phase is Phase.WARM_UP:
+            self._maker.forget(route)
+        if purpose.keeper is not None:
+            purpose.keeper.keep(args[index] for index in self._state)
+        return self._make(route, args, said)
+
+    def _make(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
+        made = self._maker.serve(route, args, said)
+        if made.reason:
+            self._note_live(args, made.reason)
+        return made.outputs
+
+    def _unfit(self, plan: Plan, why: Unfit | None, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """A plan exists and could not serve the call. Nothing has run yet."""
         if why is None:
-            return self._live(args, "inside another capture or replay")
+            return self._live(args, self.device.unusable or ELSEWHERE)
+        route = plan.route
         if why is Unfit.MOVED:
             self._moves.note(plan.addresses, args, self._calls(), self.stats)
-            self._drop(key)
+            self._table.drop(route.key)
             self.stats.recaptures += 1
-            return self._capture_when_known(key, args)
+            return self._make(route, args, said)
         plan.num_changed += 1
-        if plan.num_changed >= self._due(key) and self._replaced.get(key, 0) < _MAX_REPLACED:
-            self._replaced[key] = self._replaced.get(key, 0) + 1
-            self._drop(key)
+        if plan.num_changed >= self._attempts.due(route) and self._replaced.get(route.key, 0) < _MAX_REPLACED:
+            self._replaced[route.key] = self._replaced.get(route.key, 0) + 1
+            self._table.drop(route.key)
         return self._live(args, why.value)
 
-    def _without_plan(self, key: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        reason = self._failed or self._refused.get(key) or self._oversize(key)
-        if reason:
-            return self._live(args, reason)
-        if len(self._sightings) >= _MAX_KEYS:
-            self._sightings.clear()
-        seen = self._sightings[key] = self._sightings.get(key, 0) + 1
-        if seen < self._due(key) - 1:
-            return self._live(args, "warm-up")
-        if len(self._plans) >= self._config.max_plans:
-            return self._live(args, f"max_plans={self._config.max_plans} reached")
-        return self._capture_when_known(key, args)
+    def _size_stats(self, args: tuple[Any, ...]) -> SizeStats:
+        sizes = self._sizes(args)
+        sizes = sizes if isinstance(sizes, tuple) else (sizes,)
+        return self.stats.of_size(sizes, self.router.rung_of(sizes))
 
-    def _oversize(self, key: Any) -> str:
-        limit = self._config.max_capture_size
-        sizes = key if isinstance(key, tuple) else (key,)
-        return f"above max_capture_size={limit}" if limit is not None and any(each > limit for each in sizes) else ""
-
-    def _due(self, key: Any) -> int:
-        """The sighting at which a key is captured."""
-        return 2 if key in (self._config.capture_sizes or ()) else self._config.capture_after
-
-    def _capture_when_known(self, key: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Capture, if an earlier call has shown how values share memory; otherwise let this call show it."""
-        known = self._observations.get(key)
-        if known is None or known.signature != signature_of(self._program, args):
-            self.stats.live_calls["warm-up"] += 1
-            self._observations[key], outputs = observe(self._program, args, self._device.device)
-            return outputs
-        device = self._device
-        with device.lock:
-            if device.busy or not device.enter():
-                return self._live(args, "inside another capture or replay")
-            if key in self._plans:  # another thread was faster
-                return self(*args)
-            layout = self._lay_out(known)
-            if len(layout.live) == len(self._program.steps):
-                self._refused[key] = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
-                return self._live(args, self._refused[key])
-            device.busy = True
-            try:
-                return self._capture(key, known, layout, args)
-            finally:
-                device.busy = False
-
-    def _lay_out(self, known: Observation) -> Layout:
-        config = self._config
-        choice = Choice(self._full, self._demoted, self._moves.unstable, config.static_args, config.max_copy_bytes)
-        return lay_out(self._program, known, choice)
-
-    def _capture(self, key: Any, known: Observation, layout: Layout, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        started = time.perf_counter()
-        with contextlib.ExitStack() as session:
-            try:
-                used = self._device.used_bytes()
-                pool = session.enter_context(self._device.session())
-                capture = SegmentedCapture(self._program, known, layout, self._device, pool, args)
-                capture.bind_inputs(self._arena)
-            except Exception as error:  # nothing has run yet
-                self._note_failure(Failure((), describe(error)))
-                return self._live(args, "a capture could not begin")
-            label = f"capturing {self._program.name}"
-            bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
-            with torch.no_grad():
-                outputs, failure = capture.run(bar)
-        if failure is None:
-            recorded = capture.recorded
-            stats = _plan_stats(key, recorded, self._device.used_bytes() - used, time.perf_counter() - started)
-            self._add(key, recorded, stats)
-        else:
-            self._note_failure(failure)
-        return outputs
-
-    def _add(self, key: Any, recorded: Recorded, stats: PlanStats) -> None:
-        at_end = self._device.at_end(recorded.segments)
-        if at_end is not None:
-            at_end()
-
-        def mismatch(reason: str) -> None:
-            self.stats.live_calls[reason] += 1
-            self._refused[key] = reason
-            self._drop(key)
-
-        replay, stats.source = generate(recorded, at_end, mismatch)
-        self._plans[key] = Plan(replay, stats.source, static_addresses(recorded), recorded, stats)
-        bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
-        self.stats.bindings = {spec.name: binding.value for spec, binding in bound}
-        self.stats.add(stats)
-        if self._device.device.type == "cuda" and self._config.cache:
-            native.prepare(cache_root(self._config.cache_dir))
-
-    def _drop(self, key: Any) -> None:
-        plan = self._plans.pop(key, None)
-        if plan is not None:
-            self.stats.retire(plan.stats)
-
-    def _note_failure(self, failure: Failure) -> None:
-        names = ", ".join(self._program.steps[number].name for number in failure.steps)
-        reason = f"{names}: {failure.reason}" if names else failure.reason
-        self.stats.failures.append(reason)
-        self._demoted |= dict.fromkeys(failure.steps, f"capture failed: {failure.reason}")
-        self._num_failures += 1
-        if self._num_failures < _MAX_FAILURES:
-            _log.info("%s: capture failed, these steps run live from now on: %s", self._program.name, reason)
-            return
-        self._failed = f"capture failed: {reason}"
-        warnings.warn(
-            f"graphcap: {self._program.name} runs compiled, without further CUDA graphs: captures failed "
-            f"{self._num_failures} times, last in {reason}",
-            stacklevel=2,
-        )
+    def _barred(self, route: Route) -> str:
+        return self._attempts.barred(route, self._table.num_undeclared) or self._maker.no_room(route)
 
     def _calls(self) -> int:
         return self.stats.replays + self.stats.live_calls.total()
 
 
-def _captures_full(program: Program, mode: CUDAGraphMode) -> bool:
-    if mode is CUDAGraphMode.AUTO:
-        return all(step.capture is not Capture.NEVER for step in program.steps)
-    return mode is CUDAGraphMode.FULL
+def _with_inputs(replay: Callable[[tuple[Any, ...]], Any], serving: Serving) -> Callable[[tuple[Any, ...]], Any]:
+    """A replay that brings the step's inputs to where the plan reads them."""
+
+    def with_inputs(args: tuple[Any, ...]) -> Any:
+        said = current()
+        if said is None:
+            return Unfit.CHANGED
+        serving.refresh(said.inputs)
+        with serving:
+            return replay(args)
+
+    return with_inputs
 
 
-def _key_reader(program: Program) -> Callable[[tuple[Any, ...]], Any]:
-    """The function that takes the arguments and returns the key: ``()``, the only size, or a tuple of sizes."""
+def _size_reader(program: Program) -> Callable[[tuple[Any, ...]], Any]:
+    """The function that takes the arguments and returns the sizes of the key: ``()``, the only one, or a tuple."""
     where = [i for i, spec in enumerate(program.inputs) if spec.kind is InputKind.SCALAR and spec.in_key]
     return operator.itemgetter(*where) if where else lambda args: ()
-
-
-def _plan_stats(key: Any, recorded: Recorded, grown: int, seconds: float) -> PlanStats:
-    steps, live = recorded.program.steps, recorded.layout.live
-    return PlanStats(
-        key=key if isinstance(key, tuple) else (key,),
-        mode="FULL" if recorded.layout.full else "PIECEWISE",
-        num_segments=len(recorded.segments),
-        captured=[step.name for number, step in enumerate(steps) if number not in live],
-        live={step.name: live[number] for number, step in enumerate(steps) if number in live},
-        bytes=grown,
-        seconds=seconds,
-    )

@@ -3,7 +3,8 @@
 Within a recording a call has no effect: it runs on clones of its arguments' storages, and its results are poison until
 the segment is replayed. A replay calls the same function with the recorded arguments (same addresses, same numbers)
 and writes into the recorded results. Memory that was released is poison from that point of every replay, and all
-results of a plan are poison once its outputs have been copied out, since another plan may have reused them.
+results of a plan are poison once its outputs have been made, since another plan may have reused them; only what the
+plan keeps for its caller is spared.
 
 What it cannot show: Python inside of a function runs again at replay; kernels of compiled code are not seen by the
 check for host synchronisation; what a function writes other than its arguments is written during the recording; nothing
@@ -14,14 +15,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphcap.cudagraph.device import Pool
+from graphcap.cudagraph import hooks
+from graphcap.cudagraph.budget import Account, Usage
+from graphcap.cudagraph.device import Pool, UnjoinedStreamError
+from graphcap.cudagraph.devices import Device
+from graphcap.cudagraph.generators import registered
 from graphcap.cudagraph.private import over_storage, storage_address, weak_view
 
 _SYNCS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim"}
@@ -85,8 +90,39 @@ class Block:
 class SimulatedPool:
     """The blocks of all recordings that are alive, by address."""
 
-    def __init__(self) -> None:
+    def __init__(self, check_room: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Open a pool. ``check_room(nbytes)`` raises when so many more bytes do not fit on the device."""
         self.blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
+        self._check_room = check_room
+
+    def block(self, result: torch.Tensor) -> Block:
+        """A block for a result.
+
+        Raises:
+            torch.OutOfMemoryError: the device is full.
+        """
+        self._check_room(result.untyped_storage().nbytes())
+        block = Block(result)
+        self.blocks[block.storage.data_ptr()] = block
+        return block
+
+    def nbytes(self) -> int:
+        """Of all blocks."""
+        return sum(block.storage.nbytes() for ref in self.blocks.valuerefs() if (block := ref()) is not None)
+
+
+class SimulatedStream:
+    """A side stream, by name only: what runs "on it" runs at once. A recording it was forked in must see it joined."""
+
+    def fork(self) -> None:
+        """``side.wait_stream(current)``: from here on it belongs to the recording in progress, if there is one."""
+        if _thread.recording is not None:
+            _thread.recording.forked.add(self)
+
+    def join(self) -> None:
+        """``current.wait_stream(side)``."""
+        if _thread.recording is not None:
+            _thread.recording.forked.discard(self)
 
 
 class SimulatedSegment:
@@ -111,14 +147,16 @@ class SimulatedRecording:
     """
 
     def __init__(self, pool: SimulatedPool, released: Sequence[torch.Tensor]) -> None:
+        self.forked: set[SimulatedStream] = set()
         self._pool = pool
         self._tape: list[Callable[[], None]] = []
         self._blocks: list[Block] = []
         self._shadows: dict[int, torch.UntypedStorage] = {}
         self._originals: dict[int, torch.UntypedStorage] = {}
-        self._generator_state = torch.get_rng_state()
+        self._generator_states = [(each, each.get_state()) for each in _generators()]
         for tensor in released:
             self.release(tensor)
+        _thread.recording = self
 
     def call(self, fn: Callable[..., Any], args: Sequence[Any]) -> Sequence[Any]:
         """See :class:`graphcap.cudagraph.device.Recording`."""
@@ -155,9 +193,8 @@ class SimulatedRecording:
         if not address or result.device.type != "cpu":
             return result
         if address not in self._originals:
-            block = Block(result)
+            block = self._pool.block(result)
             sources[address] = block, position
-            self._pool.blocks[block.storage.data_ptr()] = block
             self._keep_shadow(block.storage, result.untyped_storage())
         return over_storage(self._originals[address], result, result.storage_offset())
 
@@ -169,50 +206,77 @@ class SimulatedRecording:
 
     def end(self) -> SimulatedSegment:
         """See :class:`graphcap.cudagraph.device.Recording`."""
-        torch.set_rng_state(self._generator_state)
+        hooks.capture_exit.run()
+        if self.forked:
+            raise UnjoinedStreamError("a side stream that was forked inside of the capture is not joined when it ends")
+        self._close()
         return SimulatedSegment(self._tape, self._blocks)
 
     def abort(self) -> None:
         """See :class:`graphcap.cudagraph.device.Recording`."""
-        torch.set_rng_state(self._generator_state)
+        self._close()
+
+    def _close(self) -> None:
+        for generator, state in self._generator_states:
+            generator.set_state(state)
+        _thread.recording = None
 
 
-class SimulatedDevice:
+class _Thread(threading.local):
+    recording: SimulatedRecording | None = None  # the one in progress
+
+
+_thread = _Thread()
+
+
+def _generators() -> list[torch.Generator]:
+    return [torch.default_generator, *registered(torch.device("cpu"))]
+
+
+class SimulatedDevice(Device):
     """See :class:`graphcap.cudagraph.device.GraphDevice`."""
 
-    name = "simulated"
-    device = torch.device("cpu")
+    def __init__(self, account: Account | None = None, capacity: int | None = None) -> None:
+        """Open a device.
 
-    def __init__(self) -> None:
-        self.lock: AbstractContextManager[Any] = threading.RLock()
-        self.busy = False
+        Args:
+            account: of another device that this one is to be a part of.
+            capacity: bytes that its recorded results and static buffers may take together; ``None`` is any number.
+        """
+        super().__init__("simulated", torch.device("cpu"), account)
+        self.capacity = capacity
         self._pool: weakref.ref[SimulatedPool] | None = None
 
     def enter(self) -> bool:
         """Nothing to order: a CPU has no streams."""
         return True
 
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
     @contextmanager
     def session(self) -> Iterator[Pool]:
         """One pool for all plans, gone with the last of them."""
         pool = self._pool() if self._pool else None
         if pool is None:
-            pool = SimulatedPool()
+            pool = SimulatedPool(self._check_room)
             self._pool = weakref.ref(pool)
         yield pool
 
     def begin(self, pool: Any, released: Sequence[torch.Tensor]) -> SimulatedRecording:
         """Start recording."""
+        hooks.capture_enter.run()
         return SimulatedRecording(pool, released)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Plain memory."""
+        """Plain memory, counted against the capacity."""
+        self._check_room(nbytes)
         with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return self._static.add(torch.empty(nbytes, dtype=torch.uint8))
 
-    def at_end(self, segments: Sequence[Any]) -> Callable[[], None]:
-        """Poison every result of the plan, as if another plan had reused its memory at once."""
-        blocks = [block for segment in segments for block in segment.blocks]
+    def at_end(self, segments: Sequence[Any], lent: Collection[int]) -> Callable[[], None]:
+        """Poison every other result of the plan, as if another plan had reused its memory at once."""
+        blocks = [each for segment in segments for each in segment.blocks if each.storage.data_ptr() not in lent]
 
         def poison() -> None:
             for block in blocks:
@@ -220,7 +284,28 @@ class SimulatedDevice:
 
         return poison
 
+    def spare_bytes(self) -> int:
+        """A gibibyte."""
+        return 2**30
+
     def used_bytes(self) -> int:
         """The bytes of all recorded results."""
         pool = self._pool() if self._pool else None
-        return sum(block.storage.nbytes() for block in pool.blocks.values()) if pool else 0
+        return pool.nbytes() if pool else 0
+
+    def usage(self) -> Usage:
+        """A plan's results are its own here: nothing reuses their memory. Static buffers are shared."""
+        return Usage(self.used_bytes(), self._static.nbytes())
+
+    def default_limit(self) -> None:
+        """None: nothing here is worth saving."""
+
+    def trim(self) -> None:
+        """Nothing is cached."""
+
+    def _check_room(self, nbytes: int) -> None:
+        taken = self.used_bytes() + self._static.nbytes()
+        if self.capacity is not None and taken + nbytes > self.capacity:
+            raise torch.OutOfMemoryError(
+                f"simulated device: {nbytes} bytes do not fit, {taken} of {self.capacity} are taken"
+            )

@@ -7,18 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+_MAX_SIZES = 65536  #: sizes that are counted
+
 
 @dataclass(slots=True)
 class PlanStats:
     """One captured shape.
 
     Attributes:
-        key: the values of the inputs that are part of the key.
+        key: the sizes that it was captured at; ``None`` for one that it does not depend on.
         mode: ``"FULL"`` or ``"PIECEWISE"``: what was asked of this plan.
         num_segments: how many graphs one replay launches.
         captured: names of the steps inside the graphs.
         live: names of the steps that run live, each with the reason.
-        bytes: growth of device memory by the capture, graphs and pool together; shared memory counts for the first.
+        bytes: growth of device memory by the capture: the two below together.
+        exclusive_bytes: of it what goes when this plan goes: the executable graphs.
+        shared_bytes: of it what other plans use as well (pool, workspaces, static buffers); the first plan to need it
+            shows it.
         seconds: how long the capturing call took.
         replays: how often the plan has run since.
         source: the generated replay function.
@@ -33,6 +38,25 @@ class PlanStats:
     seconds: float
     replays: int = 0
     source: str = field(default="", repr=False)
+    exclusive_bytes: int = 0
+    shared_bytes: int = 0
+
+
+@dataclass(slots=True)
+class SizeStats:
+    """One size that batches really had, before padding.
+
+    Attributes:
+        size: one number per named dim, in the order of :attr:`RunnerStats.dim_names`.
+        rung: the sizes at which such a batch is captured; ``None`` where the ladder does not cover it.
+        replays: calls of this size that a plan served.
+        live: calls of this size without a graph, for whatever reason.
+    """
+
+    size: tuple[int, ...]
+    rung: tuple[int, ...] | None
+    replays: int = 0
+    live: int = 0
 
 
 @dataclass(slots=True)
@@ -45,9 +69,16 @@ class RunnerStats:
         failures: captures that failed, each with what happened.
         recaptures: plans captured again because a static address had moved.
         evictions: plans dropped.
+        captures: plans that were ever added.
+        capture_seconds: how long their capturing calls took, together.
         retired_replays: replays of plans that are no longer in ``plans``.
         bindings: how each input gets into the graph, by its name, for the latest plan.
         moves: how often the address of a static input changed, by its name.
+        dim_names: the dims of the sizes below.
+        sizes: a counter for each pair of a size that was seen and its rung; :meth:`of_size` makes them.
+        divergences: replays that differed from a live run, one line for each step.
+        unchecked: operations captured on trust, or steps, that could not be compared with a live run, each with the
+            reason.
         on_plan: told of each plan when it has been captured.
     """
 
@@ -56,14 +87,34 @@ class RunnerStats:
     failures: list[str] = field(default_factory=list)
     recaptures: int = 0
     evictions: int = 0
+    captures: int = 0
+    capture_seconds: float = 0.0
     retired_replays: int = 0
     bindings: dict[str, str] = field(default_factory=dict)
     moves: Counter[str] = field(default_factory=Counter)
+    dim_names: tuple[str, ...] = ()
+    sizes: dict[tuple[Any, Any], SizeStats] = field(default_factory=dict)
+    divergences: list[str] = field(default_factory=list)
+    unchecked: dict[str, str] = field(default_factory=dict)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
+
+    def of_size(self, size: tuple[int, ...], rung: tuple[int, ...] | None) -> SizeStats:
+        """The counter of one size. Keep it: a replay then costs one increment and no look-up.
+
+        Where 65536 are kept already, a new size gets one that no report shows: traffic must not fill the memory.
+        """
+        found = self.sizes.get((size, rung))
+        if found is None:
+            found = SizeStats(size, rung)
+            if len(self.sizes) < _MAX_SIZES:
+                self.sizes[size, rung] = found
+        return found
 
     def add(self, plan: PlanStats) -> None:
         """A plan can be replayed from now on."""
         self.plans.append(plan)
+        self.captures += 1
+        self.capture_seconds += plan.seconds
         if self.on_plan is not None:
             self.on_plan(plan)
 

@@ -22,6 +22,7 @@ import torch
 
 NAME = "graphcap_native"  #: of the module; ``checks.cpp`` has it in the name of its init function
 SOURCE = Path(__file__).with_name("checks.cpp")
+HEADER = SOURCE.with_name("dict_watch.h")
 TIMEOUT_SECONDS = 600.0
 
 _COMPILERS = ("c++", "g++", "clang++")
@@ -57,6 +58,7 @@ def recipe() -> Recipe:
     options = _options()
     parts = [  # no paths: an environment that moves, or two of the same make, share what was built
         SOURCE.read_text(),
+        HEADER.read_text(),
         *options,
         _run([*compiler, "--version"], timeout_seconds=60),
         str(torch.__version__),

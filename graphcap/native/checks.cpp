@@ -1,5 +1,6 @@
 // Two questions about hundreds of objects, asked on every call: are these tensors still where they were, and do these
-// dicts still hold the objects that they held? fallback.py has the same in Python and the contract of both.
+// dicts still hold the objects that they held? fallback.py has the same in Python and the contract of both; where dicts
+// can be watched (dict_watch.h), the second question costs nothing until somebody writes to one of them.
 //
 // Needs the GIL: build.py does not build it for a free-threaded Python.
 
@@ -12,6 +13,8 @@
 #include <vector>
 
 #include <structmember.h>
+
+#include "dict_watch.h"
 
 namespace {
 
@@ -155,6 +158,11 @@ struct IdentityCheck {
   // (dict, key, held, dict, key, held, ...); held is a weak reference, or a tuple of one where the object cannot be
   // referred to weakly. NULL once cleared. A tuple, so that a call can keep all of it alive with one reference.
   PyObject* entries;
+  // (dict, number of keys, dict, number of keys, ...). NULL once cleared.
+  PyObject* sizes;
+  // Whether all of it is watched, and whether a write since the last look may have changed something.
+  bool is_watched;
+  bool changed;
 };
 
 // Borrowed; NULL once the object is dead.
@@ -181,18 +189,36 @@ bool all_hold(PyObject* entries) {
   return true;
 }
 
+bool all_have_their_size(PyObject* sizes) {
+  const Py_ssize_t size = PyTuple_GET_SIZE(sizes);
+  for (Py_ssize_t i = 0; i < size; i += 2) {
+    if (PyDict_GET_SIZE(PyTuple_GET_ITEM(sizes, i)) != PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, i + 1))) {
+      return false;
+    }
+  }
+  return true;
+}
+
 PyObject* IdentityCheck_call(PyObject* self, PyObject* const*, std::size_t nargsf, PyObject* names) {
   if (PyVectorcall_NARGS(nargsf) != 0 || (names != nullptr && PyTuple_GET_SIZE(names) != 0)) {
     PyErr_SetString(PyExc_TypeError, "IdentityCheck takes no arguments");
     return nullptr;
   }
-  PyObject* entries = reinterpret_cast<IdentityCheck*>(self)->entries;
+  auto* check = reinterpret_cast<IdentityCheck*>(self);
+  if (check->is_watched && !check->changed) {
+    Py_RETURN_TRUE;
+  }
+  PyObject* entries = check->entries;
   if (entries == nullptr) {
     Py_RETURN_FALSE;
   }
-  Py_INCREF(entries);  // a key's __eq__ may call clear()
-  const bool holds = all_hold(entries);
+  Py_INCREF(self);  // a key's __eq__ may call clear(), or let go of the check itself
+  Py_INCREF(entries);
+  check->changed = false;  // before the look: a write in the middle of it sets it again
+  const bool holds = all_have_their_size(check->sizes) && all_hold(entries);
+  check->changed = check->changed || !holds;
   Py_DECREF(entries);
+  Py_DECREF(self);
   return PyBool_FromLong(holds);
 }
 
@@ -232,12 +258,8 @@ bool read_entry(PyObject* entry, PyObject* flat, Py_ssize_t i) {
   return true;
 }
 
-PyObject* IdentityCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"entries", nullptr};
-  PyObject* given = nullptr;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O", const_cast<char**>(names), &given)) {
-    return nullptr;
-  }
+// The items of `entries` as they are kept; new, NULL with an exception set.
+PyObject* flat_entries(PyObject* given) {
   given = PySequence_Tuple(given);
   if (given == nullptr) {
     return nullptr;
@@ -250,24 +272,98 @@ PyObject* IdentityCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs
     }
   }
   Py_DECREF(given);
-  PyObject* self = flat == nullptr ? nullptr : type->tp_alloc(type, 0);
-  if (self == nullptr) {
-    Py_XDECREF(flat);
+  return flat;
+}
+
+// The dicts with the number of keys that each has now; new, NULL with an exception set.
+PyObject* flat_sizes(PyObject* given) {
+  given = given == nullptr ? PyTuple_New(0) : PySequence_Tuple(given);
+  if (given == nullptr) {
     return nullptr;
   }
-  reinterpret_cast<IdentityCheck*>(self)->call = IdentityCheck_call;
-  reinterpret_cast<IdentityCheck*>(self)->entries = flat;
+  const Py_ssize_t count = PyTuple_GET_SIZE(given);
+  PyObject* flat = PyTuple_New(2 * count);
+  for (Py_ssize_t i = 0; flat != nullptr && i < count; ++i) {
+    PyObject* dict = PyTuple_GET_ITEM(given, i);
+    if (!PyDict_Check(dict)) {
+      PyErr_Format(PyExc_TypeError, "sized %zd: expected a dict, got %R", i, dict);
+      Py_CLEAR(flat);
+      break;
+    }
+    PyObject* size = PyLong_FromSsize_t(PyDict_GET_SIZE(dict));
+    if (size == nullptr) {
+      Py_CLEAR(flat);
+      break;
+    }
+    Py_INCREF(dict);
+    PyTuple_SET_ITEM(flat, 2 * i, dict);
+    PyTuple_SET_ITEM(flat, 2 * i + 1, size);
+  }
+  Py_DECREF(given);
+  return flat;
+}
+
+void unwatch(IdentityCheck* check) {
+  check->is_watched = false;
+  for (Py_ssize_t i = 0; check->entries != nullptr && i < PyTuple_GET_SIZE(check->entries); i += 3) {
+    dict_watch::remove(PyTuple_GET_ITEM(check->entries, i), &check->changed);
+  }
+  for (Py_ssize_t i = 0; check->sizes != nullptr && i < PyTuple_GET_SIZE(check->sizes); i += 2) {
+    dict_watch::remove(PyTuple_GET_ITEM(check->sizes, i), &check->changed);
+  }
+}
+
+void watch(IdentityCheck* check) {
+  bool all = true;
+  for (Py_ssize_t i = 0; all && i < PyTuple_GET_SIZE(check->entries); i += 3) {
+    PyObject* const* entry = &PyTuple_GET_ITEM(check->entries, i);
+    // As long as nobody writes to the dict it holds the object, which so keeps its address to itself.
+    all = dict_watch::add(entry[0], entry[1], expected_object(entry[2]), &check->changed);
+  }
+  for (Py_ssize_t i = 0; all && i < PyTuple_GET_SIZE(check->sizes); i += 2) {
+    all = dict_watch::add(PyTuple_GET_ITEM(check->sizes, i), nullptr, nullptr, &check->changed);
+  }
+  check->is_watched = all;
+  if (!all) {
+    unwatch(check);
+  }
+}
+
+PyObject* IdentityCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"entries", "sized", nullptr};
+  PyObject *given = nullptr, *sized = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", const_cast<char**>(names), &given, &sized)) {
+    return nullptr;
+  }
+  PyObject* entries = flat_entries(given);
+  PyObject* sizes = entries == nullptr ? nullptr : flat_sizes(sized);
+  PyObject* self = sizes == nullptr ? nullptr : type->tp_alloc(type, 0);
+  if (self == nullptr) {
+    Py_XDECREF(entries);
+    Py_XDECREF(sizes);
+    return nullptr;
+  }
+  auto* check = reinterpret_cast<IdentityCheck*>(self);
+  check->call = IdentityCheck_call;
+  check->entries = entries;
+  check->sizes = sizes;
+  check->changed = true;  // nobody has looked yet
+  watch(check);
   return self;
 }
 
 int IdentityCheck_traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   Py_VISIT(reinterpret_cast<IdentityCheck*>(self)->entries);
+  Py_VISIT(reinterpret_cast<IdentityCheck*>(self)->sizes);
   return 0;
 }
 
 int IdentityCheck_clear(PyObject* self) {
-  Py_CLEAR(reinterpret_cast<IdentityCheck*>(self)->entries);
+  auto* check = reinterpret_cast<IdentityCheck*>(self);
+  unwatch(check);
+  Py_CLEAR(check->entries);
+  Py_CLEAR(check->sizes);
   return 0;
 }
 
@@ -290,10 +386,11 @@ PyMethodDef IdentityCheck_methods[] = {
 
 PyMemberDef IdentityCheck_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(IdentityCheck, call), READONLY, nullptr},
+    {"is_watched", T_BOOL, offsetof(IdentityCheck, is_watched), READONLY, "Whether writes are waited for."},
     {nullptr, 0, 0, 0, nullptr}};
 
 PyType_Slot IdentityCheck_slots[] = {
-    {Py_tp_doc, const_cast<char*>("IdentityCheck(entries): see graphcap.native.fallback.IdentityCheck")},
+    {Py_tp_doc, const_cast<char*>("IdentityCheck(entries, sized=()): see graphcap.native.fallback.IdentityCheck")},
     {Py_tp_new, reinterpret_cast<void*>(IdentityCheck_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(IdentityCheck_dealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(IdentityCheck_traverse)},

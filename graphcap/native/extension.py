@@ -50,9 +50,11 @@ class Extension:
         """A check that tensors still begin at these addresses; contract and errors: ``fallback.AddressCheck``."""
         return cast(AddressCheck, self._implementation().AddressCheck(indices, addresses))
 
-    def identity_check(self, entries: Sequence[tuple[dict[Any, Any], Hashable, object]]) -> IdentityCheck:
+    def identity_check(
+        self, entries: Sequence[tuple[dict[Any, Any], Hashable, object]], sized: Sequence[dict[Any, Any]] = ()
+    ) -> IdentityCheck:
         """A check that dicts still hold these very objects; contract and errors: ``fallback.IdentityCheck``."""
-        return cast(IdentityCheck, self._implementation().IdentityCheck(entries))
+        return cast(IdentityCheck, self._implementation().IdentityCheck(entries, sized))
 
     def when_ready(self, owner: _Owner, update: Callable[[_Owner], None]) -> None:
         """Call ``update(owner)`` once the extension is there, to make ``owner``'s checks anew: at once, later from

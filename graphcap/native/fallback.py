@@ -68,8 +68,8 @@ class IdentityCheck:
     """Whether dicts still hold the very objects that they held.
 
     Called without arguments, it is true exactly when, for every entry ``(dict, key, object)``, the dict has the key and
-    ``dict[key] is object``. An object replaced by an equal one, a deleted key and a key whose ``__eq__`` raises are a
-    false.
+    ``dict[key] is object``, and every dict in ``sized`` has as many keys as when the check was made. An object replaced
+    by an equal one, a deleted key and a key whose ``__eq__`` raises are a false.
 
     The dicts and keys are kept alive, and the objects only where they do not support weak references (``None``,
     numbers, strings, dicts): an obsolete parameter or submodule is not kept alive, and once one of them is dead the
@@ -81,12 +81,15 @@ class IdentityCheck:
     "_parameters", module._parameters)`` is among the entries.
 
     Raises:
-        TypeError: for an entry that is no such tuple, or a key that cannot be hashed.
+        TypeError: for an entry that is no such tuple, a key that cannot be hashed, or something in ``sized`` that is no
+            dict.
     """
 
-    __slots__ = ("_dead", "_dicts", "_ids", "_keys", "_strong", "_weak")
+    __slots__ = ("_dead", "_dicts", "_ids", "_keys", "_sized", "_sizes", "_strong", "_weak")
 
-    def __init__(self, entries: Iterable[tuple[dict[Any, Any], Hashable, object]]) -> None:
+    def __init__(
+        self, entries: Iterable[tuple[dict[Any, Any], Hashable, object]], sized: Iterable[dict[Any, Any]] = ()
+    ) -> None:
         self._dicts: list[dict[Any, Any]] = []
         self._keys: list[Hashable] = []
         #: As long as ``_dead`` is empty these objects are alive, so that no other object can have their ids.
@@ -96,6 +99,11 @@ class IdentityCheck:
         self._dead: list[object] = []
         for number, entry in enumerate(entries):
             self._add(*_checked(number, entry))
+        self._sized = list(sized)
+        for number, holder in enumerate(self._sized):
+            if not isinstance(holder, dict):
+                raise TypeError(f"sized {number}: expected a dict, got {holder!r}")
+        self._sizes = list(map(len, self._sized))
 
     def _add(self, holder: dict[Any, Any], key: Hashable, expected: object) -> None:
         hash(key)
@@ -112,12 +120,13 @@ class IdentityCheck:
             found = list(map(id, map(dict.get, self._dicts, self._keys, repeat(_MISSING))))
         except Exception:
             return False
-        return found == self._ids and not self._dead
+        return found == self._ids and not self._dead and list(map(len, self._sized)) == self._sizes
 
     def clear(self) -> None:
         """Let go of everything; the check is false from here on."""
         self._dead.append(None)
         self._dicts, self._keys, self._ids, self._weak, self._strong = [], [], [], [], []
+        self._sized, self._sizes = [], []
 
 
 def _checked(number: int, entry: Any) -> tuple[dict[Any, Any], Hashable, object]:

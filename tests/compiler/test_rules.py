@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch.nn.attention.flex_attention import flex_attention
 
 from graphcap.compiler import rules
-from graphcap.compiler.rules import SplitRules, eager, never_captured, op_name, register_op
+from graphcap.compiler.rules import SplitRules, eager, never_captured, op_name, register_op, unproven
+from graphcap.cudagraph import Capture
 from graphcap.errors import ConfigError
 from tests.compiler.graphs import call_nodes, groups_of, in_backend, kinds, trace
 
@@ -167,8 +169,49 @@ def test_register_op_refuses_what_names_no_op(op: Any) -> None:
 
 
 def test_register_op_refuses_an_unknown_policy() -> None:
-    with pytest.raises(ConfigError, match="'always' or 'never'"):
+    with pytest.raises(ConfigError, match="valid are: 'always', 'uniform_batch'"):
         register_op("a::b", capture="sometimes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind"), [("uniform_batch", Capture.UNIFORM), ("uniform_single_token", Capture.UNIFORM_SINGLE)]
+)
+def test_an_op_for_uniform_batches_is_cut_out_and_says_when_it_is_captured(policy: Any, kind: Capture) -> None:
+    gm = trace(lambda x: attend(attend(x) + 1) + 1, Q)
+    register_op(attend, capture=policy)
+    first, _, second, _ = groups_of(gm)
+    assert first.verdict.capture is second.verdict.capture is kind
+    assert first.reason == f"graphcap_test_rules::attend is registered with capture={policy!r}"
+
+
+def test_a_condition_is_stricter_than_a_split_rule() -> None:
+    gm = trace(lambda x: attend(x) + 1, Q)
+    register_op(attend, capture="uniform_batch")
+    assert groups_of(gm, ops=["graphcap_test_rules::attend"])[0].verdict.capture is Capture.UNIFORM
+
+
+def test_what_is_captured_on_somebody_s_word_is_unproven() -> None:
+    (node,) = call_nodes(trace(lambda x: attend(x) + 1, Q), "attend")
+    assert unproven(node) is None  # it runs live
+    register_op(attend, capture="always")
+    assert unproven(node) == "graphcap_test_rules::attend"
+    register_op(attend, capture="never")
+    assert unproven(node) is None
+    assert not any(unproven(n) for n in trace(lambda q: F.scaled_dot_product_attention(q, q, q) + 1, Q).graph.nodes)
+
+
+def test_a_triton_kernel_is_unproven() -> None:
+    graph = fx.Graph()
+    node = graph.call_function(triton_kernel_wrapper_mutation, kwargs={"kernel_idx": 12345})
+    assert unproven(node) == "triton kernel 12345"
+
+
+def test_out_args_must_be_arguments_of_the_op() -> None:
+    with pytest.raises(ConfigError, match="attend has no argument 'y'"):
+        register_op(attend, capture="never", out_args=("y",))
+    with pytest.raises(ConfigError, match="a sequence of argument names"):
+        register_op(attend, capture="never", out_args="x")
+    register_op("graphcap_test_rules::registered_later", capture="never", out_args=("anything",))
 
 
 def test_op_tagged_cudagraph_unsafe_runs_live() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo import mark_dynamic
 
+import graphcap
 from graphcap.compiler.rules import eager
 from tests.compiler.like_eager import Arguments, assert_like_eager
 from tests.compiler.random_programs import OPERATIONS, Operation, random_program
@@ -626,3 +627,28 @@ def test_random_programs_are_like_eager(operations: list[Operation], cuts: set[i
         splitting_rules=(cut,),
         cudagraph_mode="PIECEWISE",
     )
+
+
+class Scaled(nn.Module):
+    """Dynamo traces its float as a symbol when everything is to be dynamic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.25
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x) * self.scale).relu()
+
+
+def test_a_float_that_inductor_wants_constant_has_dynamo_trace_again() -> None:
+    model = Scaled()
+    compiled = torch.compile(model, backend="graphcap", dynamic=True, options={"simulate": True, "capture_after": 2})
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(3, 4)
+            assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    (region,) = graphcap.explain(compiled).regions
+    assert not region.bypass
+    assert {piece.origin for piece in region.pieces} <= {"compiled", "loaded"}
+    assert [plan.replays for plan in region.plans] == [2]

@@ -14,12 +14,15 @@ from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.bindings import Choice
 from graphcap.cudagraph.capture import SegmentedCapture
 from graphcap.cudagraph.fitted import Fitter
+from graphcap.cudagraph.handout import Policy
 from graphcap.cudagraph.layout import lay_out
 from graphcap.cudagraph.observe import observe
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.plan import Plan, static_addresses
 from graphcap.cudagraph.proof import Verdict, prove, warm_up_padded
+from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.replay import generate
+from graphcap.cudagraph.routes import FULL, Batch, Route
 from graphcap.cudagraph.simulated import SimulatedDevice
 from graphcap.cudagraph.stats import PlanStats
 from graphcap.progress import Progress
@@ -100,25 +103,19 @@ class PaddedCalls:
     def capture(self, rung: Mapping[str, int], args: Sequence[Any]) -> tuple[Any, ...]:
         """Warm up with copies of the arguments, capture with the arguments; the outputs of the capturing call."""
         known, _ = warm_up_padded(self.program, cloned(args), self.padding, rung, self.device.device)
-        choice = Choice(self.full, {}, (), (), self.config.max_copy_bytes, self.padding.inputs)
+        choice = Choice(self.full, {}, (), (), self.config.max_copy_bytes, padded=self.padding.inputs)
         layout = lay_out(self.program, known, choice)
         padded = self.padding.pad(args, rung)
         with contextlib.ExitStack() as session, torch.no_grad():
             pool = session.enter_context(self.device.session())
             capture = SegmentedCapture(self.program, known, layout, self.device, pool, padded)
             capture.bind_inputs(self.arena)
-            outputs, failure = capture.run(SILENT)
+            outputs, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         recorded = capture.recorded
-        fitter = Fitter(self.padding, self.padding.goal(args, rung), recorded, self.arena)
-        at_end = self.device.at_end(recorded.segments)
         handed = self.padding.hand_back(args, padded, outputs, known)
-        if at_end is not None:
-            at_end()
-        replay, source = generate(recorded, at_end, self.mismatches.append, self.arena, fitter)
-        stats = PlanStats((), "", 0, [], {}, 0, 0.0)
-        plan = Plan(replay, source, static_addresses(recorded), recorded, stats, 0, fitter)
-        self.plans[tuple(rung.values())] = plan
+        fitter = Fitter(self.padding, self.padding.goal(args, rung), recorded, self.arena)
+        self.plans[tuple(rung.values())] = self._plan(tuple(rung.values()), rung, recorded, fitter)
         return handed
 
     def capture_exact(self, args: Sequence[Any]) -> Plan:
@@ -128,12 +125,19 @@ class PaddedCalls:
         with self.device.session() as pool, torch.no_grad():
             capture = SegmentedCapture(self.program, seen, layout, self.device, pool, args)
             capture.bind_inputs(self.arena)
-            _, failure = capture.run(SILENT)
+            _, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
-        recorded = capture.recorded
-        replay, source = generate(recorded, self.device.at_end(recorded.segments), self.mismatches.append, self.arena)
+        return self._plan((), {}, capture.recorded, None)
+
+    def _plan(self, sizes: tuple[int, ...], rung: Mapping[str, int], recorded: Recorded, fitter: Fitter | None) -> Plan:
+        at_end = self.device.at_end(recorded.segments, recorded.outputs.lent())
+        if at_end is not None:
+            at_end()
+        replay, source = generate(recorded, at_end, self.mismatches.append, self.arena, fitter)
+        route = Route(FULL, Batch(), sizes, rung, {}, True)
         stats = PlanStats((), "", 0, [], {}, 0, 0.0)
-        return Plan(replay, source, static_addresses(recorded), recorded, stats)
+        holding = self.device.account.open(0, self.device, lambda: None)
+        return Plan(route, replay, source, static_addresses(recorded), recorded, stats, holding, fitter=fitter)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         real = self.padding.sizes(args)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 
+import pytest
 import torch
 
 from graphcap.cudagraph import Binding, Capture
 from graphcap.cudagraph.bindings import Choice
-from graphcap.cudagraph.layout import lay_out
+from graphcap.cudagraph.layout import lay_out, segment_of
 from graphcap.cudagraph.observe import argument_roots, observe
 from tests.cudagraph.regions import LIVE, Region, randn
 
@@ -62,6 +63,39 @@ def test_full_steps_are_captured_on_request_only():
     program = region.returning(region.step(lambda x: x.softmax(0), x, capture=Capture.FULL))
     assert laid_out(program, randn(2)).live == {0: "for the test"}
     assert not laid_out(program, randn(2), full=True).live
+
+
+@pytest.mark.parametrize(
+    ("choice", "captured"),
+    [
+        ({"full": True}, []),
+        ({"full": True, "uniform_query_len": 1}, [0, 1]),
+        ({"full": True, "uniform_query_len": 4}, [0]),
+        ({"full": False, "uniform_query_len": 1}, []),
+    ],
+    ids=["mixed", "one token", "four tokens", "piecewise"],
+)
+def test_steps_for_uniform_batches_are_captured_in_full_plans_of_such_batches(choice, captured):
+    region = Region()
+    x = region.tensor("x")
+    y = region.step(lambda x: x + 1, x, capture=Capture.UNIFORM)
+    program = region.returning(region.step(lambda y: y * 2, y, capture=Capture.UNIFORM_SINGLE))
+    live = laid_out(program, randn(2), **choice).live
+    assert [number for number in (0, 1) if number not in live] == captured
+
+
+def test_a_step_apart_has_a_segment_of_its_own_and_a_live_one_has_none():
+    region = Region()
+    x = region.tensor("x")
+    for number in range(6):
+        x = region.step(lambda x: x + 1, x, capture=LIVE if number == 4 else Capture.ALWAYS)
+    program = region.returning(x)
+    together = laid_out(program, randn(2))
+    assert segment_of(program, together) == [0, 0, 0, 0, -5, 1]
+    layout = laid_out(program, randn(2), apart=[2, 4])
+    assert layout.apart == {2}
+    assert segment_of(program, layout) == [0, 0, 1, 2, -5, 3]
+    assert layout.releases == together.releases
 
 
 def test_warm_up_frees_what_it_no_longer_needs():

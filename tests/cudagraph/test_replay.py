@@ -26,7 +26,7 @@ def scaled() -> Region:
 
 
 def check_in(runner: GraphRunner) -> object:
-    (plan,) = runner._plans.values()
+    (plan,) = runner._table.plans.values()
     return plan.replay.__globals__["addresses_hold"]
 
 

@@ -103,7 +103,7 @@ def test_results_are_poison_after_the_plan(device, pool):
     (result,) = recording.call(lambda x: (x + 1,), [ZEROS[:2]])
     segment = recording.end()
     segment.replay()
-    device.at_end([segment])()
+    device.at_end([segment], ())()
     assert result.isnan().all()
 
 

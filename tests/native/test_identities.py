@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from graphcap.native import IdentityCheck
+from graphcap.native import IdentityCheck, fallback
+from tests.native.conftest import built
 
 
 def check_of(checks: ModuleType, module: nn.Module) -> IdentityCheck:
@@ -180,3 +185,184 @@ def test_refuses(checks: ModuleType) -> None:
         checks.IdentityCheck([({}, [], None)])
     with pytest.raises(TypeError):
         checks.IdentityCheck([])(1)
+
+
+# Writes of every kind, each of which may have to be noticed without looking (Python 3.12 and later).
+
+
+def _added(holder: dict[Any, Any]) -> None:
+    holder["new"] = 1
+
+
+def _popped(holder: dict[Any, Any]) -> None:
+    holder.pop("key")
+
+
+def _last_popped(holder: dict[Any, Any]) -> None:
+    holder.popitem()
+
+
+def _cleared(holder: dict[Any, Any]) -> None:
+    holder.clear()
+
+
+def _updated(holder: dict[Any, Any]) -> None:
+    holder.update(key=2)
+
+
+def _merged(holder: dict[Any, Any]) -> None:
+    holder |= {"key": 2}
+
+
+def _defaulted(holder: dict[Any, Any]) -> None:
+    holder.setdefault("new")
+
+
+def _reassigned(holder: dict[Any, Any]) -> None:
+    holder["".join(["k", "ey"])] = 2
+
+
+def _by_an_equal_key(holder: dict[Any, Any]) -> None:
+    holder[Text("key")] = 2
+
+
+class Text(str):
+    """Equal to a string, and not the same."""
+
+    __slots__ = ()
+
+
+NOTICED = [_popped, _cleared, _updated, _merged, _reassigned, _by_an_equal_key]
+RESIZING = [_added, _popped, _last_popped, _cleared, _defaulted]
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+@pytest.mark.parametrize("write", NOTICED)
+def test_every_way_to_replace_an_object(checks: ModuleType, write: Callable[[Any], None], kind: type[Any]) -> None:
+    old = object()
+    holder = kind(key=old, last=1)
+    check = checks.IdentityCheck([(holder, "key", old)])
+    assert check()
+    assert check()
+    write(holder)
+    assert not check()
+    assert not check()
+    holder["key"] = old
+    assert check()
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+@pytest.mark.parametrize("write", RESIZING)
+def test_every_way_to_change_the_number_of_keys(
+    checks: ModuleType, write: Callable[[Any], None], kind: type[Any]
+) -> None:
+    holder = kind(key=1, last=1)
+    check = checks.IdentityCheck([], [holder])
+    assert check()
+    assert check()
+    write(holder)
+    assert not check()
+
+
+def test_a_subclass_that_writes_as_it_likes(checks: ModuleType) -> None:
+    holder = collections.defaultdict(int, key=1)
+    check = checks.IdentityCheck([(holder, "key", holder["key"])], [holder])
+    assert check()
+    assert holder["other"] == 0
+    assert not check()
+
+
+def test_writes_that_mean_nothing(checks: ModuleType) -> None:
+    holder: dict[str, object] = {"key": (old := object()), "other": 1}
+    check = checks.IdentityCheck([(holder, "key", old)], [holder])
+    for value in range(100):
+        holder["other"] = value
+        holder["key"] = old
+        assert check()
+    holder["key"] = 1
+    holder["key"] = old
+    assert check()
+    del holder["other"]
+    holder["another"] = 1
+    assert check(), "as many keys as before"
+
+
+def test_attributes_of_an_object(checks: ModuleType) -> None:
+    """A module's own dict, written by setattr, by del and as a dict."""
+    model = nn.Linear(2, 2)
+    check = checks.IdentityCheck([(model.__dict__, "training", True)], [model.__dict__])
+    assert check()
+    model.eval()
+    assert not check()
+    model.train()
+    assert check()
+    model.forward = lambda x: x
+    assert not check()
+    del model.forward
+    assert check()
+    vars(model).update(training=False)
+    assert not check()
+
+
+def test_many_checks_of_one_dict(checks: ModuleType) -> None:
+    holder = {"a": (a := object()), "b": (b := object())}
+    both = checks.IdentityCheck([(holder, "a", a), (holder, "b", b)])
+    one = checks.IdentityCheck([(holder, "a", a)])
+    gone = checks.IdentityCheck([(holder, "b", b)])
+    assert both()
+    assert one()
+    assert gone()
+    gone.clear()
+    holder["b"] = 1
+    assert [both(), one(), gone()] == [False, True, False]
+    del both, gone
+    holder["a"] = 1
+    assert not one()
+    holder["a"], holder["b"] = a, b
+    assert one()
+
+
+def test_a_dict_outlives_its_checks(checks: ModuleType) -> None:
+    holder = {"key": 1}
+    for _ in range(100):
+        assert checks.IdentityCheck([(holder, "key", 1)], [holder])()
+    holder["key"] = 2
+    assert not checks.IdentityCheck([(holder, "key", 1)])()
+
+
+def test_refuses_sizes_of_what_is_no_dict(checks: ModuleType) -> None:
+    with pytest.raises(TypeError, match="sized 1: expected a dict"):
+        checks.IdentityCheck([], [{}, []])
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.sampled_from([None, 1, 2, 3])), max_size=12))
+@settings(max_examples=60)
+def test_agrees_with_a_look_at_everything(writes: list[tuple[int, str, object]]) -> None:
+    """Whatever is written (``None``: deleted), the extension answers as Python does."""
+    extension = built()
+    if isinstance(extension, str):
+        pytest.skip(extension)
+    holders: list[dict[str, object]] = [{"a": 1, "b": 2}, {"a": 1}, {}]
+    entries = [(holder, key, value) for holder in holders for key, value in holder.items()]
+    answers = [module.IdentityCheck(entries, holders[1:]) for module in (fallback, extension)]
+    for number, key, value in writes:
+        if value is None:
+            holders[number].pop(key, None)
+        else:
+            holders[number][key] = value
+        assert answers[0]() == answers[1]()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="dicts can be watched from Python 3.12 on")
+def test_dicts_are_watched_where_they_can_be() -> None:
+    extension = built()
+    if isinstance(extension, str):
+        pytest.skip(extension)
+    model = nn.Linear(2, 2)
+    check = extension.IdentityCheck([(vars(model), "training", True), (model._parameters, "bias", model.bias)])
+    assert check.is_watched
+    check.clear()
+    assert not check.is_watched
+    holder = collections.defaultdict(int, key=1)
+    assert not extension.IdentityCheck([(vars(model), "training", True), (holder, "key", 1)]).is_watched
+    assert not extension.IdentityCheck([(vars(model), "training", True)], [holder]).is_watched

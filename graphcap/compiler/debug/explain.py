@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from graphcap.compiler import private
 from graphcap.compiler.debug.report import Report
 from graphcap.compiler.debug.snapshot import snapshot
-from graphcap.compiler.frontend.api import record_of
-from graphcap.compiler.frontend.target import CompiledTarget
+from graphcap.compiler.frontend.subject import Subject, subject_of
 from graphcap.compiler.region import Region, all_regions
 
 
@@ -36,7 +29,7 @@ def explain(target: Any = None) -> Report:
     if target is None:
         message = "" if regions else "nothing was compiled through graphcap in this process yet."
         return Report("this process", tuple(map(snapshot, regions)), message)
-    subject = _subject(target)
+    subject = subject_of(target)
     found = tuple(snapshot(region) for region in regions if subject.owns(region))
     record = subject.record
     notes = tuple(record.notes) if record is not None else ()
@@ -44,79 +37,7 @@ def explain(target: Any = None) -> Report:
     return Report(subject.name, found, message, notes)
 
 
-@dataclass
-class _Subject:
-    """What identifies the regions of a target.
-
-    Attributes:
-        name: for the report.
-        module_type: the class of a module.
-        modules: ids of the module and its submodules.
-        tensors: ids of their parameters and buffers.
-        codes: code objects of a function.
-        owner: for a bound method of a module, that module.
-        record: what ``graphcap.compile`` knows about it.
-        compiled_by_torch: whether it came out of ``torch.compile`` or ``module.compile()``.
-    """
-
-    name: str
-    module_type: type[torch.nn.Module] | None = None
-    modules: set[int] = field(default_factory=set)
-    tensors: set[int] = field(default_factory=set)
-    codes: list[CodeType] = field(default_factory=list)
-    owner: torch.nn.Module | None = None
-    record: CompiledTarget | None = None
-    compiled_by_torch: bool = False
-
-    def owns(self, region: Region) -> bool:
-        """Whether a region was traced from this target, or computes with its parameters."""
-        if self.codes:
-            same_owner = self.owner is None or region.owner is None or region.owner is self.owner
-            return same_owner and any(private.is_frame_of(region.code, code) for code in self.codes)
-        return id(region.owner) in self.modules or region.shares_tensor_with(self.tensors)
-
-
-def _subject(target: Any) -> _Subject:
-    record = record_of(target)
-    if record is not None and record.kind != "module":
-        return _Subject(record.name, codes=[record.entry.__code__], record=record)
-    original, compiled = private.original_of(target)
-    if isinstance(original, torch.nn.Module):
-        return _module_subject(original, record, compiled)
-    if isinstance(original, type):
-        raise TypeError(f"explain: {original.__name__} is a class; pass an instance of it")
-    codes = list(dict.fromkeys(_codes(original)))
-    if not codes:
-        kind = type(target).__name__
-        raise TypeError(f"explain: expected a module, function, bound method or compiled version of one, got {kind}")
-    owner = original.__self__ if isinstance(original, MethodType) else None
-    name = getattr(original, "__qualname__", type(original).__qualname__)
-    module = owner if isinstance(owner, torch.nn.Module) else None
-    return _Subject(name, codes=codes, owner=module, compiled_by_torch=compiled)
-
-
-def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, compiled: bool) -> _Subject:
-    return _Subject(
-        type(module).__name__,
-        module_type=type(module),
-        modules={id(each) for each in module.modules()},
-        tensors={id(tensor) for tensor in (*module.parameters(), *module.buffers())},
-        record=record,
-        compiled_by_torch=compiled,
-    )
-
-
-def _codes(function: Any) -> Iterator[CodeType]:
-    """The code of a callable and of what its decorators wrap."""
-    if not isinstance(function, (FunctionType, MethodType)):
-        function = getattr(type(function), "__call__", None)  # noqa: B004 - an object whose class makes it callable
-    for each in (function, inspect.unwrap(function) if function is not None else None):
-        code = getattr(each, "__code__", None)
-        if isinstance(code, CodeType):
-            yield code
-
-
-def _served_by_a_sibling(subject: _Subject, regions: Sequence[Region]) -> str:
+def _served_by_a_sibling(subject: Subject, regions: Sequence[Region]) -> str:
     """What there is to say about a module whose class was traced for another instance, ``""`` when none was."""
     siblings = [r.name for r in regions if subject.module_type is not None and type(r.owner) is subject.module_type]
     if not siblings or subject.record is not None:
@@ -128,7 +49,7 @@ def _served_by_a_sibling(subject: _Subject, regions: Sequence[Region]) -> str:
     )
 
 
-def _never_called(subject: _Subject) -> str:
+def _never_called(subject: Subject) -> str:
     """Why there is nothing to report, and what to do."""
     name, record = subject.name, subject.record
     if record is not None and record.is_eager:

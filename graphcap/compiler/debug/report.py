@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from graphcap.compiler.debug.metrics import metrics_of
 from graphcap.compiler.debug.report_table import table
+from graphcap.cudagraph.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class PieceReport:
     Attributes:
         name: ``"piece_3"``, in execution order.
         kind: ``"captured"``, ``"compiled"`` (by Inductor, run live) or ``"eager"`` (as it is).
-        capture: whether a CUDA graph may hold it: ``"always"``, ``"full"`` (in FULL only), ``"never"``.
+        capture: whether a CUDA graph may hold it: ``"always"``, ``"full"`` (in FULL only), ``"uniform_batch"``,
+            ``"uniform_single_token"`` (in FULL plans of such batches only), ``"never"``.
         reason: why it was cut out or runs live, ``""`` otherwise.
         module_path: the module that wrote its first operation: ``"model.layers.3.self_attn"``.
         source: ``file:line`` of its first operation.
@@ -126,12 +129,17 @@ class RegionReport:
         replays: calls served by a plan, dropped plans included.
         live_calls: reason -> calls without a graph.
         failures: captures that failed.
+        divergences: replays that differed from a live run; what is named there runs live since.
+        unchecked: operations captured on trust that were not compared with a live run, each with the reason.
         recaptures: plans captured again because an address had moved; ``moves`` counts by input.
         evictions: plans dropped.
         bindings: input -> how it gets into the latest plan (``"static"``, ``"copied"``...).
         settings: every setting.
         dump_dir: where its dump lies, ``""`` without one.
         notes: remarks.
+        traffic: the sizes of the calls and the rungs that served them.
+        captures: plans that were ever captured; ``capture_seconds`` is the time that took.
+        alerts: what in these counters somebody should look at, each with what to do.
     """
 
     name: str
@@ -150,6 +158,8 @@ class RegionReport:
     replays: int
     live_calls: dict[str, int]
     failures: tuple[str, ...]
+    divergences: tuple[str, ...]
+    unchecked: dict[str, str]
     recaptures: int
     evictions: int
     moves: dict[str, int]
@@ -157,6 +167,10 @@ class RegionReport:
     settings: tuple[SettingReport, ...]
     dump_dir: str
     notes: tuple[str, ...]
+    traffic: Traffic = field(default_factory=Traffic)
+    captures: int = 0
+    capture_seconds: float = 0.0
+    alerts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,6 +199,10 @@ class Report:
         found = plain(dataclasses.asdict(self))
         assert isinstance(found, dict)
         return found
+
+    def metrics(self) -> dict[str, int | float]:
+        """The counters as one flat dict, for Prometheus; :mod:`graphcap.compiler.debug.metrics` lists the keys."""
+        return metrics_of(self.regions)
 
     def __str__(self) -> str:
         return table(self)

@@ -12,6 +12,7 @@ from graphcap.compiler.debug.rows import LABEL, WIDTH, count, duration, row, som
 
 if TYPE_CHECKING:
     from graphcap.compiler.debug.report import PieceReport, PlanReport, RegionReport, Report
+    from graphcap.cudagraph.traffic import Traffic
 
 _SHOWN_TWINS = 3
 _SHOWN_PLANS = 12
@@ -95,18 +96,26 @@ def _piece_table(pieces: Sequence[PieceReport]) -> Iterator[str]:
 def _legend(pieces: Sequence[PieceReport]) -> Iterator[str]:
     if any(piece.capture == "full" for piece in pieces):
         yield from wrap("FULL only: part of the graph in a FULL plan, live in a PIECEWISE one", " " * 8, " " * 10)
+    if any(piece.capture in _UNIFORM for piece in pieces):
+        kinds = "whose requests all bring as many tokens, or one"
+        text = f"uniform only, 1-token only: part of the graph in a FULL plan for batches {kinds}; live elsewhere"
+        yield from wrap(text, " " * 8, " " * 10)
 
 
+_UNIFORM = {"uniform_batch": "uniform only", "uniform_single_token": "1-token only"}
 _CODE = {"eager": "as it is", "failed": "as it is"}
 _ORDINARY_NOTES = {"cache miss: absent", "cache off"}
 
 
 def how_it_runs(piece: PieceReport) -> str:
-    """``"captured"``, ``"FULL only"`` (captured in FULL, else live), ``"live, compiled"`` or ``"live"``."""
+    """``"captured"``, ``"FULL only"`` (captured in FULL, else live), ``"uniform only"`` (captured in FULL where every
+    request brings as many tokens, or one), ``"live, compiled"`` or ``"live"``."""
     if piece.capture == "always":
         return "captured"
     if piece.capture == "full":
         return "FULL only"
+    if piece.capture in _UNIFORM:
+        return _UNIFORM[piece.capture]
     return "live, compiled" if piece.kind == "compiled" else "live"
 
 
@@ -177,10 +186,17 @@ def _graphs(region: RegionReport) -> Iterator[str]:
     if plans:
         yield from _plan_table(plans)
         yield from _unexpectedly_live(region)
+    yield from _traffic(region.traffic)
     for reason, calls in sorted(region.live_calls.items(), key=lambda item: -item[1]):
         yield from row("without graph", f"{count(calls, 'call')}: {reason}")
     for failure in region.failures:
         yield from row("failed", f"a capture: {failure}")
+    for alert in region.alerts:
+        yield from row("alert", alert)
+    for divergence in region.divergences:
+        yield from row("diverged", divergence)
+    for name, reason in region.unchecked.items():
+        yield from row("unchecked", f"{name}, captured on trust: {reason}")
     yield from _inputs(region)
 
 
@@ -194,6 +210,24 @@ def _plan_table(plans: Sequence[PlanReport]) -> Iterator[str]:
         yield from wrap(f"{key:<22} {plan.mode:<10} {numbers}  {live}", left, left + "  ")
     if len(plans) > _SHOWN_PLANS:
         yield f"{left}... and {len(plans) - _SHOWN_PLANS} more"
+
+
+def _traffic(traffic: Traffic) -> Iterator[str]:
+    hits = sorted(traffic.hits().items(), key=lambda item: -item[1])
+    if hits:
+        shown = [f"{_size(rung)}: {replays}" for rung, replays in hits[:_SHOWN_PLANS]]
+        left = [f"and {len(hits) - _SHOWN_PLANS} more"] if len(hits) > _SHOWN_PLANS else []
+        yield from row("rungs", f"replays by rung of {', '.join(traffic.names)}: {', '.join(shown + left)}")
+        waste = f"{traffic.padded_tokens} of {traffic.tokens + traffic.padded_tokens} tokens in replays"
+        yield from row("padding", f"{waste} ({traffic.padding_waste:.1%})")
+    uncovered = traffic.uncovered()
+    if uncovered:
+        sizes = some([_size(size) for size in uncovered])
+        yield from row("uncovered", f"no rung for {sizes}: {count(sum(uncovered.values()), 'call')}")
+
+
+def _size(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
 
 
 def _unexpectedly_live(region: RegionReport) -> Iterator[str]:

@@ -10,6 +10,8 @@ from graphcap.compiler.debug.report import FusionReport, PieceReport, PlanReport
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.config import Config
 from graphcap.cudagraph import PlanStats, RunnerStats
+from graphcap.cudagraph.alerts import alerts
+from graphcap.cudagraph.traffic import traffic_of
 
 MIB = 2**20
 
@@ -33,11 +35,17 @@ def snapshot(region: Region) -> RegionReport:
         plans=tuple(_plan(plan) for stats in all_stats for plan in stats.plans),
         replays=sum(stats.replays for stats in all_stats),
         failures=tuple(failure for stats in all_stats for failure in stats.failures),
+        divergences=tuple(text for stats in all_stats for text in stats.divergences),
+        unchecked={name: reason for stats in all_stats for name, reason in stats.unchecked.items()},
         recaptures=sum(stats.recaptures for stats in all_stats),
         evictions=sum(stats.evictions for stats in all_stats),
         settings=_settings(region.config),
         dump_dir=region.dump_dir,
         notes=tuple(region.notes),
+        traffic=traffic_of(all_stats),
+        captures=sum(stats.captures for stats in all_stats),
+        capture_seconds=sum(stats.capture_seconds for stats in all_stats),
+        alerts=tuple(dict.fromkeys(alert.message for stats in all_stats for alert in alerts(stats))),
         **_merged(all_stats),
     )
 

@@ -39,7 +39,8 @@ class CallDims:
     """Dynamic dims bound to one function's signature.
 
     Attributes:
-        dims: what was declared or inferred.
+        dims: what was declared or inferred, of the arguments.
+        step_dims: what was declared of the inputs of a step, ``"step.seq_lens"``. They are no arguments of the call.
         inferred: whether it was inferred. A declaration that does not fit a call is an error, an inference is not:
             what does not fit it is left alone.
     """
@@ -56,7 +57,8 @@ class CallDims:
         Raises:
             DimError: there is no parameter of that name.
         """
-        self.dims = tuple(dims)
+        self.dims = tuple(dim for dim in dims if not _is_of_step(dim.path, signature))
+        self.step_dims = tuple(dim for dim in dims if _is_of_step(dim.path, signature))
         self.inferred = inferred
         self._signature = signature
         self._owner = owner
@@ -78,7 +80,7 @@ class CallDims:
 
     def declared(self) -> dict[str, Any]:
         """The dims for ``Config.dynamic_arg_dims``: those that the user declared, as ``parse`` reads them."""
-        return {} if self.inferred else unparse(self.dims)
+        return {} if self.inferred else unparse((*self.dims, *self.step_dims))
 
     def require(self, paths: Iterable[str], setting: str) -> None:
         """Check that these are paths of arguments.
@@ -87,12 +89,13 @@ class CallDims:
             DimError: there is no parameter of that name.
         """
         for path in paths:
-            _place(DynamicDim(path, 0, DEFAULT_NAME), self._signature, self._owner, setting)
+            if not _is_of_step(path, self._signature):
+                _place(DynamicDim(path, 0, DEFAULT_NAME), self._signature, self._owner, setting)
 
     def independent(self) -> CallDims:
         """The same dims, each under a name of its own."""
         renamed = [d._replace(name=f"{d.path}.{d.dim}") for d in self.dims]
-        return CallDims(renamed, self._signature, self._owner, inferred=self.inferred)
+        return CallDims([*renamed, *self.step_dims], self._signature, self._owner, inferred=self.inferred)
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check that this call has the declared dims and that names agree.
@@ -170,6 +173,11 @@ class CallDims:
 def _base(dim: DynamicDim) -> tuple[str, int, int]:
     """The name that a dim's size follows, the factor, and what is added."""
     return dim.follows or (dim.name, 1, 0)
+
+
+def _is_of_step(path: str, signature: inspect.Signature) -> bool:
+    """Whether it names a tensor of :class:`graphcap.step`: ``"step.seq_lens"``, where no argument is called step."""
+    return path.startswith("step.") and "step" not in signature.parameters
 
 
 def _place(dim: DynamicDim, signature: inspect.Signature, owner: str, setting: str = "dynamic_arg_dims") -> _Place:

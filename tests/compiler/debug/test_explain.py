@@ -15,6 +15,7 @@ import graphcap
 from graphcap.compiler import region
 from graphcap.compiler.backend import graphcap as backend
 from graphcap.compiler.debug.report import FusionReport, Report
+from tests.compiler.debug.reports import traffic
 from tests.compiler.small import Mlp, Stack, compiled
 
 
@@ -175,7 +176,7 @@ def test_settings_that_say_eager_are_named() -> None:
 
 @pytest.mark.parametrize("target", [3, "model", Stack])
 def test_what_cannot_have_been_compiled_is_refused(target: Any) -> None:
-    with pytest.raises(TypeError, match="explain: "):
+    with pytest.raises(TypeError, match="graphcap: "):
         graphcap.explain(target)
 
 
@@ -289,3 +290,28 @@ def test_a_fusion_names_its_places_and_how_many_pieces_share_it() -> None:
     assert "add_rms_norm: 2 matches x30 in piece_0, 1 rewritten" in text
     assert "llama.py:72 (layers.3.norm)" in text
     assert "/long/path" not in text
+
+
+def test_traffic_and_alerts_have_rows() -> None:
+    model = compiled(Stack(1), simulate=True)
+    call(model, times=4)
+    report = graphcap.explain(model)
+    assert "padding" not in str(report)
+    seen = traffic({(3,): ((4,), 6), (5,): ((8,), 7), (99,): (None, 2)})
+    busy = dataclasses.replace(report.regions[0], traffic=seen, alerts=("look at this",))
+    text = one_line(dataclasses.replace(report, regions=(busy,)))
+    assert "replays by rung of num_tokens: 8: 7, 4: 6" in text
+    assert "27 of 80 tokens in replays (33.8%)" in text
+    assert "no rung for 99: 2 calls" in text
+    assert "alert look at this" in text
+
+
+def test_alerts_are_those_of_the_counters() -> None:
+    model = compiled(Stack(1), simulate=True)
+    call(model, times=4)
+    assert graphcap.explain(model).regions[0].alerts == ()
+    (runner,) = region.all_regions()[0].runners
+    runner.stats.recaptures = 9
+    assert "captured again 9 times" in graphcap.explain(model).regions[0].alerts[0]
+    assert graphcap.explain(model).metrics()["graphcap_captures_total"] == 1
+    assert graphcap.explain(model).metrics()["graphcap_capture_seconds_total"] > 0

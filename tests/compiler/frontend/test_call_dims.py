@@ -167,3 +167,21 @@ def test_an_unknown_field_is_refused_with_the_nearest() -> None:
 def test_one_tensor_in_two_places_is_marked_once() -> None:
     x = rows(3, 4)
     assert marked(CallDims.of(two, {"x": 0, "y": {1: "m"}}), x, x) == [((3, 4), {0: "num_tokens", 1: "m"})]
+
+
+def test_inputs_of_a_step_are_declared_and_are_no_arguments() -> None:
+    declared = {"batch": 0, "step.seq_lens": {0: "num_reqs"}}
+    dims = CallDims.of(one, declared)
+    dims.check((rows(3),), {})
+    dims.require(["step.seq_lens"], "pad")
+    assert marked(dims, rows(3)) == [((3,), {0: "num_tokens"})]
+    assert dims.declared() == dims.independent().declared() | {"batch": {0: "num_tokens"}}
+    assert dims.declared()["step.seq_lens"] == {0: "num_reqs"}
+
+
+def test_an_argument_called_step_is_an_argument() -> None:
+    def stepwise(step: Batch) -> None: ...
+
+    dims = CallDims.of(stepwise, {"step.ids": 0})
+    assert marked(dims, Batch(rows(3))) == [((3,), {0: "num_tokens"})]
+    assert dims.step_dims == ()

@@ -1,0 +1,113 @@
+"""What the user has in hand, and which compiled regions belong to it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from graphcap.compiler import private
+from graphcap.compiler.frontend.api import record_of
+from graphcap.compiler.frontend.target import CompiledTarget
+from graphcap.compiler.region import Region, all_regions
+from graphcap.cudagraph import GraphRunner
+
+
+@dataclass
+class Subject:
+    """What identifies the regions of a target.
+
+    Attributes:
+        name: for the report.
+        module_type: the class of a module.
+        modules: ids of the module and its submodules.
+        tensors: ids of their parameters and buffers.
+        codes: code objects of a function.
+        owner: for a bound method of a module, that module.
+        record: what ``graphcap.compile`` knows about it.
+        compiled_by_torch: whether it came out of ``torch.compile`` or ``module.compile()``.
+    """
+
+    name: str
+    module_type: type[torch.nn.Module] | None = None
+    modules: set[int] = field(default_factory=set)
+    tensors: set[int] = field(default_factory=set)
+    codes: list[CodeType] = field(default_factory=list)
+    owner: torch.nn.Module | None = None
+    record: CompiledTarget | None = None
+    compiled_by_torch: bool = False
+
+    def owns(self, region: Region) -> bool:
+        """Whether a region was traced from this target, or computes with its parameters."""
+        if self.codes:
+            same_owner = self.owner is None or region.owner is None or region.owner is self.owner
+            return same_owner and any(private.is_frame_of(region.code, code) for code in self.codes)
+        return id(region.owner) in self.modules or region.shares_tensor_with(self.tensors)
+
+
+def subject_of(target: Any) -> Subject:
+    """Recognise a module, a compiled module, a function, a bound method, or an instance of a decorated class.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    record = record_of(target)
+    if record is not None and record.kind != "module":
+        return Subject(record.name, codes=[record.entry.__code__], record=record)
+    original, compiled = private.original_of(target)
+    if isinstance(original, torch.nn.Module):
+        return _module_subject(original, record, compiled)
+    if isinstance(original, type):
+        raise TypeError(f"graphcap: {original.__name__} is a class; pass an instance of it")
+    codes = list(dict.fromkeys(_codes(original)))
+    if not codes:
+        kind = type(target).__name__
+        raise TypeError(f"graphcap: expected a module, function, bound method or compiled version of one, got {kind}")
+    owner = original.__self__ if isinstance(original, MethodType) else None
+    name = getattr(original, "__qualname__", type(original).__qualname__)
+    module = owner if isinstance(owner, torch.nn.Module) else None
+    return Subject(name, codes=codes, owner=module, compiled_by_torch=compiled)
+
+
+def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, compiled: bool) -> Subject:
+    return Subject(
+        type(module).__name__,
+        module_type=type(module),
+        modules={id(each) for each in module.modules()},
+        tensors={id(tensor) for tensor in (*module.parameters(), *module.buffers())},
+        record=record,
+        compiled_by_torch=compiled,
+    )
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """The code of a callable and of what its decorators wrap."""
+    if not isinstance(function, (FunctionType, MethodType)):
+        function = getattr(type(function), "__call__", None)  # noqa: B004 - an object whose class makes it callable
+    for each in (function, inspect.unwrap(function) if function is not None else None):
+        code = getattr(each, "__code__", None)
+        if isinstance(code, CodeType):
+            yield code
+
+
+def regions_of(target: Any) -> list[Region]:
+    """The regions that were traced from a target, or that compute with its parameters.
+
+    Raises:
+        TypeError: ``target`` is nothing that could have been compiled.
+    """
+    subject = subject_of(target)
+    return [region for region in all_regions() if subject.owns(region)]
+
+
+def runners_of(target: Any) -> list[GraphRunner]:
+    """The graph runners of everything that was compiled for a target, in the order of compilation.
+
+    Raises:
+        TypeError: as for :func:`regions_of`.
+    """
+    return [runner for region in regions_of(target) for runner in region.runners]

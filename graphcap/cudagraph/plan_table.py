@@ -1,0 +1,67 @@
+"""The plans of one runner, and the ways from calls to them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+
+from graphcap.cudagraph.plan import Plan, Served
+from graphcap.cudagraph.stats import RunnerStats
+
+_MAX_SERVED = 65536  #: kinds of calls remembered
+
+
+class PlanTable:
+    """What can be replayed now.
+
+    Attributes:
+        plans: by the key of their route.
+        served: the ways to them, by the key of the call.
+    """
+
+    def __init__(self, stats: RunnerStats) -> None:
+        self.plans: dict[Hashable, Plan] = {}
+        self.served: dict[Hashable, Served] = {}
+        self._stats = stats
+
+    def add(self, plan: Plan) -> None:
+        """A plan can be replayed from now on."""
+        self.plans[plan.route.key] = plan
+        self._stats.add(plan.stats)
+
+    def lead(self, served: Served) -> None:
+        """A kind of call leads to its plan from now on."""
+        if len(self.served) >= _MAX_SERVED:
+            self.served.clear()
+        self.served[served.key] = served
+        served.plan.served.append(served)
+
+    def drop(self, key: Hashable) -> None:
+        """Give up a plan and every way to it."""
+        plan = self.plans.pop(key, None)
+        if plan is not None:
+            for each in plan.served:
+                self.served.pop(each.key, None)
+            self._stats.retire(plan.stats)
+
+    def drop_if(self, condition: Callable[[Plan], bool]) -> None:
+        """Give up the plans for which a condition holds."""
+        for key, plan in list(self.plans.items()):
+            if condition(plan):
+                self.drop(key)
+
+    @property
+    def num_undeclared(self) -> int:
+        """How many plans are for shapes that are not on the ladder."""
+        return sum(not plan.route.is_declared for plan in self.plans.values())
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """An empty table within this block; what was in it comes back at its end."""
+        before = self.plans, self.served
+        self.plans, self.served = {}, {}
+        try:
+            yield
+        finally:
+            self.drop_if(lambda plan: True)
+            self.plans, self.served = before

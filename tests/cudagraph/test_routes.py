@@ -1,0 +1,219 @@
+"""Which mode and which rung a call gets: every mode, uniform and mixed batches, vetoes and decisions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph import Capture, Dispatch, GraphKey, InputKind, InputSpec, Program, Size, Step, step
+from graphcap.cudagraph.padding import Padding
+from graphcap.cudagraph.phase import Keeper, Phase, allow_capture, in_phase
+from graphcap.cudagraph.routes import Route, Router
+from tests.cudagraph.regions import Region, randn, runner_of
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+
+
+def serving_program(attention: Capture = Capture.UNIFORM) -> Program:
+    """Tokens everywhere, requests in the metadata that attention reads."""
+    inputs = (
+        InputSpec("x", InputKind.TENSOR, sizes=(Size("t"), 4), dim_names={0: "num_tokens"}),
+        InputSpec("lens", InputKind.TENSOR, sizes=(Size("r"),), dim_names={0: "num_reqs"}),
+        InputSpec("t", InputKind.SCALAR, symbol="t", in_key=True),
+        InputSpec("r", InputKind.SCALAR, symbol="r", in_key=True),
+    )
+    steps = (
+        Step("piece_0", lambda x: (x * 2,), (0,), (4,), symbols=frozenset("t")),
+        Step("attention", lambda x, lens: (x + lens.sum(),), (4, 1), (5,), (), attention, "opaque", frozenset("tr")),
+        Step("piece_1", lambda x: (x - 1,), (5,), (6,), symbols=frozenset("t")),
+    )
+
+    def run(x: Any, lens: Any, t: int, r: int) -> tuple[Any, ...]:
+        return (x * 2 + lens.sum() - 1,)
+
+    return Program("serving", inputs, steps, (6,), run, ((Size("t"), 4),))
+
+
+def modes_of(mode: str, sizes: tuple[int, int], said: step | None, attention: Capture = Capture.UNIFORM) -> list[str]:
+    program = serving_program(attention)
+    config = Config(cudagraph_mode=CUDAGraphMode[mode], max_padding_ratio=0)
+    routes = Router(program, config, Padding(program, config)).routes(sizes, said)
+    return [] if isinstance(routes, str) else [route.mode.name for route in routes]
+
+
+UNIFORM = {"num_tokens": 6, "num_reqs": 6, "uniform_query_len": 1}
+MIXED = {"num_tokens": 6, "num_reqs": 2}
+
+
+@pytest.mark.parametrize(
+    ("mode", "uniform", "mixed"),
+    [
+        ("NONE", [], []),
+        ("PIECEWISE", ["PIECEWISE"], ["PIECEWISE"]),
+        ("FULL", ["FULL"], ["FULL"]),
+        ("FULL_DECODE_ONLY", ["FULL"], []),
+        ("FULL_AND_PIECEWISE", ["FULL", "PIECEWISE"], ["PIECEWISE"]),
+        ("AUTO", ["FULL", "PIECEWISE"], ["PIECEWISE"]),
+    ],
+)
+def test_each_mode_for_each_kind_of_batch(mode: str, uniform: list[str], mixed: list[str]) -> None:
+    assert modes_of(mode, (6, 6), step(**UNIFORM)) == uniform
+    assert modes_of(mode, (6, 2), step(**MIXED)) == mixed
+
+
+@pytest.mark.parametrize(
+    ("mode", "vetoed"),
+    [("FULL", ["PIECEWISE"]), ("FULL_DECODE_ONLY", []), ("FULL_AND_PIECEWISE", ["PIECEWISE"]), ("AUTO", ["PIECEWISE"])],
+)
+def test_a_veto_of_full(mode: str, vetoed: list[str]) -> None:
+    assert modes_of(mode, (6, 6), step(**UNIFORM, max_mode="PIECEWISE")) == vetoed
+    assert modes_of(mode, (6, 6), step(**UNIFORM, max_mode="NONE")) == []
+
+
+def test_auto_takes_full_where_every_step_may_be_captured() -> None:
+    assert modes_of("AUTO", (6, 2), None, Capture.FULL) == ["FULL"]
+    assert modes_of("AUTO", (6, 2), None, Capture.NEVER) == ["PIECEWISE"]
+
+
+def test_an_op_for_single_tokens_is_not_captured_for_more() -> None:
+    two_each = step(num_tokens=6, num_reqs=3, uniform_query_len=2)
+    assert modes_of("AUTO", (6, 3), two_each, Capture.UNIFORM_SINGLE) == ["PIECEWISE"]
+    assert modes_of("AUTO", (6, 3), two_each, Capture.UNIFORM) == ["FULL", "PIECEWISE"]
+
+
+def test_as_many_tokens_as_requests_is_uniform_without_a_step() -> None:
+    assert modes_of("FULL_AND_PIECEWISE", (6, 6), None) == ["FULL", "PIECEWISE"]
+    assert modes_of("FULL_AND_PIECEWISE", (6, 3), None) == ["PIECEWISE"], "two tokens each, or five and one"
+
+
+def routes(sizes: tuple[int, int], said: step | None = None, **settings: Any) -> tuple[Route, ...]:
+    program = serving_program()
+    config = Config(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_padding_ratio=0, **settings)
+    found = Router(program, config, Padding(program, config)).routes(sizes, said)
+    assert not isinstance(found, str), found
+    return found
+
+
+def test_a_piecewise_plan_does_not_depend_on_what_only_live_steps_see() -> None:
+    (three,), (four,) = routes((6, 3), step(num_tokens=6)), routes((6, 4), step(num_tokens=6))
+    assert three.sizes == (6, None)
+    assert three.key == four.key
+
+
+def test_a_full_plan_depends_on_the_requests_too() -> None:
+    full, piecewise = routes((6, 6))
+    assert (full.sizes, piecewise.sizes) == ((6, 6), (6, None))
+    assert full.named == {"num_tokens": 6, "num_reqs": 6}
+
+
+def test_tags_have_plans_of_their_own_only_where_that_was_asked_for() -> None:
+    def key(value: int, **settings: Any) -> Any:
+        return routes((6, 2), step(num_tokens=6, num_reqs=2, tags={"lora": value}), **settings)[0].key
+
+    assert key(1) == key(2)
+    assert key(1, specialize_tags=("lora",)) != key(2, specialize_tags=("lora",))
+
+
+def test_a_decision_is_followed() -> None:
+    live = step(dispatch=Dispatch(NONE, 6, 6, GraphKey(6, 6, 1)))
+    piecewise = step(dispatch=Dispatch(PIECEWISE, 6, 6, GraphKey(6, 6, 1)))
+    assert modes_of("FULL_AND_PIECEWISE", (6, 6), live) == []
+    assert modes_of("FULL_AND_PIECEWISE", (6, 6), piecewise) == ["PIECEWISE"]
+
+
+def call(runner: Any, tokens: int, reqs: int) -> torch.Tensor:
+    x, lens = randn(tokens, 4), torch.ones(reqs)
+    (out,) = runner(x, lens, tokens, reqs)
+    assert torch.allclose(out, x * 2 + reqs - 1)
+    return out
+
+
+def test_uniform_batches_replay_one_graph_and_mixed_ones_two() -> None:
+    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2, max_padding_ratio=0)
+    for _ in range(4):
+        call(runner, 6, 6)
+        call(runner, 6, 2)
+    full, piecewise = runner.stats.plans
+    assert (full.mode, full.num_segments, full.replays) == ("FULL", 1, 2)
+    assert (piecewise.mode, piecewise.num_segments, piecewise.replays) == ("PIECEWISE", 2, 2)
+    assert list(piecewise.live) == ["attention"]
+
+
+def test_one_piecewise_plan_serves_any_number_of_requests() -> None:
+    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=2, max_padding_ratio=0)
+    for reqs in (1, 2, 3, 4, 5):
+        call(runner, 6, reqs)
+    (plan,) = runner.stats.plans
+    assert plan.replays == 3
+
+
+def test_a_full_plan_that_is_missing_leaves_decode_to_the_piecewise_one() -> None:
+    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2, max_padding_ratio=0)
+    for _ in range(3):
+        call(runner, 6, 2)
+    with allow_capture(False):
+        call(runner, 6, 6)
+    (plan,) = runner.stats.plans
+    assert (plan.mode, plan.replays) == ("PIECEWISE", 2)
+
+
+def test_sealed_calls_run_live_and_are_counted() -> None:
+    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=2, max_padding_ratio=0)
+    with allow_capture(False):
+        for _ in range(4):
+            call(runner, 6, 2)
+    assert runner.stats.plans == []
+    assert runner.stats.live_calls == {"captures are not allowed (graphcap.allow_capture(False))": 4}
+    for _ in range(3):
+        call(runner, 6, 2)
+    assert len(runner.stats.plans) == 1, "the seal is off again"
+
+
+def test_dispatch_says_what_the_call_will_do() -> None:
+    runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2, max_padding_ratio=0)
+    assert runner.dispatch(GraphKey(6, 6, 1), None).mode is FULL
+    assert runner.dispatch(GraphKey(6, 6, 1), PIECEWISE).mode is PIECEWISE
+    assert runner.dispatch(GraphKey(6, 2), None).mode is PIECEWISE
+    with allow_capture(False):
+        decision = runner.dispatch(GraphKey(6, 6, 1), None)
+    assert (decision.mode, decision.num_tokens, decision.num_reqs) == (NONE, 6, 6)
+    assert "not allowed" in decision.reason
+
+
+def test_a_forced_warm_up_and_recording_need_no_sightings() -> None:
+    runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=9, max_padding_ratio=0)
+    for phase in (Phase.WARM_UP, Phase.WARM_UP, Phase.RECORD):
+        with in_phase(phase):
+            call(runner, 6, 2)
+    call(runner, 6, 2)
+    (plan,) = runner.stats.plans
+    assert plan.replays == 1
+
+
+def test_state_that_a_capture_writes_into_is_put_back() -> None:
+    region = Region()
+    counter, x = region.static("counter"), region.tensor("x")
+
+    def count(counter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        counter += 1
+        return x + counter
+
+    runner = runner_of(region.returning(region.step(count, counter, x, mutates=[counter])))
+    state, keeper = torch.zeros(2), Keeper(1 << 20)
+    for phase in (Phase.WARM_UP, Phase.RECORD):
+        with in_phase(phase, keeper):
+            runner(state, torch.ones(2))
+    assert state.tolist() == [2, 2]
+    keeper.restore()
+    assert state.tolist() == [0, 0]
+    assert runner(state, torch.ones(2))[0].tolist() == [2, 2]
+    assert (runner.stats.replays, state.tolist()) == (1, [1, 1])
+
+
+def test_state_too_large_to_keep_is_counted() -> None:
+    keeper = Keeper(max_bytes=8)
+    keeper.keep([torch.zeros(1), torch.zeros(100)])
+    assert keeper.not_kept == 400

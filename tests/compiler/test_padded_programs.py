@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -158,3 +160,25 @@ def test_a_trailing_size_is_padded_with_its_strides(call_of) -> None:
     calls = [arguments(torch.randn(3, n)) for n in (5, 2, 8)]
     assert proof_of(program, calls[0], {symbol: 8}).reason == ""
     assert_padded_is_eager(program, calls, {symbol: 8})
+
+
+def test_a_decoder_is_eager_bit_for_bit_in_every_batch_and_most_are_replays() -> None:
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    original = copy.deepcopy(model)
+    fast = graphcap.compile(
+        model, dynamic_arg_dims=DIMS, pad={"batch.slots": -1, "batch.starts": "edge"}, compiler="eager", cache=False,
+        simulate=True, capture_sizes={"num_tokens": [4, 8], "num_reqs": [2, 4]},
+    )  # fmt: skip
+    cache = torch.randn(16, WIDTH)
+    theirs, lengths = cache.clone(), random.Random(0)
+    with torch.no_grad():
+        for _ in range(30):
+            batch = batch_of(*(lengths.randint(1, 2) for _ in range(lengths.randint(1, 4))))
+            expected, got = original(batch, theirs), fast(batch, cache)
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+                assert got[name].stride() == value.stride()
+            torch.testing.assert_close(cache, theirs, rtol=0, atol=0)
+    (region,) = graphcap.explain(model).regions
+    assert sum(plan.replays for plan in region.plans) >= 15

@@ -210,6 +210,15 @@ def argument_names(name: str) -> list[str]:
     return list(dict.fromkeys(argument.name for schema in found for argument in schema.arguments))
 
 
+def schemas_of(target: Any) -> list[Any]:
+    """The schemas that a call of an operator may use: its own for an overload, those of all overloads for a packet."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, overload)._schema for overload in target.overloads()]
+    return []
+
+
 def triton_kernel_name(node: fx.Node) -> str | None:
     """The name of the user's Triton kernel that a node launches, ``None`` for any other node."""
     if getattr(node.target, "_name", "") not in ("triton_kernel_wrapper_mutation", "triton_kernel_wrapper_functional"):

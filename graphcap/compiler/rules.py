@@ -279,9 +279,13 @@ def undeclared_writes(node: fx.Node) -> tuple[str, ...]:
     known = declared(node.target)
     if known is None or not known.out_args:
         return ()
-    schema = getattr(private.resolve_op_overload(node.target), "_schema", None)
-    marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write} if schema else ()
-    return tuple(name for name in known.out_args if name not in marked)
+    silent = {
+        argument.name
+        for schema in private.schemas_of(node.target)
+        for argument in schema.arguments
+        if argument.alias_info is None or not argument.alias_info.is_write
+    }
+    return tuple(name for name in known.out_args if name in silent)
 
 
 def _aten_spelling(target: Any) -> str:

@@ -11,6 +11,10 @@ may be padded, the proof that it changes nothing, one plan for many sizes),
 :mod:`~graphcap.cudagraph.generations` how long they last), :mod:`~graphcap.cudagraph.replay` (the generated replay),
 :mod:`~graphcap.cudagraph.device` (what a device must do; :mod:`~graphcap.cudagraph.cuda` and
 :mod:`~graphcap.cudagraph.simulated` do it).
+
+Which sizes are captured: :mod:`~graphcap.cudagraph.ladder` and :mod:`~graphcap.cudagraph.ladders`. What is learnt from
+the calls: :mod:`~graphcap.cudagraph.stats`, :mod:`~graphcap.cudagraph.traffic`, :mod:`~graphcap.cudagraph.suggest` and
+:mod:`~graphcap.cudagraph.alerts`. What a step costs and why: :mod:`~graphcap.cudagraph.cost`.
 """
 
 from graphcap.cudagraph.bindings import Binding
@@ -20,7 +24,7 @@ from graphcap.cudagraph.instances import graph_runner
 from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, InputSpec, Program, Size, Step
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
-from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.stats import PlanStats, RunnerStats, plans_made
 from graphcap.cudagraph.step import Dispatch, GraphKey, step
 
 __all__ = [
@@ -43,4 +47,5 @@ __all__ = [
     "device_for",
     "graph_runner",
     "step",
+    "plans_made",
 ]

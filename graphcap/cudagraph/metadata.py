@@ -56,9 +56,10 @@ class Serving:
     def __exit__(self, *_: object) -> None:
         serving_now.reset(self._token)
 
-    def __len__(self) -> int:
-        """How many inputs were read so far."""
-        return len(self._buffers)
+    @property
+    def is_used(self) -> bool:
+        """Whether an input was read."""
+        return bool(self._buffers)
 
     def resolve(self, name: str, given: Any) -> Any:
         """The buffer of an input; made and filled at its first use, which is in a warm-up.

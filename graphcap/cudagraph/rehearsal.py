@@ -7,7 +7,7 @@ with what the graph left, value by value, and can be put in its place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,24 +43,13 @@ class Outcome:
     actual: Any
 
 
-@dataclass(slots=True)
-class Rehearsal:
-    """What one rehearsal gave. Valid as long as the memory of the plan is.
-
-    Attributes:
-        outcomes: in the order of the steps.
-        memory: pairs of original memory and its copy, in bytes, as the rehearsal left it.
-    """
-
-    outcomes: list[Outcome] = field(default_factory=list)
-    memory: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+class Rehearsal(list[Outcome]):
+    """What one rehearsal gave, in the order of the steps. Valid as long as the memory of the plan is."""
 
     def take_effect(self) -> None:
         """Put the values of the rehearsal where the graph left its own."""
         with torch.inference_mode(False), torch.no_grad():
-            for original, copy in self.memory:
-                original.copy_(copy)
-            for outcome in self.outcomes:
+            for outcome in self:
                 expected, actual = outcome.expected, outcome.actual
                 if isinstance(actual, torch.Tensor) and actual.shape == expected.shape:
                     copy_into(actual, expected)
@@ -93,15 +82,14 @@ class Segment:
             TooLarge: they write more.
             Exception: what a step raises.
         """
-        rehearsal = Rehearsal()
+        outcomes: list[Outcome] = []
         with torch.inference_mode(False), torch.no_grad(), forked_generators(self._device_index()):
-            slots = self._values | self._copies(rehearsal, max_bytes)
-            copied = {slot: slots[slot] for region in self._regions for slot in region.slots}
+            copies = self._copies(max_bytes)
+            slots = self._values | copies
             for number in self.numbers:
-                self._run(number, slots, rehearsal)
-            rehearsal.outcomes += self._states(copied)
-        rehearsal.outcomes.sort(key=lambda outcome: outcome.step)
-        return rehearsal
+                outcomes += self._run(number, slots)
+            outcomes += self._states(copies)
+        return Rehearsal(sorted(outcomes, key=lambda outcome: outcome.step))
 
     def arguments(self, number: int, max_bytes: int) -> list[Any]:
         """What step ``number``, the only one of this segment, is called with: copies of what it writes.
@@ -109,17 +97,16 @@ class Segment:
         Raises:
             TooLarge: it writes more than ``max_bytes``.
         """
-        slots = self._values | self._copies(Rehearsal(), max_bytes)
+        slots = self._values | self._copies(max_bytes)
         return [slots[slot] for slot in self._steps[number].reads]
 
-    def _run(self, number: int, slots: dict[int, Any], rehearsal: Rehearsal) -> None:
-        step = self._steps[number]
+    def _run(self, number: int, slots: dict[int, Any]) -> Iterator[Outcome]:
+        step, kept = self._steps[number], self._recorded.constants
         results = step.fn(*[slots[slot] for slot in step.reads])
         for position, (slot, value) in enumerate(zip(step.writes, results, strict=True)):
             slots[slot] = value
-            if slot in self._recorded.constants:
-                kept = self._recorded.constants[slot]
-                rehearsal.outcomes.append(Outcome(number, f"result {position}", value, kept))
+            if slot in kept:
+                yield Outcome(number, f"result {position}", value, kept[slot])
         for slot in (*step.reads, *step.writes):
             if self._last_read.get(slot, number) == number:
                 slots.pop(slot, None)
@@ -137,17 +124,21 @@ class Segment:
         ]
 
     def _states(self, copied: dict[int, Any]) -> Iterator[Outcome]:
-        """What the steps wrote into memory that is not their own, each with the last step that wrote it."""
+        """What the steps wrote into memory that is not their own, each with the last step that wrote it.
+
+        Memory whose last reader is among them may hold anything by the time that the graph has run.
+        """
+        over = {slot for number in self.numbers for slot in self._recorded.layout.releases[number]}
         for region in self._regions:
             last = self._writers(region)[-1]
-            for slot in region.slots:
+            for slot in [slot for slot in region.slots if slot not in over]:
                 yield Outcome(last, f"what it wrote into {self._name(slot)}", copied[slot], self._values[slot])
 
     def _name(self, slot: int) -> str:
         inputs = self._recorded.program.inputs
         return f"input {inputs[slot].name}" if slot < len(inputs) else f"slot {slot}"
 
-    def _copies(self, rehearsal: Rehearsal, max_bytes: int) -> dict[int, Any]:
+    def _copies(self, max_bytes: int) -> dict[int, Any]:
         """For each slot that is written a tensor of the same layout over a copy of its memory."""
         nbytes = sum(region.stop - region.start for region in self._regions)
         if nbytes > max_bytes:
@@ -159,7 +150,6 @@ class Segment:
             empty = torch.empty(0, dtype=torch.uint8, device=value.device)
             original = empty.set_(value.untyped_storage(), region.start, (region.stop - region.start,), (1,))
             copy = original.clone()
-            rehearsal.memory.append((original, copy))
             found |= {slot: _moved(self._values[slot], copy, region.start) for slot in region.slots}
         return found
 

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 import graphcap
 from graphcap.compiler import rules
 from graphcap.compiler.region import Region, all_regions
-
-calls: list[int] = []
+from graphcap.cudagraph import GraphRunner
 
 
 @torch.library.custom_op("graphcap_test_out::attend", mutates_args=("out",))
 def attend(x: Tensor, out: Tensor) -> None:
-    calls.append(1)
     out.copy_(x * 2)
 
 
@@ -58,8 +56,8 @@ def _fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "_declared", {})
 
 
-def replayed(op: Any, compiler: str = "eager", **options: Any) -> Region:
-    """Six calls against eager; returns the region."""
+def replayed(op: Any, compiler: str = "eager", **options: Any) -> tuple[Region, GraphRunner]:
+    """Six calls against eager; returns the region and its runner."""
     model = Decoder(op).eval()
     fast = torch.compile(model, backend="graphcap", options={"simulate": True, "compiler": compiler, **options})
     with torch.inference_mode():
@@ -70,23 +68,20 @@ def replayed(op: Any, compiler: str = "eager", **options: Any) -> Region:
     region = all_regions()[-1]
     (runner,) = region.runners
     assert runner.stats.replays == 3
-    return region
-
-
-def source_of(region: Region) -> str:
-    return region.runners[0].stats.plans[0].source
+    return region, runner
 
 
 def test_a_live_op_writes_where_the_next_graph_reads() -> None:
-    region = replayed(torch.ops.graphcap_test_out.attend)
+    region, runner = replayed(torch.ops.graphcap_test_out.attend)
     assert [piece.kind for piece in region.pieces] == ["captured", "eager", "captured"]
-    assert "copy_(v" not in source_of(region)
-    assert region.runners[0].stats.plans[0].num_segments == 2
+    (plan,) = runner.stats.plans
+    assert "copy_(v" not in plan.source
+    assert plan.num_segments == 2
 
 
 def test_what_a_schema_does_not_say_is_declared() -> None:
     graphcap.register_op("graphcap_test_out::silent", capture="never", out_args=("out",))
-    region = replayed(torch.ops.graphcap_test_out.silent)
+    region, _ = replayed(torch.ops.graphcap_test_out.silent)
     (live,) = [piece for piece in region.pieces if piece.kind == "eager"]
     assert live.mutates == ("out",)
 
@@ -94,37 +89,37 @@ def test_what_a_schema_does_not_say_is_declared() -> None:
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
 def test_an_op_with_undeclared_writes_is_captured_without_being_compiled(mode: str) -> None:
     graphcap.register_op("graphcap_test_out::silent", capture="always", out_args=("out",))
-    region = replayed(torch.ops.graphcap_test_out.silent, compiler="inductor", cudagraph_mode=mode)
+    region, runner = replayed(torch.ops.graphcap_test_out.silent, compiler="inductor", cudagraph_mode=mode)
     piece = next(piece for piece in region.pieces if "schema" in piece.reason)
     assert (piece.kind, piece.origin) == ("captured", "eager")
-    stats = region.runners[0].stats
+    stats = runner.stats
     assert stats.plans[0].num_segments == 1
     assert not stats.divergences
     assert not stats.unchecked
 
 
-def test_a_declared_op_is_captured_and_compared_once() -> None:
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_declared_op_is_captured_and_compared_once(compiler: str) -> None:
     graphcap.register_op(attend, capture="always")
-    region = replayed(torch.ops.graphcap_test_out.attend)
-    stats = region.runners[0].stats
+    _, runner = replayed(torch.ops.graphcap_test_out.attend, compiler)
+    stats = runner.stats
     assert stats.plans[0].num_segments == 1
     assert not stats.unchecked
-    assert region.runners[0].inspector.proven == {"graphcap_test_out::attend"}
+    assert runner.inspector.proven == {"graphcap_test_out::attend"}
 
 
 def test_an_op_for_uniform_batches_runs_live_where_nobody_said_that_the_batch_is_uniform() -> None:
     graphcap.register_op(attend, capture="uniform_batch")
-    region = replayed(torch.ops.graphcap_test_out.attend, cudagraph_mode="FULL")
-    calls.clear()
-    (plan,) = region.runners[0].stats.plans
+    _, runner = replayed(torch.ops.graphcap_test_out.attend, cudagraph_mode="FULL")
+    (plan,) = runner.stats.plans
     assert list(plan.live.values()) == ["graphcap_test_out::attend is registered with capture='uniform_batch'"]
     assert "uniform only" in str(graphcap.explain())
 
 
 def test_the_report_names_what_differed_and_what_was_not_compared() -> None:
     graphcap.register_op(attend, capture="always")
-    region = replayed(torch.ops.graphcap_test_out.attend)
-    stats = region.runners[0].stats
+    region, runner = replayed(torch.ops.graphcap_test_out.attend)
+    stats = runner.stats
     stats.divergences.append("piece_1: result 0 of a replay differs from a live run")
     stats.unchecked["ns::other"] = "it writes into 9000 MiB"
     report = next(each for each in graphcap.explain().regions if each.name == region.name)

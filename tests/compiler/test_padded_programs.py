@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -182,3 +183,37 @@ def test_a_decoder_is_eager_bit_for_bit_in_every_batch_and_most_are_replays() ->
             torch.testing.assert_close(cache, theirs, rtol=0, atol=0)
     (region,) = graphcap.explain(model).regions
     assert sum(plan.replays for plan in region.plans) >= 15
+
+
+@pytest.mark.parametrize(
+    ("fn", "note"),
+    [
+        (
+            lambda x: x - x.mean(0),
+            "num_tokens is not padded: piece_0 mixes rows|num_tokens is not padded: piece_0 depends",
+        ),
+        (lambda x: x[::2] + 0, "num_tokens is not padded: output 0 has a size that does not follow one symbol"),
+    ],
+)
+def test_why_a_size_is_not_padded_is_in_the_report(fn: Any, note: str) -> None:
+    fast = graphcap.compile(
+        fn, dynamic_arg_dims={"x": 0}, compiler="eager", cache=False, simulate=True, capture_sizes=[8]
+    )
+    with torch.no_grad():
+        for _ in range(4):
+            fast(torch.randn(6, WIDTH))
+    (region,) = graphcap.explain(fast).regions
+    assert any(re.search(note, each) for each in region.notes), region.notes
+
+
+def test_a_ladder_without_declared_dims_is_exact_and_the_report_says_so() -> None:
+    x = torch.randn(6, WIDTH)
+    fast = torch.compile(
+        lambda x: x * 2, backend="graphcap", dynamic=True,
+        options={"compiler": "eager", "cache": False, "simulate": True, "capture_sizes": [8]},
+    )  # fmt: skip
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x)
+    (region,) = [each for each in graphcap.explain().regions if "capture_sizes" in " ".join(each.notes)]
+    assert any("capture_sizes lists exact sizes" in each for each in region.notes)

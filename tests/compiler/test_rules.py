@@ -12,7 +12,7 @@ from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mut
 from torch.nn.attention.flex_attention import flex_attention
 
 from graphcap.compiler import rules
-from graphcap.compiler.rules import SplitRules, eager, never_captured, op_name, register_op, unproven
+from graphcap.compiler.rules import SplitRules, eager, never_captured, op_name, register_op, undeclared_writes, unproven
 from graphcap.cudagraph import Capture
 from graphcap.errors import ConfigError
 from tests.compiler.graphs import call_nodes, groups_of, in_backend, kinds, trace
@@ -212,6 +212,16 @@ def test_out_args_must_be_arguments_of_the_op() -> None:
     with pytest.raises(ConfigError, match="a sequence of argument names"):
         register_op(attend, capture="never", out_args="x")
     register_op("graphcap_test_rules::registered_later", capture="never", out_args=("anything",))
+
+
+def test_writes_are_undeclared_only_where_the_called_overload_has_the_argument_and_does_not_mark_it() -> None:
+    register_op("aten::add", capture="always", out_args=("out", "self"))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    assert undeclared_writes(graph.call_function(torch.ops.aten.add.Tensor, (x, x))) == ("self",)
+    assert undeclared_writes(graph.call_function(torch.ops.aten.add_.Tensor, (x, x))) == ()
+    assert undeclared_writes(graph.call_function(torch.ops.aten.add, (x, x))) == ("self",)
+    assert undeclared_writes(graph.call_function(torch.ops.aten.add.out, (x, x), {"out": x})) == ("self",)
 
 
 def test_op_tagged_cudagraph_unsafe_runs_live() -> None:

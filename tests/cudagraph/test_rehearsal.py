@@ -32,6 +32,11 @@ def test_the_segments_of_a_plan():
     assert segments_of(recorded) == [[0, 1], [3]]
 
 
+def test_a_plan_keeps_what_captured_steps_were_given_and_nothing_that_they_made():
+    recorded, _ = captured()
+    assert sorted(recorded.given) == [0, 1, 2, 5]  # the inputs, and the result of the live step
+
+
 def test_what_a_segment_writes_stays_as_it_is_until_the_rehearsal_takes_effect():
     recorded, memory = captured()
     before = memory.clone()
@@ -41,12 +46,12 @@ def test_what_a_segment_writes_stays_as_it_is_until_the_rehearsal_takes_effect()
     expected = before.clone()
     expected[3:6] += x
     expected[200:203] *= 2
-    found = {outcome.what: outcome.expected for outcome in rehearsal.outcomes}
+    found = {outcome.what: outcome.expected for outcome in rehearsal}
     assert torch.equal(found["what it wrote into input left"], expected[3:6])
     assert torch.equal(found["what it wrote into input right"], expected[200:203])
     assert torch.equal(found["result 0"], expected[200:203] + expected[3:6])
-    assert [outcome.step for outcome in rehearsal.outcomes] == [0, 1, 1]
-    assert rehearsal.outcomes[0].what == "what it wrote into input left"
+    assert [outcome.step for outcome in rehearsal] == [0, 1, 1]
+    assert rehearsal[0].what == "what it wrote into input left"
     rehearsal.take_effect()
     assert torch.equal(memory, expected)
     assert torch.equal(recorded.constants[4], found["result 0"])
@@ -55,8 +60,8 @@ def test_what_a_segment_writes_stays_as_it_is_until_the_rehearsal_takes_effect()
 def test_views_that_lie_apart_are_copied_apart():
     recorded, _ = captured()
     segment = Segment(recorded, [0, 1])
-    sizes = [(original.numel(), copy.numel()) for original, copy in segment.rehearse(2**20).memory]
-    assert sizes == [(24, 24), (812 - 512, 812 - 512)]  # from a multiple of 512 bytes on
+    copies = [outcome.expected for outcome in segment.rehearse(2**20) if "wrote" in outcome.what]
+    assert [copy.untyped_storage().nbytes() for copy in copies] == [24, 812 - 512]  # from a multiple of 512 bytes on
     with pytest.raises(TooLarge, match="writes into 0 MiB"):
         segment.rehearse(24 + 300 - 1)
 
@@ -75,6 +80,19 @@ def test_views_that_overlap_share_their_copy():
     expected += 1
     expected[2:] *= expected.sum()
     rehearsal = Segment(recorded, [0, 1]).rehearse(2**20)
-    assert len(rehearsal.memory) == 1
+    whole, part = (outcome.expected for outcome in rehearsal if "wrote" in outcome.what)
+    assert part.data_ptr() == whole.data_ptr() + 8
     rehearsal.take_effect()
     assert torch.equal(memory, expected)
+
+
+def test_memory_that_ends_with_a_segment_is_not_looked_at():
+    region = Region()
+    x = region.tensor("x")
+    a = region.step(lambda x: x + 1, x)
+    live = region.step(lambda a: a.sum(), a, capture=LIVE)
+    program = region.returning(region.step(lambda a, s: a.add_(s) * 2, a, live, mutates=[a]))
+    runner = runner_of(program)
+    warm(runner, randn(3))
+    recorded = next(iter(runner._table.plans.values())).recorded
+    assert [outcome.what for outcome in Segment(recorded, [2]).rehearse(2**20)] == ["result 0"]

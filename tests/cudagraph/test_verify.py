@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from graphcap.cudagraph import Capture, verify
+from graphcap.cudagraph.phase import allow_capture
 from graphcap.cudagraph.simulated import SimulatedDevice
+from tests.cudagraph.padded import N, PaddedRegion
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 
 
@@ -240,6 +242,19 @@ def test_verify_of_a_number_compares_so_many_replays_and_then_captures_without_c
     assert segments == [[], [], [2], [2], [], [1], [1], [1]]
 
 
+def test_a_sealed_process_keeps_the_plan_that_was_verified():
+    region = Region()
+    x = region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    runner = runner_of(region.returning(region.step(lambda y: y * 2, y)), verify=2)
+    warm(runner, randn(3))
+    with allow_capture(False):
+        for _ in range(4):
+            runner(randn(3))
+    assert runner.stats.replays == 4
+    assert runner.stats.plans[0].num_segments == 2
+
+
 def test_random_numbers_are_drawn_once():
     region = Region()
     x = region.tensor("x")
@@ -322,6 +337,42 @@ def test_a_comparison_that_fails_leaves_the_replay_alone():
     x = randn(3)
     assert torch.equal(runner(x)[0], x * 2)
     assert runner.stats.unchecked == {"ns::a": "ZeroDivisionError: only when run live"}
+
+
+def padded(metadata):
+    """Row-wise steps over ``[n, 3]``, padded to a rung; the second reads a Python value."""
+    region = PaddedRegion()
+    x = region.rows("x", 3)
+    y = region.step(lambda x: x + 1, x)
+    z = region.step(lambda y: y * metadata["scale"], y, capture=Capture.FULL)
+    return region.program(region.step(lambda z: z - 3, z), sizes=[(N, 3)])
+
+
+@pytest.mark.parametrize("settings", [{}, {"verify": True}], ids=["trusted", "verify"])
+def test_a_padded_replay_is_compared_and_put_right_like_any_other(settings):
+    metadata = {"scale": 1.0}
+    program = trusting(padded(metadata), step_1=("ns::a",))
+    runner = runner_of(program, FreezingDevice(metadata), capture_sizes=[8], **settings)
+    for call, n in enumerate([5, 5, 5, 5, 7, 8, 5, 6, 7, 5]):
+        metadata["scale"] = 1.0 if call < 3 else 2.0
+        x = randn(n, 3)
+        assert torch.equal(runner(n, x)[0], program.run(n, x)[0])
+    assert runner.stats.replays >= 5
+    (divergence,) = runner.stats.divergences
+    assert divergence.endswith("captured on trust: ns::a")
+    assert list(runner.stats.plans[0].live) == ["step_1"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"verify": True}, {"verify": 2}], ids=["trusted", "verify", "verify two"])
+def test_an_honest_padded_plan_agrees_at_every_size(settings):
+    program = trusting(padded({"scale": 2.0}), step_1=("ns::a",))
+    runner = runner_of(program, capture_sizes=[8], **settings)
+    for n in [5, 5, 5, 5, 7, 8, 5, 6, 7, 5]:
+        x = randn(n, 3)
+        assert torch.equal(runner(n, x)[0], program.run(n, x)[0])
+    assert not runner.stats.divergences
+    assert not runner.stats.unchecked
+    assert [plan.num_segments for plan in runner.stats.plans] == [3 if settings.get("verify") is True else 1]
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from graphcap.compiler.debug.state import SavedState
 from graphcap.compiler.frontend.subject import regions_of
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.cudagraph import GraphRunner
+from graphcap.cudagraph.phase import allow_capture
 from graphcap.cudagraph.profile import Timers, timed
 from graphcap.cudagraph.rehearsal import forked_generators
 
@@ -142,7 +143,7 @@ def _measure(name: str, call: Callable[[], None], state: SavedState, active: _Ac
         seconds.append(timed(call, device.device)[1])
         state.restore()
     timers = [(region, runner, Timers(runner.program, device.device)) for region, runner in active]
-    with contextlib.ExitStack() as inspected:
+    with contextlib.ExitStack() as inspected, allow_capture(True):
         for _, runner, clock in timers:
             inspected.enter_context(runner.inspected(clock))
         for _ in range(1 + REPEATS):  # the first one captures

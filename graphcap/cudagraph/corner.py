@@ -13,22 +13,22 @@ from graphcap.cudagraph.arena import overlaps_itself, span
 Fill = int | float | bool | str | Callable[[torch.Tensor, torch.Size], Any]
 
 
-def corner(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """A view of the leading ``size`` of a tensor."""
+def corner(tensor: torch.Tensor, size: Sequence[int | None]) -> torch.Tensor:
+    """A view of the leading ``size`` of a tensor; ``None`` keeps a dim whole. The tensor itself where that is all."""
     for dim, length in enumerate(size):
-        if tensor.shape[dim] != length:
+        if length is not None and tensor.shape[dim] != length:
             tensor = tensor.narrow(dim, 0, length)
     return tensor
 
 
-def cut(value: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The leading ``size`` of a result, laid out as if it had been made in that size.
+def cut(value: torch.Tensor, size: Sequence[int | None]) -> torch.Tensor:
+    """The leading ``size`` of a result, laid out as if it had been made in that size; ``None`` keeps a dim whole.
 
     It is the value itself, a view of it, or, where a dense value would leave gaps between its elements, a copy.
     """
-    if value.shape == size:
-        return value
     part = corner(value, size)
+    if part is value:
+        return value
     return part.clone() if is_dense(value) and not is_dense(part) else part
 
 

@@ -45,7 +45,6 @@ class Fitter:
         self._outputs = {
             slot for slot in recorded.program.outputs if isinstance(slot, int) and padding.follows(slot, rung)
         }
-        self._symbols = tuple(sorted(padding.symbols_of(self._inputs, self._outputs)))
         self._replay: FunctionType | None = None
         self._on_made: Callable[[FunctionType], None] = lambda replay: None
         self._fits: dict[tuple[int, ...], FunctionType] = {}
@@ -57,10 +56,10 @@ class Fitter:
     def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
         """The replay for these sizes, by symbol; symbols that are left out have the size of the rung."""
         assert self._replay is not None
-        sizes = {**self.rung, **real}
-        if all(sizes[symbol] == size for symbol, size in self.rung.items()):
+        sizes = {symbol: real.get(symbol, size) for symbol, size in self.rung.items()}
+        if sizes == self.rung:
             return self._replay
-        key = tuple(sizes[symbol] for symbol in self._symbols)
+        key = tuple(sizes.values())
         found = self._fits.get(key)
         if found is None:
             if len(self._fits) >= _MAX_FITS:
@@ -74,17 +73,16 @@ class Fitter:
         once: list[Callable[[], Any]] = []
         always: list[Callable[[], Any]] = []
         for index in self._inputs:
-            buffer, size = recorded.stand_ins[index], self.padding.size_of_input(index, sizes)
-            names[f"SIZE{index}"] = size
-            names[f"t{index}"] = corner(buffer, size)
+            buffer = recorded.stand_ins[index]
+            part = names[f"t{index}"] = corner(buffer, self.padding.size_of_input(index, sizes))
+            size = names[f"SIZE{index}"] = part.shape
             if buffer.shape != size:
                 fill = self.padding.fill(index)
                 lasts = isinstance(fill, (bool, int, float)) and index not in self.written
                 (once if lasts else always).append(_filler(buffer, size, fill))
         for output, slot in zip(recorded.program.outputs, recorded.outputs.order, strict=True):
-            cut_to = self.padding.size_of_output(output, sizes) if output in self._outputs else None
-            if cut_to is not None and isinstance(slot, int) and slot >= len(recorded.program.inputs):
-                names[f"CUT{slot}"] = cut_to
+            if output in self._outputs and isinstance(slot, int) and slot >= len(recorded.program.inputs):
+                cut_to = names[f"CUT{slot}"] = self.padding.size_of_output(output, sizes)
                 maker = recorded.outputs.makers[slot]
                 if isinstance(maker, Clone) and maker.part is None:
                     names[f"block{maker.block}"] = corner(recorded.outputs.blocks[maker.block], cut_to)

@@ -35,6 +35,7 @@ class Padding:
         fixed: the symbols that every padded call has at this size: those of dims in buffers of the largest size.
         inputs: the tensor inputs that carry a symbol of ``names``. They never reach a graph by reference.
         scalars: the scalar inputs that depend on a symbol of ``names``, each with how.
+        told_by: the scalar inputs that tell the value of a symbol, each with how it follows from it.
         notes: one line for each thing that a user who wants padding should know.
     """
 
@@ -43,7 +44,7 @@ class Padding:
         self._config = config
         self._specs = list(enumerate(program.inputs))
         self.declared = declared = _declared_names(program)
-        self._values_of = _symbol_scalars(program)
+        self.told_by = _symbol_scalars(program)
         self.refused = {symbol: reason for symbol in declared if (reason := self._why_not(symbol))}
         self.names = {symbol: name for symbol, name in declared.items() if symbol not in self.refused}
         self.fixed = {symbol: size for symbol, size in program.largest.items() if symbol in self.names}
@@ -62,9 +63,9 @@ class Padding:
     def sizes(self, args: Sequence[Any]) -> dict[str, int] | None:
         """The value of every symbol in this call; ``None`` where two arguments contradict each other."""
         found: dict[str, int] = {}
-        for index, size in self._values_of:
-            value, rest = divmod(args[index] - size.offset, size.scale)
-            if rest or found.setdefault(size.symbol, value) != value:
+        for index, size in self.told_by.items():
+            value = size.symbol_at(args[index])
+            if size.at(value) != args[index] or found.setdefault(size.symbol, value) != value:
                 return None
         return found
 
@@ -141,25 +142,23 @@ class Padding:
 
     def cut(self, args: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
         """The outputs of a padded call at the sizes of the real one. An argument that is returned is the caller's."""
-        real = self.sizes(args) or {}
+        real = {symbol: size for symbol, size in (self.sizes(args) or {}).items() if symbol in self.names}
         made: dict[int, Any] = {}
         for slot, value in zip(self.program.outputs, outputs, strict=True):
             if isinstance(slot, int) and slot < len(args):
                 made[slot] = args[slot]
             elif isinstance(slot, int) and slot not in made:
-                size = self.size_of_output(slot, real)
-                made[slot] = value if size is None else cut(value, size)
+                made[slot] = cut(value, self.size_of_output(slot, real)) if isinstance(value, torch.Tensor) else value
         pairs = zip(self.program.outputs, outputs, strict=True)
         return tuple(made[slot] if isinstance(slot, int) else value for slot, value in pairs)
 
-    def size_of_input(self, index: int, sizes: Mapping[str, int]) -> torch.Size:
-        """The size of a padded input where symbols have these sizes."""
-        return _at(self.program.inputs[index].sizes, sizes)
+    def size_of_input(self, index: int, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+        """The size of an input where symbols have these sizes; ``None`` for dims that follow none of them."""
+        return _known(self.program.inputs[index].sizes, sizes)
 
-    def size_of_output(self, slot: int, sizes: Mapping[str, int]) -> torch.Size | None:
-        """The size of an output that follows a padded symbol; ``None`` for any other."""
-        found = self._output_sizes.get(slot, ())
-        return _at(found, sizes) if self.names.keys() & _symbols(found) else None
+    def size_of_output(self, slot: int, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+        """The same for an output."""
+        return _known(self._output_sizes.get(slot, ()), sizes)
 
     def follows(self, slot: int, symbols: Collection[str]) -> bool:
         """Whether the size of an output follows one of these symbols."""
@@ -169,12 +168,6 @@ class Padding:
         """The inputs that carry one of these symbols."""
         carried = {index: _symbols(self.program.inputs[index].sizes) for index in self.inputs}
         return frozenset(index for index, symbols in carried.items() if not symbols.isdisjoint(rung))
-
-    def symbols_of(self, inputs: Iterable[int], outputs: Iterable[int]) -> set[str]:
-        """The symbols that the sizes of these inputs and outputs follow."""
-        sizes = [self.program.inputs[index].sizes for index in inputs]
-        sizes += [self._output_sizes.get(slot, ()) for slot in outputs]
-        return set().union(*map(_symbols, sizes))
 
     def refuse(self, symbols: Iterable[str], reason: str) -> None:
         """Never pad these again: what a proof found."""
@@ -213,7 +206,7 @@ class Padding:
                 return f"{spec.name} is {spec.symbol}, which does not follow it alone"
             if not spec.in_key:
                 return f"{spec.name} is not part of the graph key"
-        known = any(size.symbol == symbol for _, size in self._values_of)
+        known = any(size.symbol == symbol for size in self.told_by.values())
         return "" if known else "no argument tells its value"
 
     def _why_not_tensors(self, symbol: str) -> str:
@@ -262,10 +255,10 @@ def _declared_names(program: Program) -> dict[str, str]:
     return names
 
 
-def _symbol_scalars(program: Program) -> list[tuple[int, Size]]:
-    """The scalar inputs that tell the value of a symbol."""
+def _symbol_scalars(program: Program) -> dict[int, Size]:
+    """The scalar inputs that tell the value of a symbol, each with how it follows from it."""
     scalars = [(index, spec) for index, spec in enumerate(program.inputs) if spec.kind is InputKind.SCALAR]
-    return [(index, size) for index, spec in scalars if isinstance(size := _held(spec), Size)]
+    return {index: size for index, spec in scalars if isinstance(size := _held(spec), Size)}
 
 
 def _held(spec: InputSpec) -> DimSize:
@@ -286,6 +279,13 @@ def _symbols(sizes: Sequence[DimSize]) -> set[str]:
 def _at(sizes: Sequence[DimSize], symbols: Mapping[str, int]) -> torch.Size:
     """Sizes where symbols have these values."""
     return torch.Size(size.at(symbols[size.symbol]) if isinstance(size, Size) else int(size or 0) for size in sizes)
+
+
+def _known(sizes: Sequence[DimSize], symbols: Mapping[str, int]) -> tuple[int | None, ...]:
+    """Per dim its size, where one of these symbols tells it."""
+    return tuple(
+        size.at(symbols[size.symbol]) if isinstance(size, Size) and size.symbol in symbols else None for size in sizes
+    )
 
 
 def _strides(spec: InputSpec, symbols: Mapping[str, int]) -> Sequence[int]:

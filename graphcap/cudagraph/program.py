@@ -45,6 +45,10 @@ class Size:
         """The size where the symbol has this value."""
         return self.scale * value + self.offset
 
+    def symbol_at(self, size: int) -> int:
+        """The value of the symbol where this is the size."""
+        return (size - self.offset) // self.scale
+
 
 #: The size of one dim: fixed, following a symbol, or (``None``) depending on symbols in another way.
 DimSize = int | Size | None

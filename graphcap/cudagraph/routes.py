@@ -85,8 +85,10 @@ class Router:
 
     def __init__(self, program: Program, config: Config, padding: Padding) -> None:
         """Work out what does not change from call to call."""
-        scalars = [spec for spec in program.inputs if spec.kind is InputKind.SCALAR and spec.in_key]
-        self.symbols = tuple(spec.symbol or spec.name for spec in scalars)
+        scalars = [(i, s) for i, s in enumerate(program.inputs) if s.kind is InputKind.SCALAR and s.in_key]
+        self._follows = tuple(padding.told_by.get(index) for index, _ in scalars)
+        pairs = zip(scalars, self._follows, strict=True)
+        self.symbols = tuple(size.symbol if size else spec.symbol or spec.name for (_, spec), size in pairs)
         self._names = padding.declared
         by_name = {name: symbol for symbol, name in self._names.items()}
         self.tokens = by_name.get(TOKENS) or (self.symbols[0] if len(self.symbols) == 1 else None)
@@ -94,7 +96,7 @@ class Router:
         self._program = program
         self._config = config
         self._padding = padding
-        self.names = tuple(TOKENS if each == self.tokens else self._names.get(each, each) for each in self.symbols)
+        self.names = tuple(self._names.get(each, TOKENS if each == self.tokens else each) for each in self.symbols)
         padded = [name for name, symbol in zip(self.names, self.symbols, strict=True) if symbol in padding.names]
         found = ladders_of(self.names, padded, config)
         self.notes = found.notes
@@ -119,7 +121,8 @@ class Router:
             said: the step in force.
         """
         values = sizes if isinstance(sizes, tuple) else (sizes,)
-        real = dict(zip(self.symbols, values, strict=True))
+        told = zip(self.symbols, self._follows, values, strict=True)
+        real = {symbol: size.symbol_at(value) if size else value for symbol, size, value in told}
         key = said.key if said is not None else None
         decision = said.dispatch if said is not None else None
         limit = said.max_mode if said is not None else None

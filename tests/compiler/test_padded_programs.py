@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -158,3 +161,59 @@ def test_a_trailing_size_is_padded_with_its_strides(call_of) -> None:
     calls = [arguments(torch.randn(3, n)) for n in (5, 2, 8)]
     assert proof_of(program, calls[0], {symbol: 8}).reason == ""
     assert_padded_is_eager(program, calls, {symbol: 8})
+
+
+def test_a_decoder_is_eager_bit_for_bit_in_every_batch_and_most_are_replays() -> None:
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    original = copy.deepcopy(model)
+    fast = graphcap.compile(
+        model, dynamic_arg_dims=DIMS, pad={"batch.slots": -1, "batch.starts": "edge"}, compiler="eager", cache=False,
+        simulate=True, capture_sizes={"num_tokens": [4, 8], "num_reqs": [2, 4]},
+    )  # fmt: skip
+    cache = torch.randn(16, WIDTH)
+    theirs, lengths = cache.clone(), random.Random(0)
+    with torch.no_grad():
+        for _ in range(30):
+            batch = batch_of(*(lengths.randint(1, 2) for _ in range(lengths.randint(1, 4))))
+            expected, got = original(batch, theirs), fast(batch, cache)
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+                assert got[name].stride() == value.stride()
+            torch.testing.assert_close(cache, theirs, rtol=0, atol=0)
+    (region,) = graphcap.explain(model).regions
+    assert sum(plan.replays for plan in region.plans) >= 15
+
+
+@pytest.mark.parametrize(
+    ("fn", "note"),
+    [
+        (
+            lambda x: x - x.mean(0),
+            "num_tokens is not padded: piece_0 mixes rows|num_tokens is not padded: piece_0 depends",
+        ),
+        (lambda x: x[::2] + 0, "num_tokens is not padded: output 0 has a size that does not follow one symbol"),
+    ],
+)
+def test_why_a_size_is_not_padded_is_in_the_report(fn: Any, note: str) -> None:
+    fast = graphcap.compile(
+        fn, dynamic_arg_dims={"x": 0}, compiler="eager", cache=False, simulate=True, capture_sizes=[8]
+    )
+    with torch.no_grad():
+        for _ in range(4):
+            fast(torch.randn(6, WIDTH))
+    (region,) = graphcap.explain(fast).regions
+    assert any(re.search(note, each) for each in region.notes), region.notes
+
+
+def test_a_ladder_without_declared_dims_is_exact_and_the_report_says_so() -> None:
+    x = torch.randn(6, WIDTH)
+    fast = torch.compile(
+        lambda x: x * 2, backend="graphcap", dynamic=True,
+        options={"compiler": "eager", "cache": False, "simulate": True, "capture_sizes": [8]},
+    )  # fmt: skip
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x)
+    (region,) = [each for each in graphcap.explain().regions if "capture_sizes" in " ".join(each.notes)]
+    assert any("capture_sizes lists exact sizes" in each for each in region.notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from tests.cudagraph.regions import Region
 
 N = Size("n")
 CPU = torch.device("cpu")
+LIVE = Capture.NEVER
 SILENT = Progress("", 0, enabled=False)
 
 
@@ -112,36 +113,31 @@ class PaddedCalls:
             outputs, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         recorded = capture.recorded
-        fitter = Fitter(self.padding, self.padding.goal(args, rung), recorded, self.arena)
-        at_end = self.device.at_end(recorded.segments, recorded.outputs.lent())
         handed = self.padding.hand_back(args, padded, outputs, known)
-        if at_end is not None:
-            at_end()
-        replay, source = generate(recorded, at_end, self.mismatches.append, self.arena, fitter)
-        self.plans[tuple(rung.values())] = self._plan(rung, replay, source, recorded, fitter)
+        fitter = Fitter(self.padding, self.padding.goal(args, rung), recorded, self.arena)
+        self.plans[tuple(rung.values())] = self._plan(tuple(rung.values()), rung, recorded, fitter)
         return handed
-
-    def _plan(
-        self, rung: Mapping[str, int], replay: Any, source: str, recorded: Recorded, fitter: Fitter | None
-    ) -> Plan:
-        route = Route(FULL, Batch(), tuple(rung.values()), rung, {}, True)
-        stats = PlanStats((), "", 0, [], {}, 0, 0.0)
-        holding = self.device.account.open(0, self.device, lambda: None)
-        return Plan(route, replay, source, static_addresses(recorded), recorded, stats, holding, fitter=fitter)
 
     def capture_exact(self, args: Sequence[Any]) -> Plan:
         """A plan for the very sizes of a call, beside the padded ones."""
-        seen, _ = observe(self.program, cloned(args), CPU)
+        seen, _ = observe(self.program, cloned(args), self.device.device)
         layout = lay_out(self.program, seen, Choice(self.full, {}, (), (), self.config.max_copy_bytes))
         with self.device.session() as pool, torch.no_grad():
             capture = SegmentedCapture(self.program, seen, layout, self.device, pool, args)
             capture.bind_inputs(self.arena)
             _, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
-        recorded = capture.recorded
+        return self._plan((), {}, capture.recorded, None)
+
+    def _plan(self, sizes: tuple[int, ...], rung: Mapping[str, int], recorded: Recorded, fitter: Fitter | None) -> Plan:
         at_end = self.device.at_end(recorded.segments, recorded.outputs.lent())
-        replay, source = generate(recorded, at_end, self.mismatches.append, self.arena)
-        return self._plan({}, replay, source, recorded, None)
+        if at_end is not None:
+            at_end()
+        replay, source = generate(recorded, at_end, self.mismatches.append, self.arena, fitter)
+        route = Route(FULL, Batch(), sizes, rung, {}, True)
+        stats = PlanStats((), "", 0, [], {}, 0, 0.0)
+        holding = self.device.account.open(0, self.device, lambda: None)
+        return Plan(route, replay, source, static_addresses(recorded), recorded, stats, holding, fitter=fitter)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         real = self.padding.sizes(args)
@@ -152,7 +148,3 @@ class PaddedCalls:
             result = self.plans[rung].fit(real)(args)
         assert isinstance(result, tuple), result
         return result
-
-
-Check = Callable[..., Any]
-LIVE = Capture.NEVER

@@ -41,13 +41,19 @@ def snapshot(region: Region) -> RegionReport:
         evictions=sum(stats.evictions for stats in all_stats),
         settings=_settings(region.config),
         dump_dir=region.dump_dir,
-        notes=tuple(dict.fromkeys([*region.notes, *(note for runner in region.runners for note in runner.notes)])),
+        notes=_notes(region),
         traffic=traffic_of(all_stats),
         captures=sum(stats.captures for stats in all_stats),
         capture_seconds=sum(stats.capture_seconds for stats in all_stats),
         alerts=tuple(dict.fromkeys(alert.message for stats in all_stats for alert in alerts(stats))),
         **_merged(all_stats),
     )
+
+
+def _notes(region: Region) -> tuple[str, ...]:
+    """Remarks on the region, and on the sizes that its runners pad or do not."""
+    of_runners = [note for each in region.runners for note in (*each.router.notes, *each.padding.notes)]
+    return tuple(dict.fromkeys([*region.notes, *of_runners]))
 
 
 def _pieces(records: Sequence[PieceRecord]) -> tuple[PieceReport, ...]:

@@ -1,0 +1,95 @@
+"""The runner on calls that may be padded: proven once, then any size is served by a rung, or live with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcap.cudagraph import InputKind, InputSpec, Program, Size
+from tests.cudagraph.padded import LIVE, N, PaddedRegion, cloned
+from tests.cudagraph.regions import runner_of
+
+WIDTH = 3
+LADDER = [4, 8]
+
+
+def rows(num_rows: int, *rest: int) -> Tensor:
+    return torch.randn(num_rows, *(rest or (WIDTH,)))
+
+
+def assert_served(runner: Any, program: Program, args: list[Any]) -> None:
+    theirs = cloned(args)
+    expected = program.run(*theirs)
+    for mine, true in zip((*runner(*args), *args), (*expected, *theirs), strict=True):
+        torch.testing.assert_close(mine, true, rtol=0, atol=0)
+
+
+def rowwise(live: bool = False) -> Program:
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    out = region.step(lambda x: x * 2, region.step(lambda x: x + 1, x, **({"capture": LIVE} if live else {})))
+    return region.program(out, sizes=[(N, WIDTH)])
+
+
+def test_sizes_that_were_never_seen_are_replayed() -> None:
+    program = rowwise()
+    runner = runner_of(program, capture_sizes=LADDER)
+    for n in (3, 3, 3, 6, 6, 6):
+        assert_served(runner, program, [n, rows(n)])
+    replays = runner.stats.replays
+    for n in (1, 2, 4, 5, 7, 8, 2):
+        assert_served(runner, program, [n, rows(n)])
+    served = runner.stats.replays - replays
+    assert served >= 5, runner.stats  # the smallest sizes may be too much padding
+    assert {plan.key for plan in runner.stats.plans} >= {(4,), (8,)}
+
+
+def test_a_program_that_mixes_rows_runs_at_its_exact_sizes() -> None:
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    program = region.program(region.step(lambda x: x - x.mean(0), x), sizes=[(N, WIDTH)])
+    runner = runner_of(program, capture_sizes=LADDER)
+    for n in (3, 3, 3, 3, 3, 4, 4, 4, 2, 3):
+        assert_served(runner, program, [n, rows(n)])
+    assert "mixes rows" in runner.padding.refused["n"] or "depends on the padded size" in runner.padding.refused["n"]
+
+
+def test_a_number_that_follows_a_name_which_no_dim_has() -> None:
+    """``starts`` is ``num_reqs+1`` long, and nothing is ``num_reqs`` long."""
+    region = PaddedRegion()
+    starts = Size("_reqs_", 1, 1)
+    region.specs[0] = InputSpec("starts.size().0", InputKind.SCALAR, symbol="_reqs_ + 1", in_key=True, sizes=(starts,))
+    slot = region.rows("starts", size=starts, dim_names={0: "num_reqs"})
+    program = region.program(region.step(lambda s: s * 2, slot), sizes=[(starts,)])
+    runner = runner_of(program, capture_sizes={"num_reqs": LADDER}, pad={"starts": "edge"})
+    for n in (3, 3, 3, 3, 4, 2, 3, 2):
+        assert_served(runner, program, [n + 1, torch.arange(n + 1)])
+    assert runner.stats.plans[0].key == (4,)
+    assert runner.stats.replays >= 4, runner.stats
+
+
+def test_a_padded_tensor_with_another_size_that_stays_exact() -> None:
+    region = PaddedRegion()
+    region.size("m")
+    x, y = region.rows("x", Size("m"), dim_names={0: "n"}), region.rows("y", WIDTH)
+    wide = region.step(lambda x: x + 1, x)
+    program = region.program(wide, region.step(lambda y: y * 2, y), sizes=[(N, Size("m")), (N, WIDTH)])
+    runner = runner_of(program, capture_sizes={"n": LADDER, "m": [5]})
+    assert runner.padding.names == {"n": "n"}
+    for n, m in [(3, 5)] * 4 + [(2, 5), (4, 5), (3, 6), (3, 5), (2, 6)]:
+        assert_served(runner, program, [n, m, rows(n, m), rows(n)])
+    assert runner.stats.replays >= 3, runner.stats
+
+
+def test_a_live_result_whose_other_size_varies_is_cut_in_the_padded_dim_only() -> None:
+    region = PaddedRegion()
+    x, width = region.rows("x", WIDTH), region.state("width", 1)
+    doubled = region.step(lambda x: x * 2, x)
+    out = region.step(lambda x, w: x.repeat(1, int(w)), doubled, width, capture=LIVE)
+    program = region.program(out, doubled, sizes=[(N, Size("later")), (N, WIDTH)])
+    runner = runner_of(program, capture_sizes=LADDER, cudagraph_mode="PIECEWISE")
+    for n, w in [(3, 1)] * 4 + [(3, 2), (2, 3), (4, 2), (2, 1), (3, 5)]:
+        assert_served(runner, program, [n, rows(n), torch.tensor([w])])
+    assert runner.stats.replays >= 4, runner.stats

@@ -158,16 +158,17 @@ struct IdentityCheck {
   vectorcallfunc call;
   // (dict, key, held, dict, key, held, ...); held is a weak reference, or a tuple of one where the object cannot be
   // referred to weakly. Instead of a dict there may be the number of an argument. NULL once cleared. A tuple, so that a
-  // call can keep all of it alive with one reference. Those with an argument come first.
+  // call can keep all of it alive with one reference. Those that every call looks at come first.
   PyObject* entries;
-  Py_ssize_t end_of_given_entries;
+  Py_ssize_t end_of_open_entries;
   // (dict, number of keys, dict, number of keys, ...), in the same way.
   PyObject* sizes;
-  Py_ssize_t end_of_given_sizes;
+  Py_ssize_t end_of_open_sizes;
   Py_ssize_t num_arguments;
-  // Whether all dicts but the arguments are watched, and whether a write since the last look may have changed something.
-  bool is_watched;
+  // Whether the others are watched, and whether a write since the last look may have changed something.
+  bool watches;
   bool changed;
+  bool is_watched;  // whether these are all but the arguments
 };
 
 // Borrowed; NULL once the object is dead.
@@ -225,15 +226,15 @@ PyObject* IdentityCheck_call(PyObject* self, PyObject* const* args, std::size_t 
   }
   Py_INCREF(self);  // a key's __eq__ may call clear(), or let go of the check itself
   Py_INCREF(entries);
-  const bool all_was_there = check->is_watched && !check->changed;
+  const bool all_was_there = check->watches && !check->changed;
   check->changed = false;  // before the look: a write in the middle of it sets it again
   const bool all_is_there =
-      all_was_there || (all_have_their_size(sizes, check->end_of_given_sizes, PyTuple_GET_SIZE(sizes), args) &&
-                        all_hold(entries, check->end_of_given_entries, PyTuple_GET_SIZE(entries), args));
+      all_was_there || (all_have_their_size(sizes, check->end_of_open_sizes, PyTuple_GET_SIZE(sizes), args) &&
+                        all_hold(entries, check->end_of_open_entries, PyTuple_GET_SIZE(entries), args));
   check->changed = check->changed || !all_is_there;
   const bool holds = all_is_there && check->sizes != nullptr &&
-                     all_have_their_size(check->sizes, 0, check->end_of_given_sizes, args) &&
-                     all_hold(entries, 0, check->end_of_given_entries, args);
+                     all_have_their_size(check->sizes, 0, check->end_of_open_sizes, args) &&
+                     all_hold(entries, 0, check->end_of_open_entries, args);
   Py_DECREF(entries);
   Py_DECREF(self);
   return PyBool_FromLong(holds);
@@ -263,14 +264,18 @@ bool is_argument(PyObject* place, Py_ssize_t* num_arguments) {
   return true;
 }
 
-// Where the next part of a flat tuple goes: those with an argument from the begin, others from the end.
+// Where the next part of a flat tuple goes: what every call looks at from the begin, what is watched from the end.
 struct Cursor {
   Py_ssize_t begin;
   Py_ssize_t end;
-  Py_ssize_t next(bool is_given, Py_ssize_t length) {
-    begin += is_given ? length : 0;
-    end -= is_given ? 0 : length;
-    return is_given ? begin - length : end;
+  bool all_watched = true;  // but for arguments
+
+  Py_ssize_t next(bool is_given, PyObject* dict, Py_ssize_t length) {
+    const bool is_open = is_given || !dict_watch::can_watch(dict);
+    all_watched = all_watched && (is_given || !is_open);
+    begin += is_open ? length : 0;
+    end -= is_open ? 0 : length;
+    return is_open ? begin - length : end;
   }
 };
 
@@ -290,8 +295,8 @@ bool read_entry(PyObject* entry, Py_ssize_t number, PyObject* flat, Cursor& curs
   if (held == nullptr) {
     return false;
   }
-  const Py_ssize_t i = cursor.next(is_given, 3);
   PyObject* dict = PyTuple_GET_ITEM(entry, 0);
+  const Py_ssize_t i = cursor.next(is_given, dict, 3);
   Py_INCREF(dict);
   PyTuple_SET_ITEM(flat, i, dict);
   Py_INCREF(key);
@@ -318,7 +323,8 @@ bool read_entries(PyObject* given, IdentityCheck* check) {
   }
   Py_DECREF(given);
   check->entries = flat;
-  check->end_of_given_entries = cursor.begin;
+  check->end_of_open_entries = cursor.begin;
+  check->is_watched = cursor.all_watched;
   return done;
 }
 
@@ -346,39 +352,41 @@ bool read_sizes(PyObject* given, IdentityCheck* check) {
     }
     PyObject* size = PyLong_FromSsize_t(PyDict_GET_SIZE(dict));
     done = size != nullptr;
-    const Py_ssize_t k = cursor.next(is_given, 2);
+    const Py_ssize_t k = cursor.next(is_given, dict, 2);
     Py_INCREF(place);
     PyTuple_SET_ITEM(flat, k, place);
     PyTuple_SET_ITEM(flat, k + 1, size);
   }
   Py_DECREF(given);
   check->sizes = flat;
-  check->end_of_given_sizes = cursor.begin;
+  check->end_of_open_sizes = cursor.begin;
+  check->is_watched = check->is_watched && cursor.all_watched;
   return done;
 }
 
 void unwatch(IdentityCheck* check) {
+  check->watches = false;
   check->is_watched = false;
   PyObject *entries = check->entries, *sizes = check->sizes;
-  for (Py_ssize_t i = check->end_of_given_entries; entries != nullptr && i < PyTuple_GET_SIZE(entries); i += 3) {
+  for (Py_ssize_t i = check->end_of_open_entries; entries != nullptr && i < PyTuple_GET_SIZE(entries); i += 3) {
     dict_watch::remove(PyTuple_GET_ITEM(entries, i), &check->changed);
   }
-  for (Py_ssize_t i = check->end_of_given_sizes; sizes != nullptr && i < PyTuple_GET_SIZE(sizes); i += 2) {
+  for (Py_ssize_t i = check->end_of_open_sizes; sizes != nullptr && i < PyTuple_GET_SIZE(sizes); i += 2) {
     dict_watch::remove(PyTuple_GET_ITEM(sizes, i), &check->changed);
   }
 }
 
 void watch(IdentityCheck* check) {
   bool all = true;
-  for (Py_ssize_t i = check->end_of_given_entries; all && i < PyTuple_GET_SIZE(check->entries); i += 3) {
+  for (Py_ssize_t i = check->end_of_open_entries; all && i < PyTuple_GET_SIZE(check->entries); i += 3) {
     PyObject* const* entry = &PyTuple_GET_ITEM(check->entries, i);
     // As long as nobody writes to the dict it holds the object, which so keeps its address to itself.
     all = dict_watch::add(entry[0], entry[1], expected_object(entry[2]), &check->changed);
   }
-  for (Py_ssize_t i = check->end_of_given_sizes; all && i < PyTuple_GET_SIZE(check->sizes); i += 2) {
+  for (Py_ssize_t i = check->end_of_open_sizes; all && i < PyTuple_GET_SIZE(check->sizes); i += 2) {
     all = dict_watch::add(PyTuple_GET_ITEM(check->sizes, i), nullptr, nullptr, &check->changed);
   }
-  check->is_watched = all;
+  check->watches = all;
   if (!all) {
     unwatch(check);
   }

@@ -72,13 +72,23 @@ inline int watcher() {
   return id;
 }
 
-// Whether `*changed` will be set by a write after which `dict[key] is object` may no longer hold or, where `key` is
-// null, after which `dict` may have another number of keys. The dict must live until `remove`.
-inline bool add(PyObject* dict, PyObject* key, PyObject* object, bool* changed) {
-  // Another subclass may write past the functions that tell watchers.
+// Whether somebody who writes to the dict is sure to go through functions that tell watchers. Another subclass may have
+// its own way, and the attributes of an object may from 3.13 on be stored past its dict while the two share their values.
+inline bool can_watch(PyObject* dict) {
   if (watcher() < 0 || !(PyDict_CheckExact(dict) || PyODict_CheckExact(dict))) {
     return false;
   }
+#if PY_VERSION_HEX >= 0x030D0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_values == nullptr;
+#else
+  return true;
+#endif
+}
+
+// Whether `*changed` will be set by a write after which `dict[key] is object` may no longer hold or, where `key` is
+// null, after which `dict` may have another number of keys. The dict must be one that can be watched, and live until
+// `remove`.
+inline bool add(PyObject* dict, PyObject* key, PyObject* object, bool* changed) {
   try {
     watches()[dict].push_back({key, object, changed});
   } catch (...) {
@@ -116,6 +126,10 @@ inline void remove(PyObject* dict, const bool* changed) {
 }
 
 #else
+
+inline bool can_watch(PyObject*) {
+  return false;
+}
 
 inline bool add(PyObject*, PyObject*, PyObject*, bool*) {
   return false;

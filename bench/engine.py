@@ -24,13 +24,14 @@ import argparse
 import json
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import graphcap
 from bench import engine_runners, graphcaps, harness, models
 from bench.engine_runners import HAND_MADE, LIMITS, VARIANTS, Limits, Runner, Setup
 from bench.harness import say
@@ -171,9 +172,16 @@ def summary(runs: list[Served]) -> dict[str, float]:
 
 
 def modes_of(runner: Runner) -> dict[str, dict[str, int]]:
-    """Of graphcap's variants: the steps so far, by the mode that they were dispatched to."""
+    """Of graphcap's variants: the replays so far by mode, and the calls without a graph."""
     engine = getattr(runner, "__self__", None)
-    return {"modes": dict(engine.modes)} if isinstance(engine, Engine) else {}
+    if not isinstance(engine, Engine):
+        return {}
+    modes: Counter[str] = Counter()
+    for region in graphcap.explain(engine.model).regions:
+        modes["live"] += sum(region.live_calls.values())
+        for plan in region.plans:
+            modes[plan.mode] += plan.replays
+    return {"modes": dict(modes)}
 
 
 def put_rows(setup: Setup, entries: dict[str, Entry], record: Record) -> None:
@@ -185,8 +193,8 @@ def put_rows(setup: Setup, entries: dict[str, Entry], record: Record) -> None:
             speed = summary(floor.runs[traffic])["tokens_per_s"] if floor and floor.runs.get(traffic) else None
             ratio = figures["tokens_per_s"] / speed if speed else None
             key = {"model": _name_of(setup), "traffic": traffic, "variant": name}
-            row = {**entry.row, **key, "status": "ok", **figures, "x_hand_made": ratio, **modes_of(entry.runner)}
-            record.put(row)
+            row = {**entry.row, **key, "status": "ok", **figures, "x_hand_made": ratio}
+            record.put({**row, **modes_of(entry.runner)})
 
 
 def time_rounds(setup: Setup, entries: dict[str, Entry], record: Record, arguments: argparse.Namespace) -> None:

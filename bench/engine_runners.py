@@ -70,7 +70,7 @@ def plain(model: Callable[..., Tensor]) -> Runner:
     return run
 
 
-def replay_of(fn: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+def replay_of(fn: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], object], Tensor]:
     """A captured call and its static output. On a CPU, where there is no graph, the call itself into a fixed output."""
     output = fn()
     if output.device.type != "cuda":
@@ -80,21 +80,13 @@ def replay_of(fn: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         for _ in range(2):
             fn()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, pool=HandMade.pool(), stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         output = fn()
     return graph.replay, output
 
 
 class HandMade:
-    """Graphs of decode batches over static buffers; call it with a batch."""
-
-    _pool: Any = None
-
-    @classmethod
-    def pool(cls) -> Any:
-        """One memory pool for all graphs."""
-        cls._pool = cls._pool or torch.cuda.graph_pool_handle()
-        return cls._pool
+    """Graphs of decode batches over static buffers, all in one memory pool; call it with a batch."""
 
     def __init__(self, setup: Setup, compiled: Callable[..., Tensor]) -> None:
         limits, device = setup.limits, setup.model.rotary.device
@@ -108,10 +100,11 @@ class HandMade:
         self._block_tables = torch.zeros(largest, max_blocks, dtype=torch.int64, device=device)
         self._slots.fill_(-1)
         self._replays: dict[int, tuple[Callable[[], object], Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         for size in reversed(self._rungs):
             arguments = (self._ids[:size], self._positions[:size], self._slots[:size])
             batch = Batch(arguments, {"block_tables": self._block_tables[:size]}, size, size, 1)
-            self._replays[size] = replay_of(lambda batch=batch: self._mixed(batch))  # type: ignore[misc]
+            self._replays[size] = replay_of(lambda batch=batch: self._mixed(batch), pool)  # type: ignore[misc]
 
     def __call__(self, batch: Batch) -> Tensor:
         num_reqs = batch.num_reqs

@@ -200,14 +200,16 @@ def served(ladder: Ladder, subject: Subject, sizes: list[int], expected: list[Te
 
 @dataclass
 class Worker:
-    """A thread that calls a model with rows of a table and compares what comes out."""
+    """A thread that calls a model with rows of a table and compares what comes out; ``largest`` is the last rung."""
 
     model: Forward
     table: Tensor
     expected: Tensor
     most: int
+    largest: int
     seed: int
     num_calls: int = 0
+    num_beyond: int = 0
     num_rows: int = 0
     wrong_rows: int = 0
     worst_row: float = 0.0
@@ -234,6 +236,7 @@ class Worker:
             self.wrong_rows += int((~(errors <= WRONG)).sum())
             self.worst_row = max(self.worst_row, float(errors.max()))
             self.num_calls += 1
+            self.num_beyond += size > self.largest
             self.num_rows += size
 
 
@@ -254,16 +257,21 @@ def threads(ladder: Ladder, hidden: int, num_threads: int, seconds: float) -> di
         graphcap.capture(model, lambda key: ((table[: key.num_tokens],), {}))
         before += live_calls(model)
         subjects.append((model, expected))
-    workers = [Worker(*subjects[i % 2][:1], table, subjects[i % 2][1], ladder.most, i) for i in range(num_threads)]
+    workers = []
+    for seed in range(num_threads):
+        model, expected = subjects[seed % 2]
+        workers.append(Worker(model, table, expected, ladder.most, ladder.sizes[-1], seed))
     deadline = time.monotonic() + seconds
     running = [threading.Thread(target=worker.run, args=(deadline,)) for worker in workers]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
+    with graphcap.allow_capture(False):
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
     row: dict[str, Any] = {name: sum(getattr(each, name) for each in workers) for name in COUNTED}
     row["worst_row"] = max(worker.worst_row for worker in workers)
-    row["live_calls"] = sum(live_calls(model) for model, _ in subjects) - before
+    live = sum(live_calls(model) for model, _ in subjects) - before
+    row["live_in_ladder"] = live - sum(worker.num_beyond for worker in workers)
     errors = [worker.error for worker in workers if worker.error]
     return {**row, "status": errors[0] if errors else "ok"}
 

@@ -179,7 +179,6 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.free_blocks = list(range(model.num_blocks))
-        self.modes: Counter[str] = Counter()
 
     def compile_model(self, **options: Any) -> None:
         """Hand the model to graphcap: which dims change, what fills padded rows, which sizes are captured."""
@@ -250,10 +249,7 @@ class Engine:
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model, telling graphcap what kind of batch it gets."""
-        kind = {name: getattr(batch, name) for name in ("num_tokens", "num_reqs", "uniform_query_len")}
-        dispatch = graphcap.dispatch(self.model, **kind)
-        self.modes[dispatch.mode.name] += 1
-        with graphcap.step(**kind, dispatch=dispatch, inputs=batch.inputs):
+        with graphcap.step(batch.num_tokens, batch.num_reqs, batch.uniform_query_len, inputs=batch.inputs):
             return self.model(*batch.arguments)
 
     def step(self) -> list[Request]:
@@ -308,8 +304,11 @@ def main() -> None:
         tokens = generate(engine, requests)
     same = sum(mine == theirs for mine, theirs in zip(tokens, expected, strict=True))
     print(f"{same} of {len(requests)} requests have eager's tokens")
-    print("steps by mode:", dict(engine.modes))
-    print(graphcap.explain(model))
+    report, modes = graphcap.explain(model), Counter()
+    for plan in report.regions[0].plans:
+        modes[plan.mode] += plan.replays
+    print("replays by mode:", dict(modes))
+    print(report)
 
 
 if __name__ == "__main__":

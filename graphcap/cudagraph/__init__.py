@@ -6,8 +6,15 @@ In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the comp
 :mod:`~graphcap.cudagraph.capture` (the segmented capture), :mod:`~graphcap.cudagraph.recorded` (what it leaves behind),
 :mod:`~graphcap.cudagraph.outputs` and :mod:`~graphcap.cudagraph.handout` (how outputs leave,
 :mod:`~graphcap.cudagraph.generations` how long they last), :mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.padding`, :mod:`~graphcap.cudagraph.proof` and :mod:`~graphcap.cudagraph.fitted` (which sizes
+may be padded, the proof that it changes nothing, one plan for many sizes),
 :mod:`~graphcap.cudagraph.device` (what a device must do; :mod:`~graphcap.cudagraph.cuda` and
 :mod:`~graphcap.cudagraph.simulated` do it).
+
+Which sizes are captured: :mod:`~graphcap.cudagraph.ladder` and :mod:`~graphcap.cudagraph.ladders`. What is learnt from
+the calls: :mod:`~graphcap.cudagraph.stats`, :mod:`~graphcap.cudagraph.traffic`, :mod:`~graphcap.cudagraph.suggest` and
+:mod:`~graphcap.cudagraph.alerts`. What a step costs and why: :mod:`~graphcap.cudagraph.cost`.
 """
 
 from graphcap.cudagraph.bindings import Binding
@@ -17,7 +24,7 @@ from graphcap.cudagraph.instances import graph_runner
 from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, InputSpec, Program, Size, Step
 from graphcap.cudagraph.runner import GraphRunner
 from graphcap.cudagraph.simulated import SimulatedCaptureError
-from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.stats import PlanStats, RunnerStats, plans_made
 from graphcap.cudagraph.step import Dispatch, GraphKey, step
 
 __all__ = [
@@ -40,4 +47,5 @@ __all__ = [
     "device_for",
     "graph_runner",
     "step",
+    "plans_made",
 ]

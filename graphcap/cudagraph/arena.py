@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -79,6 +80,8 @@ def offsets_for(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
 class Arena:
     """One block of memory for the copied inputs of every plan of a runner; no two of its plans run at the same time.
 
+    The block belongs to the plans: it goes with the last of them.
+
     Attributes:
         holder: the padded replay whose padding lies in it; ``None`` when something else has been copied in since.
     """
@@ -86,7 +89,7 @@ class Arena:
     def __init__(self, device: GraphDevice) -> None:
         self.holder: object = None
         self._device = device
-        self._block: torch.Tensor | None = None
+        self._block: Callable[[], torch.Tensor | None] = lambda: None
 
     def buffers(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """A buffer for each tensor, and the block that must be kept alive for them.
@@ -94,7 +97,8 @@ class Arena:
         A plan that needs more than there is gets a larger block; earlier plans keep theirs.
         """
         offsets, nbytes = offsets_for(tensors)
-        if self._block is None or self._block.numel() < nbytes:
-            self._block = aligned_block(self._device, nbytes)
-        block = self._block
+        block = self._block()
+        if block is None or block.numel() < nbytes:
+            block = aligned_block(self._device, nbytes)
+            self._block = weakref.ref(block)
         return [buffer_like(block, offset, tensor) for offset, tensor in zip(offsets, tensors, strict=True)], block

@@ -27,7 +27,6 @@ from graphcap.cudagraph.recorded import (
     Failure,
     Recorded,
     captured_slots,
-    describe,
     handed_out,
     inputs_written_back,
     outputs_of,
@@ -96,6 +95,8 @@ class SegmentedCapture:
         captured_below = len(recorded.program.steps)
         if failure is not None:
             captured_below = self._first
+            if failure.out_of_memory and not recorded.segments:
+                self._give_back()
             run_live(recorded.program, self._slots, self._first)
         for index in padded_inputs_written(recorded):
             copy_into(self._padded[index], recorded.stand_ins[index])
@@ -104,8 +105,23 @@ class SegmentedCapture:
             try:
                 recorded.outputs = handed_out(recorded, recorded.outputs, self._slots, policy, self._device)
             except Exception as error:  # no memory for a ring: this call still has clones to return
-                failure = Failure((), describe(error))
-        return recorded.outputs.collect(self._slots), failure
+                failure = Failure.of(error)
+        try:
+            return recorded.outputs.collect(self._slots), failure
+        except torch.OutOfMemoryError as error:  # every effect has happened: hand out what there is, and keep no plan
+            return recorded.outputs.uncopied().collect(self._slots), Failure.of(error)
+
+    def _give_back(self) -> None:
+        """Nothing recorded has run, so nothing reads what the recordings hold, and the live run needs the memory."""
+        recorded = self.recorded
+        for step in recorded.program.steps[self._first :]:
+            for slot in step.writes:
+                self._slots[slot] = None
+        self._bound, recorded.pool = [], None
+        if not any(self._slots[slot] is stand_in for slot, stand_in in recorded.stand_ins.items()):
+            recorded.blocks.clear()
+            recorded.stand_ins.clear()
+            recorded.memory.homes.clear()
 
     def _run_segments(self, bar: Progress) -> Failure | None:
         for number, step in enumerate(self.recorded.program.steps):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 #: Relative to the size of a row: what another choice of kernels may change, and a division by the wrong size exceeds.
 _TOLERANCE = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 5e-3, torch.complex64: 5e-3}
 _TOLERANCE_HALF = 5e-2  #: for everything with fewer bits
+_PART = 2**24  #: elements compared at once: a cache may fill the device
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -14,7 +17,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
     Infinite where only one is NaN, and for numbers that are no floats.
     """
-    a, b = _comparable(a), _comparable(b)
+    return max((_distance(*pair) for pair in _in_parts(_comparable(a), _comparable(b))), default=0.0)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    if torch.equal(a, b):
+        return 0.0
     differs = ~((a == b) | ((a != a) & (b != b)))
     if not bool(differs.any()):
         return 0.0
@@ -29,10 +37,13 @@ def departs(value: torch.Tensor, truth: torch.Tensor) -> bool:
 
     Numbers that are no floats must be equal.
     """
-    if distance(value, truth) == 0.0:
-        return False
     tolerance = _TOLERANCE.get(truth.dtype, _TOLERANCE_HALF)
-    a, b = _comparable(value), _comparable(truth)
+    return any(_departs(*pair, tolerance) for pair in _in_parts(_comparable(value), _comparable(truth)))
+
+
+def _departs(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    if _distance(a, b) == 0.0:
+        return False
     if not a.is_floating_point():
         return True
     equal = (a == b) | ((a != a) & (b != b))
@@ -42,6 +53,17 @@ def departs(value: torch.Tensor, truth: torch.Tensor) -> bool:
     size = torch.where(b.isfinite(), b, 0).double()
     rows, sizes = (apart.norm(dim=-1), size.norm(dim=-1)) if b.dim() > 1 else (apart.abs(), size.abs())
     return bool((rows > tolerance * (sizes + sizes.mean())).any())
+
+
+def _in_parts(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both, cut into parts that leave room for what a comparison allocates; rows stay whole."""
+    sizes = list(a.shape[:-1])
+    if a.numel() <= _PART or not sizes or max(sizes) < 2:
+        yield a, b
+        return
+    dim = sizes.index(max(sizes))
+    for one, other in zip(a.tensor_split(2, dim), b.tensor_split(2, dim), strict=True):
+        yield from _in_parts(one, other)
 
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:

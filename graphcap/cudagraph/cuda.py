@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,6 @@ class CudaPool:
         generators: Sequence[torch.Generator] = (),
     ) -> None:
         """Open a pool of its own, or allocate from ``backing``, a pool of the user, which then stays alive as long."""
-        self._backing = backing
         self._index = stream.device.index
         self.handle: Any = torch.cuda.graph_pool_handle() if backing is None else backing.id
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
@@ -59,6 +59,7 @@ class CudaPool:
             self._replay_anchor()
             if self._scratch.item() != 0:
                 raise RuntimeError("a recorded CUDA graph had no effect when it was launched")
+        self._backing = backing  # the last attribute, so the last to go: torch insists that nothing uses it by then
 
     def nbytes(self) -> int:
         """What the pool has taken from the device, its free blocks included."""
@@ -117,8 +118,8 @@ class CudaRecording:
         except RuntimeError as error:
             if "not in capture mode" in str(error):  # torch's words about a generator that the graph does not know
                 raise RuntimeError(
-                    f"{error} A generator other than the default one: graphcap.register_generator(generator) before "
-                    "the capture lets it be captured."
+                    "it draws from a generator that is not the default one: graphcap.register_generator(generator) "
+                    f"before the capture lets graphs know it ({error})"
                 ) from error
             raise
         return results
@@ -152,7 +153,9 @@ class CudaRecording:
         ended = False
         if self._open:
             self._open = False
-            with contextlib.suppress(Exception):  # invalidated: what follows undoes what capture_end left undone
+            # Invalidated, it raises: what follows undoes what capture_end left undone. Empty, it warns of that.
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 self._graph.capture_end()
                 ended = True
         if end_allocation_to_pool(self._index, self._pool.handle):
@@ -284,8 +287,12 @@ class CudaDevice(Device):
         return default_limit(self._index)
 
     def trim(self) -> None:
-        """Torch gives cached memory back by itself when it runs out, but not while a capture is under way."""
-        torch.cuda.empty_cache()
+        """Torch gives cached memory back by itself when it runs out, but not while a capture is under way.
+
+        Not where there are plans: what a capture then takes cannot leave their pool again, and a live call needs it.
+        """
+        if not any(each() is not None for each in self._pools):
+            torch.cuda.empty_cache()
 
     def forked(self) -> None:
         """CUDA does not work in the child: calls run live there, and torch says so."""

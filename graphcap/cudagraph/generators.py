@@ -32,4 +32,5 @@ def register_generator(generator: torch.Generator) -> None:
 def registered(device: torch.device) -> list[torch.Generator]:
     """The generators of this device that were registered and are alive."""
     with _lock:
-        return [each for each in _registered if each.device == device]
+        alive = list(_registered)
+    return [each for each in alive if each.device.type == device.type and each.device.index in (None, device.index)]

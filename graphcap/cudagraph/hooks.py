@@ -12,7 +12,13 @@ call.
 
 Example::
 
-    handle = graphcap.hooks.on_capture_exit(lambda: torch.cuda.current_stream().wait_stream(copies))
+    def join():
+        with torch.cuda.stream(copies):
+            forked = torch.cuda.is_current_stream_capturing()
+        if forked:  # in this capture: to wait for work outside of it is not allowed
+            torch.cuda.current_stream().wait_stream(copies)
+
+    handle = graphcap.hooks.on_capture_exit(join)
     ...
     handle.remove()
 """

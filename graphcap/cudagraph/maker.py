@@ -116,9 +116,8 @@ class PlanMaker:
         self._table.drop_if(lambda plan: bool(steps.keys() - plan.recorded.layout.live.keys()))
 
     def clear(self) -> None:
-        """Give up static memory, and what is known about the room on the device."""
+        """Give up the buffers of step inputs, and what is known about the room on the device."""
         self._servings.clear()
-        self._arena = Arena(self._device)
         self._room.clear()
 
     def forget(self, route: Route) -> None:
@@ -245,8 +244,11 @@ class PlanMaker:
         with contextlib.ExitStack() as session:
             try:
                 before = self._device.usage()
-                pool = session.enter_context(self._device.session())
-                capture = SegmentedCapture(self._program, known, layout, self._device, pool, args)
+                # Nobody but the capture may hold the pool: it gives it back when the device turns out to be full.
+                entered = self._device.session()
+                capture = SegmentedCapture(
+                    self._program, known, layout, self._device, session.enter_context(entered), args
+                )
                 capture.bind_inputs(self._arena)
             except Exception as error:
                 self._note_failure(route, Failure.of(error))

@@ -102,6 +102,11 @@ class OutputPlan:
             self.generations.hand_out([made[slot] for slot, maker in self.makers.items() if isinstance(maker, Clone)])
         return tuple(each.value if isinstance(each, Constant) else made[each] for each in self.order)
 
+    def uncopied(self) -> OutputPlan:
+        """The same without a copy, for a plan that will never run again: the outputs own the memory they lie in."""
+        makers = {slot: AsIs(slot) if isinstance(maker, Clone) else maker for slot, maker in self.makers.items()}
+        return OutputPlan(self.order, makers, ())
+
 
 @dataclass(frozen=True, slots=True)
 class StaticMemory:

@@ -1,8 +1,13 @@
 """What padding means for one program: which sizes may grow to the next rung, and how a call is padded and cut back.
 
 A symbol is padded only where the user declared it in every tensor that carries it. Everything else runs at its exact
-size, and :attr:`Padding.refused` says why. Nothing here runs the program; :mod:`~graphcap.cudagraph.proof` does, before
-the first padded plan is made.
+size, and :attr:`Padding.refused` says why. Nothing here runs the program.
+
+The way of a call whose sizes meet a rung: :meth:`Padding.why_not_to` (else the call is an exact one); for the first
+plan of a program :func:`~graphcap.cudagraph.proof.prove`, for further rungs
+:func:`~graphcap.cudagraph.proof.warm_up_padded`, both of which serve the call; at the next call a capture of
+:meth:`Padding.pad` with ``Choice.padded``, ended by :meth:`Padding.hand_back`; from then on the plan's replay fitted to
+the real sizes (:mod:`~graphcap.cudagraph.fitted`).
 """
 
 from __future__ import annotations

@@ -66,6 +66,10 @@ class Route:
         """By which plans are kept."""
         return self.mode, self.batch, self.sizes
 
+    def computed(self, real: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes that a batch of these is computed at: padded where the plan depends on them."""
+        return tuple(size if at is None else at for size, at in zip(real, self.sizes, strict=True))
+
 
 class Router:
     """Routes for the calls of one program.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph.alerts import warn_once
 from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.device import GraphDevice
 from graphcap.cudagraph.maker import ELSEWHERE, Parts, PlanMaker
@@ -30,6 +31,7 @@ from graphcap.cudagraph.stats import RunnerStats, SizeStats
 from graphcap.cudagraph.step import Dispatch, GraphKey, current, step
 from graphcap.cudagraph.verify import Inspector
 
+_ALERT_EVERY = 128  #: live calls between two looks at the counters
 _MAX_REPLACED = 2  #: how often a plan gives way to one for another layout of the inputs under the same key
 
 
@@ -135,6 +137,8 @@ class GraphRunner:
     def _note_live(self, args: tuple[Any, ...], reason: str) -> None:
         self.stats.live_calls[reason] += 1
         self._size_stats(args).live += 1
+        if self.stats.live_calls.total() % _ALERT_EVERY == 0:
+            warn_once(self.program.name, self.stats)
 
     def _first_of_its_kind(self, key: Hashable, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """No way is known for such a call."""
@@ -156,7 +160,7 @@ class GraphRunner:
         replay = plan.fit(self.padding.sizes(args) or {})
         if plan.serving is not None and plan.serving.is_used:
             replay = _with_inputs(replay, plan.serving)
-        self._table.lead(Served(replay, plan, key, plan.stats, plan.holding, self._size_stats(args)))
+        self._table.lead(Served(replay, plan, key, plan.stats, plan.holding, self._size_stats(args, plan.route)))
         return self(*args)
 
     def _approach(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
@@ -174,6 +178,8 @@ class GraphRunner:
         made = self._maker.serve(route, args, said)
         if made.reason:
             self._note_live(args, made.reason)
+        else:
+            warn_once(self.program.name, self.stats)
         return made.outputs
 
     def _unfit(self, plan: Plan, why: Unfit | None, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
@@ -192,10 +198,11 @@ class GraphRunner:
             self._table.drop(route.key)
         return self._live(args, why.value)
 
-    def _size_stats(self, args: tuple[Any, ...]) -> SizeStats:
-        sizes = self._sizes(args)
-        sizes = sizes if isinstance(sizes, tuple) else (sizes,)
-        return self.stats.of_size(sizes, self.router.rung_of(sizes))
+    def _size_stats(self, args: tuple[Any, ...], route: Route | None = None) -> SizeStats:
+        """The counter of a call: at the sizes of the route that serves it, or else of the rung that would."""
+        found = self._sizes(args)
+        sizes = found if isinstance(found, tuple) else (found,)
+        return self.stats.of_size(sizes, self.router.rung_of(sizes) if route is None else route.computed(sizes))
 
     def _barred(self, route: Route) -> str:
         return self._attempts.barred(route, self._table.num_undeclared) or self._maker.no_room(route)

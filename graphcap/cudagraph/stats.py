@@ -10,6 +10,19 @@ from typing import Any
 _MAX_SIZES = 65536  #: sizes that are counted
 
 
+class PlansMade:
+    """How many plans this process has made; who relies on what was true when one was made can tell that there is a new
+    one."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+plans_made = PlansMade()
+
+
 @dataclass(slots=True)
 class PlanStats:
     """One captured shape.
@@ -115,6 +128,7 @@ class RunnerStats:
         self.plans.append(plan)
         self.captures += 1
         self.capture_seconds += plan.seconds
+        plans_made.count += 1
         if self.on_plan is not None:
             self.on_plan(plan)
 

@@ -29,8 +29,8 @@ class Demand:
     Attributes:
         size: the size of the dim.
         calls: how many calls had it.
-        rows: what the other dims of those calls multiply to, added up; the number of calls where there are none. Every
-            unit of padding of this dim costs that many tokens.
+        rows: the tokens that one more of this size would cost them all: the number of calls, or where dims multiply to
+            tokens the product of the others, added up over the calls.
     """
 
     size: int

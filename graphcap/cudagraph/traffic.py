@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from graphcap.cudagraph.ladders import TOKENS
 from graphcap.cudagraph.stats import RunnerStats
 
 
@@ -35,7 +36,8 @@ class SizeSeen:
 class Traffic:
     """The sizes of a region's calls: a snapshot.
 
-    Tokens are counted over all named dims: a batch of 3 sequences of 100 is 300 tokens.
+    Tokens are what the dim ``num_tokens`` counts. Without such a dim they are the product of all: a batch of 3
+    sequences of 100 is 300 tokens.
 
     Attributes:
         names: the named dims.
@@ -70,12 +72,12 @@ class Traffic:
     @property
     def tokens(self) -> int:
         """Tokens that callers brought to replays."""
-        return sum(each.replays * math.prod(each.size) for each in self._served())
+        return sum(each.replays * self._tokens_in(each.size) for each in self._served())
 
     @property
     def padded_tokens(self) -> int:
         """Tokens that replays computed for nobody."""
-        return sum(each.replays * (math.prod(each.served_at) - math.prod(each.size)) for each in self._served())
+        return sum(each.replays * self._tokens_in(each.served_at) for each in self._served()) - self.tokens
 
     @property
     def padding_waste(self) -> float:
@@ -83,17 +85,20 @@ class Traffic:
         padded = self.padded_tokens
         return padded / (self.tokens + padded) if padded else 0.0
 
+    def _tokens_in(self, size: tuple[int, ...]) -> int:
+        return size[self.names.index(TOKENS)] if TOKENS in self.names else math.prod(size)
+
     def _served(self) -> Iterator[SizeSeen]:
         return (each for each in self.seen if each.replays)
 
 
 def traffic_of(runners: Iterable[RunnerStats]) -> Traffic:
-    """The traffic of runners that share their named dims, added up; of others only those like the first one."""
+    """The traffic of runners, added up: of those with the dims of the first one that has any."""
     names: tuple[str, ...] = ()
     counted: dict[tuple[tuple[int, ...], tuple[int, ...] | None], SizeSeen] = {}
     for stats in runners:
         names = names or stats.dim_names
-        if stats.dim_names != names:
+        if not names or stats.dim_names != names:  # without dims there are no sizes to tell apart
             continue
         for key, each in list(stats.sizes.items()):  # a snapshot: another thread may be adding a size
             before = counted.get(key, SizeSeen(each.size, each.rung, 0, 0))

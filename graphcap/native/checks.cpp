@@ -8,6 +8,7 @@
 
 #include <c10/core/impl/COW.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 #include <vector>
@@ -156,11 +157,15 @@ struct IdentityCheck {
   PyObject_HEAD
   vectorcallfunc call;
   // (dict, key, held, dict, key, held, ...); held is a weak reference, or a tuple of one where the object cannot be
-  // referred to weakly. NULL once cleared. A tuple, so that a call can keep all of it alive with one reference.
+  // referred to weakly. Instead of a dict there may be the number of an argument. NULL once cleared. A tuple, so that a
+  // call can keep all of it alive with one reference. Those with an argument come first.
   PyObject* entries;
-  // (dict, number of keys, dict, number of keys, ...). NULL once cleared.
+  Py_ssize_t end_of_given_entries;
+  // (dict, number of keys, dict, number of keys, ...), in the same way.
   PyObject* sizes;
-  // Whether all of it is watched, and whether a write since the last look may have changed something.
+  Py_ssize_t end_of_given_sizes;
+  Py_ssize_t num_arguments;
+  // Whether all dicts but the arguments are watched, and whether a write since the last look may have changed something.
   bool is_watched;
   bool changed;
 };
@@ -174,10 +179,14 @@ PyObject* expected_object(PyObject* held) {
   return object == Py_None ? nullptr : object;
 }
 
-bool all_hold(PyObject* entries) {
-  const Py_ssize_t size = PyTuple_GET_SIZE(entries);
-  for (Py_ssize_t i = 0; i < size; i += 3) {
-    PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(entries, i), PyTuple_GET_ITEM(entries, i + 1));
+PyObject* dict_at(PyObject* place, PyObject* const* arguments) {
+  return PyLong_Check(place) ? arguments[PyLong_AsSsize_t(place)] : place;
+}
+
+bool all_hold(PyObject* entries, Py_ssize_t begin, Py_ssize_t end, PyObject* const* arguments) {
+  for (Py_ssize_t i = begin; i < end; i += 3) {
+    PyObject* dict = dict_at(PyTuple_GET_ITEM(entries, i), arguments);
+    PyObject* found = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(entries, i + 1));
     if (found == nullptr) {
       PyErr_Clear();  // a key's __eq__ raised; without an error there is nothing to clear
       return false;
@@ -189,34 +198,42 @@ bool all_hold(PyObject* entries) {
   return true;
 }
 
-bool all_have_their_size(PyObject* sizes) {
-  const Py_ssize_t size = PyTuple_GET_SIZE(sizes);
-  for (Py_ssize_t i = 0; i < size; i += 2) {
-    if (PyDict_GET_SIZE(PyTuple_GET_ITEM(sizes, i)) != PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, i + 1))) {
+bool all_have_their_size(PyObject* sizes, Py_ssize_t begin, Py_ssize_t end, PyObject* const* arguments) {
+  for (Py_ssize_t i = begin; i < end; i += 2) {
+    PyObject* dict = dict_at(PyTuple_GET_ITEM(sizes, i), arguments);
+    if (PyDict_GET_SIZE(dict) != PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, i + 1))) {
       return false;
     }
   }
   return true;
 }
 
-PyObject* IdentityCheck_call(PyObject* self, PyObject* const*, std::size_t nargsf, PyObject* names) {
-  if (PyVectorcall_NARGS(nargsf) != 0 || (names != nullptr && PyTuple_GET_SIZE(names) != 0)) {
-    PyErr_SetString(PyExc_TypeError, "IdentityCheck takes no arguments");
+PyObject* IdentityCheck_call(PyObject* self, PyObject* const* args, std::size_t nargsf, PyObject* names) {
+  auto* check = reinterpret_cast<IdentityCheck*>(self);
+  const Py_ssize_t num_arguments = PyVectorcall_NARGS(nargsf);
+  bool fits = names == nullptr || PyTuple_GET_SIZE(names) == 0;
+  for (Py_ssize_t i = 0; i < num_arguments; ++i) {
+    fits = fits && PyDict_Check(args[i]);
+  }
+  if (!fits || (num_arguments != check->num_arguments && check->entries != nullptr)) {
+    PyErr_Format(PyExc_TypeError, "IdentityCheck takes %zd dicts", check->num_arguments);
     return nullptr;
   }
-  auto* check = reinterpret_cast<IdentityCheck*>(self);
-  if (check->is_watched && !check->changed) {
-    Py_RETURN_TRUE;
-  }
-  PyObject* entries = check->entries;
+  PyObject *entries = check->entries, *sizes = check->sizes;
   if (entries == nullptr) {
     Py_RETURN_FALSE;
   }
   Py_INCREF(self);  // a key's __eq__ may call clear(), or let go of the check itself
   Py_INCREF(entries);
+  const bool all_was_there = check->is_watched && !check->changed;
   check->changed = false;  // before the look: a write in the middle of it sets it again
-  const bool holds = all_have_their_size(check->sizes) && all_hold(entries);
-  check->changed = check->changed || !holds;
+  const bool all_is_there =
+      all_was_there || (all_have_their_size(sizes, check->end_of_given_sizes, PyTuple_GET_SIZE(sizes), args) &&
+                        all_hold(entries, check->end_of_given_entries, PyTuple_GET_SIZE(entries), args));
+  check->changed = check->changed || !all_is_there;
+  const bool holds = all_is_there && check->sizes != nullptr &&
+                     all_have_their_size(check->sizes, 0, check->end_of_given_sizes, args) &&
+                     all_hold(entries, 0, check->end_of_given_entries, args);
   Py_DECREF(entries);
   Py_DECREF(self);
   return PyBool_FromLong(holds);
@@ -232,10 +249,37 @@ PyObject* hold(PyObject* object) {
   return held;
 }
 
-// Fills in items i, i + 1, i + 2 of `flat`; false with an exception set.
-bool read_entry(PyObject* entry, PyObject* flat, Py_ssize_t i) {
-  if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != 3 || !PyDict_Check(PyTuple_GET_ITEM(entry, 0))) {
-    PyErr_Format(PyExc_TypeError, "entry %zd: expected a tuple (dict, key, object), got %R", i / 3, entry);
+// Whether it is the number of an argument; counts arguments.
+bool is_argument(PyObject* place, Py_ssize_t* num_arguments) {
+  if (!PyLong_CheckExact(place)) {
+    return false;
+  }
+  const Py_ssize_t number = PyLong_AsSsize_t(place);
+  if (number < 0) {
+    PyErr_Clear();
+    return false;
+  }
+  *num_arguments = std::max(*num_arguments, number + 1);
+  return true;
+}
+
+// Where the next part of a flat tuple goes: those with an argument from the begin, others from the end.
+struct Cursor {
+  Py_ssize_t begin;
+  Py_ssize_t end;
+  Py_ssize_t next(bool is_given, Py_ssize_t length) {
+    begin += is_given ? length : 0;
+    end -= is_given ? 0 : length;
+    return is_given ? begin - length : end;
+  }
+};
+
+// Fills in three items of `flat`; false with an exception set.
+bool read_entry(PyObject* entry, Py_ssize_t number, PyObject* flat, Cursor& cursor, Py_ssize_t* num_arguments) {
+  const bool is_tuple = PyTuple_Check(entry) && PyTuple_GET_SIZE(entry) == 3;
+  const bool is_given = is_tuple && is_argument(PyTuple_GET_ITEM(entry, 0), num_arguments);
+  if (!is_given && !(is_tuple && PyDict_Check(PyTuple_GET_ITEM(entry, 0)))) {
+    PyErr_Format(PyExc_TypeError, "entry %zd: expected a tuple (dict, key, object), got %R", number, entry);
     return false;
   }
   PyObject* key = PyTuple_GET_ITEM(entry, 1);
@@ -246,6 +290,7 @@ bool read_entry(PyObject* entry, PyObject* flat, Py_ssize_t i) {
   if (held == nullptr) {
     return false;
   }
+  const Py_ssize_t i = cursor.next(is_given, 3);
   PyObject* dict = PyTuple_GET_ITEM(entry, 0);
   Py_INCREF(dict);
   PyTuple_SET_ITEM(flat, i, dict);
@@ -258,69 +303,79 @@ bool read_entry(PyObject* entry, PyObject* flat, Py_ssize_t i) {
   return true;
 }
 
-// The items of `entries` as they are kept; new, NULL with an exception set.
-PyObject* flat_entries(PyObject* given) {
+// Fills in entries; false with an exception set.
+bool read_entries(PyObject* given, IdentityCheck* check) {
   given = PySequence_Tuple(given);
   if (given == nullptr) {
-    return nullptr;
+    return false;
   }
   const Py_ssize_t count = PyTuple_GET_SIZE(given);
+  Cursor cursor{0, 3 * count};
   PyObject* flat = PyTuple_New(3 * count);
-  for (Py_ssize_t i = 0; flat != nullptr && i < count; ++i) {
-    if (!read_entry(PyTuple_GET_ITEM(given, i), flat, 3 * i)) {
-      Py_CLEAR(flat);
-    }
+  bool done = flat != nullptr;
+  for (Py_ssize_t i = 0; done && i < count; ++i) {
+    done = read_entry(PyTuple_GET_ITEM(given, i), i, flat, cursor, &check->num_arguments);
   }
   Py_DECREF(given);
-  return flat;
+  check->entries = flat;
+  check->end_of_given_entries = cursor.begin;
+  return done;
 }
 
-// The dicts with the number of keys that each has now; new, NULL with an exception set.
-PyObject* flat_sizes(PyObject* given) {
+// Fills in the dicts with the number of keys that each has now; false with an exception set.
+bool read_sizes(PyObject* given, IdentityCheck* check) {
   given = given == nullptr ? PyTuple_New(0) : PySequence_Tuple(given);
   if (given == nullptr) {
-    return nullptr;
+    return false;
   }
   const Py_ssize_t count = PyTuple_GET_SIZE(given);
+  Cursor cursor{0, 2 * count};
   PyObject* flat = PyTuple_New(2 * count);
-  for (Py_ssize_t i = 0; flat != nullptr && i < count; ++i) {
-    PyObject* dict = PyTuple_GET_ITEM(given, i);
-    if (!PyDict_Check(dict)) {
-      PyErr_Format(PyExc_TypeError, "sized %zd: expected a dict, got %R", i, dict);
-      Py_CLEAR(flat);
+  bool done = flat != nullptr;
+  for (Py_ssize_t i = 0; done && i < count; ++i) {
+    PyObject *dict = PyTuple_GET_ITEM(given, i), *place = dict;
+    if (PyTuple_Check(dict) && PyTuple_GET_SIZE(dict) == 2) {
+      place = PyTuple_GET_ITEM(dict, 0);
+      dict = PyTuple_GET_ITEM(dict, 1);
+    }
+    const bool is_given = is_argument(place, &check->num_arguments);
+    done = PyDict_Check(dict) && (is_given || place == dict);
+    if (!done) {
+      PyErr_Format(PyExc_TypeError, "sized %zd: expected a dict, got %R", i, PyTuple_GET_ITEM(given, i));
       break;
     }
     PyObject* size = PyLong_FromSsize_t(PyDict_GET_SIZE(dict));
-    if (size == nullptr) {
-      Py_CLEAR(flat);
-      break;
-    }
-    Py_INCREF(dict);
-    PyTuple_SET_ITEM(flat, 2 * i, dict);
-    PyTuple_SET_ITEM(flat, 2 * i + 1, size);
+    done = size != nullptr;
+    const Py_ssize_t k = cursor.next(is_given, 2);
+    Py_INCREF(place);
+    PyTuple_SET_ITEM(flat, k, place);
+    PyTuple_SET_ITEM(flat, k + 1, size);
   }
   Py_DECREF(given);
-  return flat;
+  check->sizes = flat;
+  check->end_of_given_sizes = cursor.begin;
+  return done;
 }
 
 void unwatch(IdentityCheck* check) {
   check->is_watched = false;
-  for (Py_ssize_t i = 0; check->entries != nullptr && i < PyTuple_GET_SIZE(check->entries); i += 3) {
-    dict_watch::remove(PyTuple_GET_ITEM(check->entries, i), &check->changed);
+  PyObject *entries = check->entries, *sizes = check->sizes;
+  for (Py_ssize_t i = check->end_of_given_entries; entries != nullptr && i < PyTuple_GET_SIZE(entries); i += 3) {
+    dict_watch::remove(PyTuple_GET_ITEM(entries, i), &check->changed);
   }
-  for (Py_ssize_t i = 0; check->sizes != nullptr && i < PyTuple_GET_SIZE(check->sizes); i += 2) {
-    dict_watch::remove(PyTuple_GET_ITEM(check->sizes, i), &check->changed);
+  for (Py_ssize_t i = check->end_of_given_sizes; sizes != nullptr && i < PyTuple_GET_SIZE(sizes); i += 2) {
+    dict_watch::remove(PyTuple_GET_ITEM(sizes, i), &check->changed);
   }
 }
 
 void watch(IdentityCheck* check) {
   bool all = true;
-  for (Py_ssize_t i = 0; all && i < PyTuple_GET_SIZE(check->entries); i += 3) {
+  for (Py_ssize_t i = check->end_of_given_entries; all && i < PyTuple_GET_SIZE(check->entries); i += 3) {
     PyObject* const* entry = &PyTuple_GET_ITEM(check->entries, i);
     // As long as nobody writes to the dict it holds the object, which so keeps its address to itself.
     all = dict_watch::add(entry[0], entry[1], expected_object(entry[2]), &check->changed);
   }
-  for (Py_ssize_t i = 0; all && i < PyTuple_GET_SIZE(check->sizes); i += 2) {
+  for (Py_ssize_t i = check->end_of_given_sizes; all && i < PyTuple_GET_SIZE(check->sizes); i += 2) {
     all = dict_watch::add(PyTuple_GET_ITEM(check->sizes, i), nullptr, nullptr, &check->changed);
   }
   check->is_watched = all;
@@ -335,19 +390,17 @@ PyObject* IdentityCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", const_cast<char**>(names), &given, &sized)) {
     return nullptr;
   }
-  PyObject* entries = flat_entries(given);
-  PyObject* sizes = entries == nullptr ? nullptr : flat_sizes(sized);
-  PyObject* self = sizes == nullptr ? nullptr : type->tp_alloc(type, 0);
+  PyObject* self = type->tp_alloc(type, 0);  // zeroed
   if (self == nullptr) {
-    Py_XDECREF(entries);
-    Py_XDECREF(sizes);
     return nullptr;
   }
   auto* check = reinterpret_cast<IdentityCheck*>(self);
   check->call = IdentityCheck_call;
-  check->entries = entries;
-  check->sizes = sizes;
   check->changed = true;  // nobody has looked yet
+  if (!read_entries(given, check) || !read_sizes(sized, check)) {
+    Py_DECREF(self);
+    return nullptr;
+  }
   watch(check);
   return self;
 }

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar, cast
@@ -30,7 +30,7 @@ class AddressCheck(Protocol):
 class IdentityCheck(Protocol):
     """See :class:`graphcap.native.fallback.IdentityCheck`."""
 
-    def __call__(self) -> bool: ...
+    def __call__(self, *arguments: dict[Any, Any]) -> bool: ...
 
     def clear(self) -> None: ...
 
@@ -50,9 +50,7 @@ class Extension:
         """A check that tensors still begin at these addresses; contract and errors: ``fallback.AddressCheck``."""
         return cast(AddressCheck, self._implementation().AddressCheck(indices, addresses))
 
-    def identity_check(
-        self, entries: Sequence[tuple[dict[Any, Any], Hashable, object]], sized: Sequence[dict[Any, Any]] = ()
-    ) -> IdentityCheck:
+    def identity_check(self, entries: Sequence[fallback.Entry], sized: Sequence[fallback.Sized] = ()) -> IdentityCheck:
         """A check that dicts still hold these very objects; contract and errors: ``fallback.IdentityCheck``."""
         return cast(IdentityCheck, self._implementation().IdentityCheck(entries, sized))
 

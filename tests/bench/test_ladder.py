@@ -53,10 +53,11 @@ def test_a_worker_counts_wrong_rows() -> None:
             raise RuntimeError("enough")
         return x if calls == 1 else x.roll(1, dims=1)
 
-    worker = ladder.Worker(model, table_rows, table_rows, most=4, seed=0)
+    worker = ladder.Worker(model, table_rows, table_rows, most=4, largest=2, seed=0)
     worker.run(deadline=float("inf"))
     assert worker.error == "failed: RuntimeError: enough"
     assert (worker.num_calls, worker.wrong_rows > 0) == (2, True)
+    assert worker.num_beyond <= 2
     assert worker.wrong_rows < worker.num_rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphcap.config import Config
-from graphcap.cudagraph import Capture, Constant, InputKind, InputSpec, Program, Size
+from graphcap.cudagraph import Capture, Constant, GraphDevice, InputKind, InputSpec, Program, Size
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.bindings import Choice
 from graphcap.cudagraph.capture import SegmentedCapture
@@ -75,8 +75,9 @@ def proof_of(
     sizes = {"n": rung} if isinstance(rung, int) else rung
     assert padding, padding.refused
     assert not padding.why_not_to(sizes, args)
-    seen, _ = observe(program, cloned(args), CPU)
-    return prove(program, args, padding, sizes, seen, CPU, max_bytes)
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    seen, _ = observe(program, cloned(args), device)
+    return prove(program, args, padding, sizes, seen, device, max_bytes)
 
 
 def cloned(args: Sequence[Any]) -> list[Any]:
@@ -86,11 +87,13 @@ def cloned(args: Sequence[Any]) -> list[Any]:
 class PaddedCalls:
     """A runner that does one thing: it keeps a plan for each rung and serves each call from the smallest that fits."""
 
-    def __init__(self, program: Program, *, full: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, program: Program, *, device: GraphDevice | None = None, full: bool = True, **settings: Any
+    ) -> None:
         self.program, self.full = program, full
         self.config = Config(**settings)
         self.padding = Padding(program, self.config)
-        self.device = SimulatedDevice()
+        self.device: GraphDevice = device or SimulatedDevice()
         self.arena = Arena(self.device)
         self.plans: dict[tuple[int, ...], Plan] = {}
         self.mismatches: list[str] = []
@@ -98,7 +101,7 @@ class PaddedCalls:
 
     def capture(self, rung: Mapping[str, int], args: Sequence[Any]) -> tuple[Any, ...]:
         """Warm up with copies of the arguments, capture with the arguments; the outputs of the capturing call."""
-        known, _ = warm_up_padded(self.program, cloned(args), self.padding, rung, CPU)
+        known, _ = warm_up_padded(self.program, cloned(args), self.padding, rung, self.device.device)
         choice = Choice(self.full, {}, (), (), self.config.max_copy_bytes, padded=self.padding.inputs)
         layout = lay_out(self.program, known, choice)
         padded = self.padding.pad(args, rung)
@@ -112,7 +115,8 @@ class PaddedCalls:
         fitter = Fitter(self.padding, self.padding.goal(args, rung), recorded, self.arena)
         at_end = self.device.at_end(recorded.segments, recorded.outputs.lent())
         handed = self.padding.hand_back(args, padded, outputs, known)
-        at_end()
+        if at_end is not None:
+            at_end()
         replay, source = generate(recorded, at_end, self.mismatches.append, self.arena, fitter)
         self.plans[tuple(rung.values())] = self._plan(rung, replay, source, recorded, fitter)
         return handed

@@ -46,8 +46,12 @@ def test_most_calls_ran_live(live: int, replays: int, given: bool) -> None:
         assert "51 of them for this reason: max_plans=1 reached" in alerts(stats)[0].message
 
 
-def test_warm_ups_are_no_reason() -> None:
-    assert causes(RunnerStats(live_calls=Counter({"warm-up": 1000}))) == []
+@pytest.mark.parametrize(
+    "reason", ["warm-up", "cudagraph_mode=NONE", "max_mode=NONE", "dispatched to run without a graph"]
+)
+def test_what_was_asked_for_is_no_reason(reason: str) -> None:
+    assert causes(RunnerStats(live_calls=Counter({reason: 1000}))) == []
+    assert causes(RunnerStats(live_calls=Counter({reason: 1000, "odd strides": 101}))) == ["live"]
 
 
 def test_sizes_that_no_rung_serves() -> None:

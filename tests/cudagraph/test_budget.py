@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphcap.cudagraph import GraphRunner
+from graphcap.cudagraph import GraphRunner, simulated
 from graphcap.cudagraph.budget import RECENT_USES, Account, Usage
 from graphcap.cudagraph.memory import memory
+from graphcap.cudagraph.outputs import OutputPlan
 from graphcap.cudagraph.simulated import SimulatedDevice
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 
@@ -139,7 +140,8 @@ def test_shared_bytes_count_and_are_never_credited():
 
 
 def test_a_plan_larger_than_the_budget_is_tried_once():
-    runner = runner_of(grown(), max_graph_bytes=100)
+    device = SimulatedDevice()
+    runner = runner_of(grown(), device, max_graph_bytes=100)
     recordings = []
     begin = runner.device.begin
     runner.device.begin = lambda *args: recordings.append(1) or begin(*args)
@@ -147,6 +149,7 @@ def test_a_plan_larger_than_the_budget_is_tried_once():
         call(runner, 1)
     assert len(recordings) == 1
     assert runner.stats.plans == []
+    assert device.usage() == Usage(0, 0), "what the attempt took has gone back"
 
 
 @pytest.mark.parametrize("capacity", [0, 100, PLAN, PLAN + ARENA // 2])
@@ -158,7 +161,7 @@ def test_full_device_leaves_a_working_model(capacity):
     assert runner.stats.plans == []
     assert len(runner.stats.failures) == 2, "one more try, no storm"
     gc.collect()
-    assert device.used_bytes() == 0, "what the aborted captures took is free again"
+    assert device.usage() == Usage(0, 0), "what the aborted captures took is free again"
     reason = "no room: simulated ran out of memory during a capture"
     assert runner.stats.live_calls[reason] + runner.stats.live_calls["warm-up"] >= 96
 
@@ -190,6 +193,61 @@ def test_full_device_in_the_middle_of_a_capture_has_every_effect_once():
                 x = randn(1024)
                 assert torch.equal(runner(state, x)[0], program.run(expected, x)[0])
                 assert torch.equal(state, expected)
+
+
+def test_no_memory_for_the_copies_of_the_outputs_when_everything_has_run(monkeypatch):
+    """The capturing call then hands out the recorded results themselves, and no plan may ever write them again."""
+    region = Region()
+    state, x = region.tensor("state"), region.tensor("x")
+    y = region.step(lambda s, x: s.add_(1) + x, state, x, mutates=[state])
+    z = region.step(lambda y: y * 2, y, capture=LIVE)
+    program = region.returning(y, region.step(lambda z: z[1:] - 3, z), region.step(lambda y: y[:2], y), state)
+    runner = runner_of(program)
+    collect, num_collected = OutputPlan.collect, [0]
+
+    def full(plan, slots):
+        num_collected[0] += 1
+        if num_collected[0] == 1:
+            raise torch.OutOfMemoryError("no room for a copy")
+        return collect(plan, slots)
+
+    monkeypatch.setattr(OutputPlan, "collect", full)
+    state, expected_state, kept = torch.zeros(4), torch.zeros(4), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(12):
+            x = randn(4)
+            got, expected = runner(state, x), program.run(expected_state, x)
+            assert torch.equal(state, expected_state)
+            assert got[3] is state
+            kept += [(mine, theirs) for mine, theirs in zip(got[:3], expected[:3], strict=True)]
+    gc.collect()
+    assert all(torch.equal(mine, theirs) for mine, theirs in kept)
+    assert runner.stats.failures == ["OutOfMemoryError: no room for a copy"]
+    assert len(runner.stats.plans) == 1, "the second try went well"
+
+
+def test_aborted_capture_gives_everything_back_before_the_live_run():
+    device = SimulatedDevice(capacity=ARENA + PLAN + PLAN // 2)
+    free_for_live_run = []
+
+    def step(x):
+        if simulated._thread.recording is None:
+            free_for_live_run.append(device.capacity - sum(device.usage()))
+        return x + 1
+
+    region = Region()
+    x = region.tensor("x")
+    y = region.step(step, x)
+    program = region.returning(region.step(lambda y: y * 2, y))  # this result does not fit
+    runner = runner_of(program, device)
+    x = randn(1024)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            assert torch.equal(runner(x)[0], (x + 1) * 2)
+    assert len(runner.stats.failures) == 1, "the third call has tried a capture"
+    assert free_for_live_run == [device.capacity] * 3
 
 
 def test_release_forgets_what_was_refused():

@@ -110,7 +110,14 @@ def test_step_that_leaves_a_side_stream_unjoined_is_named_and_runs_live(device):
 
 def test_capture_exit_hook_may_join_a_copy_stream(device):
     side = torch.cuda.Stream()
-    handle = hooks.on_capture_exit(lambda: torch.cuda.current_stream().wait_stream(side))
+
+    def join():
+        with torch.cuda.stream(side):
+            forked = torch.cuda.is_current_stream_capturing()
+        if forked:
+            torch.cuda.current_stream().wait_stream(side)
+
+    handle = hooks.on_capture_exit(join)
     try:
         runner = runner_of(forking(side), device)
         for _ in range(6):
@@ -120,6 +127,8 @@ def test_capture_exit_hook_may_join_a_copy_stream(device):
             assert torch.equal(doubled, (x + 1) * 2)
         assert runner.stats.failures == []
         assert runner.stats.plans[0].live == {}
+        other = runner_of(two_segments(), device)  # nothing is forked in it
+        warm(other, randn(64))
     finally:
         handle.remove()
 

@@ -11,7 +11,7 @@ from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph import Capture, Dispatch, GraphKey, InputKind, InputSpec, Program, Size, Step, step
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.phase import Keeper, Phase, allow_capture, in_phase
-from graphcap.cudagraph.routes import Route, Router
+from graphcap.cudagraph.routes import Batch, Route, Router
 from tests.cudagraph.regions import Region, randn, runner_of
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -107,6 +107,11 @@ def test_a_full_plan_depends_on_the_requests_too() -> None:
     full, piecewise = routes((6, 6))
     assert (full.sizes, piecewise.sizes) == ((6, 6), (6, None))
     assert full.named == {"num_tokens": 6, "num_reqs": 6}
+
+
+def test_a_batch_is_computed_at_the_sizes_that_the_plan_depends_on() -> None:
+    route = Route(PIECEWISE, Batch(), (8, None), {"t": 8}, {"num_tokens": 8}, True)
+    assert route.computed((6, 2)) == (8, 2)
 
 
 def test_tags_have_plans_of_their_own_only_where_that_was_asked_for() -> None:

@@ -70,9 +70,23 @@ def test_several_dims_are_counted_together() -> None:
     assert (traffic.tokens, traffic.padded_tokens) == (300, 4 * 128 - 300)
 
 
+def test_tokens_are_what_their_own_dim_counts() -> None:
+    stats = RunnerStats(dim_names=("num_reqs", "num_tokens"))
+    stats.of_size((3, 100), (4, 128)).replays += 2
+    traffic = traffic_of([stats])
+    assert (traffic.tokens, traffic.padded_tokens) == (200, 56)
+
+
 def test_runners_of_other_dims_are_left_out() -> None:
     assert traffic_of([counted(3), counted(5, names=("batch",))]) == traffic_of([counted(3)])
     assert traffic_of([]) == Traffic()
+
+
+def test_a_runner_without_dims_has_no_sizes() -> None:
+    whole = RunnerStats()
+    whole.of_size((), ()).replays += 5
+    assert traffic_of([whole]) == Traffic()
+    assert traffic_of([whole, counted(3)]) == traffic_of([counted(3)])
     assert Traffic().padding_waste == 0
 
 

@@ -178,7 +178,7 @@ def test_keys_that_run_code(checks: ModuleType) -> None:
 
 
 def test_refuses(checks: ModuleType) -> None:
-    for entry in [(1, "key", None), ({}, "key"), [{}, "key", None], None]:
+    for entry in [(-1, "key", None), ("0", "key", None), ({}, "key"), [{}, "key", None], None]:
         with pytest.raises(TypeError, match="entry 1: expected a tuple"):
             checks.IdentityCheck([({}, "key", None), entry])
     with pytest.raises(TypeError, match="unhashable"):
@@ -331,8 +331,45 @@ def test_a_dict_outlives_its_checks(checks: ModuleType) -> None:
 
 
 def test_refuses_sizes_of_what_is_no_dict(checks: ModuleType) -> None:
-    with pytest.raises(TypeError, match="sized 1: expected a dict"):
-        checks.IdentityCheck([], [{}, []])
+    for wrong in ([], 0, (0, []), (-1, {}), ({}, {})):
+        with pytest.raises(TypeError, match="sized 1: expected a dict"):
+            checks.IdentityCheck([], [{}, wrong])
+
+
+def test_dicts_that_are_given_at_the_call(checks: ModuleType) -> None:
+    held, own = {"a": (a := object())}, {"b": (b := object()), "other": 1}
+    check = checks.IdentityCheck([(0, "b", b), (held, "a", a), (1, "c", None)], [(0, own), held])
+    for _ in range(2):
+        assert check(own, {"c": None})
+    assert not check({**own, "b": 1}, {"c": None})
+    assert check(dict(own), {"c": None}), "another dict of the same contents"
+    assert not check({"b": b}, {"c": None}), "a key less"
+    assert not check(own, {})
+    held["new"] = 1
+    assert not check(own, {"c": None})
+    del held["new"]
+    assert check(own, {"c": None})
+    count = sys.getrefcount(own)
+    check(own, {"c": None})
+    assert sys.getrefcount(own) == count
+    for wrong in [(), (own,), (own, own, own), (own, None)]:
+        with pytest.raises(TypeError, match="takes 2 dicts"):
+            check(*wrong)
+    check.clear()
+    assert not check(own, {"c": None})
+
+
+def test_a_dict_given_at_the_call_is_not_kept(checks: ModuleType) -> None:
+    model = nn.Linear(2, 2)
+    check = checks.IdentityCheck([(0, "training", True), (0, "_modules", model._modules)], [(0, vars(model))])
+    assert check(vars(model))
+    gone = weakref.ref(model.weight)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.sampled_from([None, 1, 2, 3])), max_size=12))

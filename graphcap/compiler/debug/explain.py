@@ -34,7 +34,8 @@ def explain(target: Any = None) -> Report:
     record = subject.record
     notes = tuple(record.notes) if record is not None else ()
     message = "" if found else _served_by_a_sibling(subject, regions) or _never_called(subject)
-    return Report(subject.name, found, message, notes)
+    unchecked = tuple(record.unchecked_guards()) if record is not None else ()
+    return Report(subject.name, found, message, notes, unchecked)
 
 
 def _served_by_a_sibling(subject: Subject, regions: Sequence[Region]) -> str:

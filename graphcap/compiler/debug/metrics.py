@@ -10,7 +10,7 @@ For the whole report, without labels:
 | ``graphcap_regions`` | graphs that Dynamo handed over |
 | ``graphcap_replays_total`` | calls that a plan served |
 | ``graphcap_live_calls_total`` | calls without a graph, warm-ups included |
-| ``graphcap_tokens_total`` | tokens that callers brought to replays (the product over the named dims) |
+| ``graphcap_tokens_total`` | tokens that callers brought to replays |
 | ``graphcap_padded_tokens_total`` | tokens that replays computed for nobody |
 | ``graphcap_uncovered_calls_total`` | calls of a size that no rung of the ladder serves |
 | ``graphcap_captures_total`` | plans captured |

@@ -85,9 +85,10 @@ class PlanReport:
         num_segments: CUDA graphs that one replay launches.
         captured: the pieces inside.
         live: the pieces that run live, each with the reason.
-        mib: growth of device memory in MiB.
+        mib: growth of device memory in MiB; ``shared_mib`` of it is memory that other plans use as well.
         seconds: how long the capturing call took.
         replays: calls that it served.
+        exclusive_mib: of ``mib`` what goes when this plan goes; the rest is shared with others.
     """
 
     key: tuple[Any, ...]
@@ -98,6 +99,8 @@ class PlanReport:
     mib: float
     seconds: float
     replays: int
+    shared_mib: float = 0.0
+    exclusive_mib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -182,12 +185,14 @@ class Report:
         regions: oldest first.
         message: what to do where there is nothing to report, ``""`` otherwise.
         notes: what ``graphcap.compile`` decided about the target.
+        unchecked_guards: with ``guards="sealed"`` the guards that are not evaluated on every call.
     """
 
     target: str
     regions: tuple[RegionReport, ...]
     message: str = ""
     notes: tuple[str, ...] = ()
+    unchecked_guards: tuple[str, ...] = ()
 
     @property
     def recompiles(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _SHOWN_TWINS = 3
 _SHOWN_PLANS = 12
 _SHOWN_SIZES = 2
+_SHOWN_GUARDS = 5
 
 
 def table(report: Report) -> str:
@@ -27,9 +28,19 @@ def table(report: Report) -> str:
     lines = [f"graphcap report for {report.target}: {count(len(regions), 'region')}"]
     for note in report.notes:
         lines += row("note", note)
+    lines += _unchecked(report.unchecked_guards)
     for region in regions:
         lines += ["", *_region(region)]
     return "\n".join(lines)
+
+
+def _unchecked(guards: Sequence[str]) -> Iterator[str]:
+    if guards:
+        yield from row("sealed", f"{count(len(guards), 'guard')} are not evaluated on every call:")
+        for guard in guards[:_SHOWN_GUARDS]:
+            yield from wrap(guard.split(" # ")[0], " " * 16, " " * 18)
+        if len(guards) > _SHOWN_GUARDS:
+            yield f"{'':16}and {len(guards) - _SHOWN_GUARDS} more in report.unchecked_guards"
 
 
 def _region(region: RegionReport) -> Iterator[str]:
@@ -180,7 +191,9 @@ def _graphs(region: RegionReport) -> Iterator[str]:
         yield from row("graphs", "on the simulated device: a test of the logic, it says nothing about speed or memory")
     plans = region.plans
     mib = sum(plan.mib for plan in plans)
-    counts = f"{count(len(plans), 'captured shape')}, {mib:.1f} MiB, {count(region.replays, 'replay')}"
+    own = sum(plan.exclusive_mib for plan in plans)
+    memory = f"{mib:.1f} MiB ({own:.1f} of it the graphs alone)" if own >= 0.05 else f"{mib:.1f} MiB"
+    counts = f"{count(len(plans), 'captured shape')}, {memory}, {count(region.replays, 'replay')}"
     extra = [f"{n} {word}" for n, word in ((region.recaptures, "recaptured"), (region.evictions, "dropped")) if n]
     yield from row("graphs", ", ".join([counts, *extra]))
     if plans:

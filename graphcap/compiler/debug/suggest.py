@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from graphcap.compiler.debug.report import RegionReport, Report
+from graphcap.compiler.debug.snapshot import MIB
 from graphcap.cudagraph.ladders import TOKENS
 from graphcap.cudagraph.suggest import Demand, Prices, Suggestion, best_rungs
 from graphcap.cudagraph.traffic import Traffic
@@ -33,8 +34,8 @@ def suggest_ladder(
         seen: ``graphcap.explain(model)``, one of its regions, its traffic, or a histogram ``{size: calls}``.
         budget: the most rungs, each of them a plan.
         dim: the named dim, where the traffic has several; ``"num_tokens"`` or the only one when not given.
-        max_bytes: bytes of device memory for the plans: lowers the budget by what a plan of the report takes on
-            average. Needs a report with plans.
+        max_bytes: bytes of device memory for graphs. Lowers the budget: from them goes what the plans of the report
+            share, and of the rest each plan takes what one of the report takes on average.
         cover_up_to: the largest size to serve. Larger ones are left live; the ladder reaches up to it even where it was
             not seen, as long as live_cost is infinite. The largest size seen when not given.
         max_padding_ratio: as in the configuration; when not given the report's, or 0.5 for a histogram.
@@ -58,7 +59,7 @@ def suggest_ladder(
         demands = {n: each for n, each in demands.items() if n <= cover_up_to}
         demands.setdefault(cover_up_to, Demand(cover_up_to, 0, 0))
     if max_bytes is not None:
-        budget = min(budget, int(max_bytes // _bytes_per_plan(seen)))
+        budget = min(budget, _affordable(seen, max_bytes))
     ratio = _max_padding_ratio(seen) if max_padding_ratio is None else max_padding_ratio
     prices = Prices(token=token_cost, live=live_cost, plan=plan_cost)
     return best_rungs(list(demands.values()), budget, ratio, prices)
@@ -87,7 +88,7 @@ def _dim(traffic: Sequence[Traffic | Mapping[int, int]]) -> str:
 
 
 def _demands(traffic: Sequence[Traffic | Mapping[int, int]], name: str) -> dict[int, Demand]:
-    """Per size of the dim what was asked for; the sizes of other dims weigh the padding."""
+    """Per size of the dim what was asked for. Where dims multiply to tokens, the others weigh the padding."""
     found: dict[int, Demand] = {}
     for each in traffic:
         if isinstance(each, Traffic) and name not in each.names:
@@ -96,17 +97,19 @@ def _demands(traffic: Sequence[Traffic | Mapping[int, int]], name: str) -> dict[
         histogram = each.histogram() if isinstance(each, Traffic) else {(n,): calls for n, calls in each.items()}
         for size, calls in histogram.items():
             before = found.get(size[at], Demand(size[at], 0, 0))
-            others = math.prod(size[:at] + size[at + 1 :])
+            others = 1 if isinstance(each, Traffic) and TOKENS in each.names else math.prod(size[:at] + size[at + 1 :])
             found[size[at]] = Demand(size[at], before.calls + calls, before.rows + calls * others)
     return found
 
 
-def _bytes_per_plan(seen: Seen) -> float:
+def _affordable(seen: Seen, max_bytes: int) -> int:
+    """How many plans like those of a report fit."""
     plans = [plan for region in _regions(seen) for plan in region.plans]
-    mib = sum(plan.mib for plan in plans)
-    if not mib:
+    shared = sum(plan.shared_mib for plan in plans)
+    own = sum(plan.mib for plan in plans) - shared
+    if own <= 0:
         raise ConfigError("suggest_ladder: max_bytes needs a report with captured plans, to know what a plan takes")
-    return mib / len(plans) * 2**20
+    return max(0, int((max_bytes / MIB - shared) // (own / len(plans))))
 
 
 def _max_padding_ratio(seen: Seen) -> float:

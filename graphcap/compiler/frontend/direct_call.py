@@ -34,18 +34,27 @@ are unchanged (``use_recursive_dict_tags_for_guards``), because the skip has cra
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from types import CellType, CodeType, FunctionType
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
 
 from graphcap.compiler.frontend import dynamo
-from graphcap.compiler.frontend.frame_code import FrameCode, Line, Unreadable, Value, read
-from graphcap.compiler.frontend.statics import Statics, leads_to_tensor
+from graphcap.compiler.frontend.frame_code import Unreadable, read
+from graphcap.compiler.frontend.frame_function import MISS, FrameWriter
+from graphcap.compiler.frontend.guards import Guards
+from graphcap.compiler.frontend.sealed_function import SealedFunction, sealed_function
 
 log = logging.getLogger(__name__)
 
-#: What a call returns that Dynamo has to decide.
-MISS: Any = type("_Miss", (), {"__repr__": lambda self: "MISS", "__slots__": ()})()
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """The function for one graph; ``None`` where Dynamo serves it."""
+
+    guards: Guards
+    function: Callable[..., Any] | None
+    sealed: SealedFunction | None = None
 
 
 class DirectCalls:
@@ -56,16 +65,27 @@ class DirectCalls:
         refused: why there is none to a graph, one line for each reason.
     """
 
-    def __init__(self, entry: FunctionType) -> None:
+    def __init__(self, entry: FunctionType, *, sealed: bool = False) -> None:
+        """Know no graph yet.
+
+        Args:
+            entry: what Dynamo compiles.
+            sealed: evaluate the guards on Python state only where :mod:`graphcap.compiler.frontend.seal` says so.
+        """
         self.count = 0
         self.refused: list[str] = []
         self._entry = entry
+        self._sealed = sealed
         self._is_plain: Callable[[], bool] = lambda: False
-        self._ways: tuple[tuple[dynamo.Guards, Callable[..., Any] | None], ...] = ()
+        self._ways: tuple[_Way, ...] = ()
         self._functions: tuple[Callable[..., Any], ...] = ()
 
     def __call__(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a call, or :data:`MISS` when nothing has run."""
+        """The result of a call, or :data:`MISS` when nothing has run.
+
+        Raises:
+            GuardError: sealed, and what the graph relies on has changed.
+        """
         if self._functions and self._is_plain():
             try:
                 for function in self._functions:
@@ -76,6 +96,9 @@ class DirectCalls:
             except BaseException:
                 dynamo.leave_functorch_layers()
                 raise
+        for way in self._ways:
+            if way.sealed is not None:
+                way.sealed.on_arguments.others_evaluated()
         return MISS
 
     def learn(self, bound: tuple[Any, ...]) -> list[str]:
@@ -88,22 +111,29 @@ class DirectCalls:
             New reasons in ``refused``.
         """
         num_refused = len(self.refused)
-        known = [(guards, function) for guards, function in self._ways if not guards.are_dropped]
+        known = [way for way in self._ways if not way.guards.are_dropped]
         ways = []
         for manager, code in dynamo.compiled_frames(self._entry.__code__):
-            found = next((way for way in known if way[0].belong_to(manager)), None)
-            ways.append(found or self._way(dynamo.Guards(manager), code, bound))
+            found = next((way for way in known if way.guards.belong_to(manager)), None)
+            ways.append(found or self._way(Guards(manager), code, bound))
         self._ways = tuple(ways)
-        self._functions = tuple(function for _, function in ways if function is not None)
+        self._functions = tuple(way.function for way in ways if way.function is not None)
         if self._functions:
             self._is_plain = dynamo.plain_caller()
         return self.refused[num_refused:]
 
-    def _way(
-        self, guards: dynamo.Guards, code: CodeType, bound: tuple[Any, ...]
-    ) -> tuple[dynamo.Guards, Callable[..., Any] | None]:
+    def unchecked_guards(self) -> list[str]:
+        """The guards that calls go by without, each once: those of graphs that are sealed now. Values come first."""
+        ways = [way.sealed for way in self._ways if way.sealed is not None and way.sealed.seal.is_closed]
+        found = dict.fromkeys(guard for way in ways for guard in way.on_arguments.unchecked)
+        return sorted(found, key=lambda guard: not guard.startswith(("L[", "G[")))
+
+    def _way(self, guards: Guards, code: CodeType, bound: tuple[Any, ...]) -> _Way:
         try:
-            return guards, _Writer(read(code), self._entry, bound).function(guards)
+            writer = FrameWriter(read(code), self._entry, bound)
+            function = writer.function(guards)
+            sealed = sealed_function(writer, guards, function) if self._sealed else None
+            return _Way(guards, function if sealed is None else sealed.function, sealed)
         except Unreadable as unreadable:
             reason = str(unreadable)
         except Exception as error:  # a fault of ours: Dynamo goes on serving
@@ -111,132 +141,4 @@ class DirectCalls:
             reason = f"{type(error).__name__}: {error}"
         if reason not in self.refused:
             self.refused.append(reason)
-        return guards, None
-
-
-class _Writer:
-    """Writes the function for one graph."""
-
-    def __init__(self, frame: FrameCode, entry: FunctionType, bound: tuple[Any, ...]) -> None:
-        self._frame = frame
-        self._entry = entry
-        code = entry.__code__
-        cells = dict(zip(code.co_freevars, entry.__closure__ or (), strict=True))
-        self._cells: dict[str, CellType] = cells
-        self._begins: list[Value] = []
-        self._paths: dict[int, tuple[int, list[Value]]] = {}
-        for position, argument in enumerate(frame.arguments):
-            self._find_static(position, argument, dict(zip(code.co_varnames, bound, strict=False)))
-
-    def _find_static(self, position: int, argument: Value, bound: dict[str, Any]) -> None:
-        """Whether an argument is found by a walk of at least two steps that begins at what belongs to the function."""
-        path = argument.path()
-        if len(path) < 3:
-            return
-        origin, begin = path[0], path[1]
-        places = {"parameter": bound, "global": self._entry.__globals__, "cell": self._cells}
-        place = places[origin.origin]
-        if origin.name not in place:
-            return
-        owner = place[origin.name] if origin.origin != "cell" else self._cells[origin.name].cell_contents
-        kind, key = cast("tuple[str, Any]", begin.step)
-        first = getattr(owner, key, None) if kind == "attribute" else None
-        if leads_to_tensor(first, [cast("tuple[str, Any]", value.step) for value in path[2:]]):
-            if begin not in self._begins:
-                self._begins.append(begin)
-            self._paths[position] = (self._begins.index(begin), path[2:])
-
-    def function(self, guards: dynamo.Guards) -> Callable[..., Any]:
-        """The function: it takes what the frame takes, and returns what the frame returns, or :data:`MISS`."""
-        frame, prefix = self._frame, self._frame.prefix
-        names: dict[str, Any] = {f"{prefix}guards": guards, f"{prefix}MISS": MISS, **frame.constants}
-        names |= {f"{prefix}cell_{name}": cell for name, cell in self._cells.items()}
-        graph = dynamo.graph_without_wrapper(self._entry.__globals__, frame.graph)
-        assert frame.output is not None
-        assert frame.result is not None
-        before, after = self._kept()
-        variables = ", ".join(self._frame_variables())
-        body = [f"if not {prefix}guards({{{variables}}}): return {prefix}MISS", *before]
-        if self._paths:
-            names[f"{prefix}statics"] = self._statics()
-            body.append(f"{prefix}args = {prefix}statics({', '.join(begin.text for begin in self._begins)})")
-            live = [(i, argument) for i, argument in enumerate(frame.arguments) if i not in self._paths]
-            body += [f"{prefix}args[{position}] = {argument.text}" for position, argument in live]
-            body.append(f"{frame.output.text} = {graph}(*{prefix}args)")
-        else:
-            body.append(f"{frame.output.text} = {graph}({', '.join(each.text for each in frame.arguments)})")
-        body += [*after, f"return {frame.result.text}"]
-        function = self._define("frame", self._parameters(), body, names)
-        function.__defaults__, function.__kwdefaults__ = self._entry.__defaults__, self._entry.__kwdefaults__
-        return function
-
-    def _statics(self) -> Statics:
-        """Fetches the static inputs as Dynamo's code does, from the second step on."""
-        wanted = {id(value) for _, path in self._paths.values() for value in path}
-        body = [line.text for line in self._frame.before if line.makes is not None and id(line.makes) in wanted]
-        values = [self._paths[i][1][-1].text if i in self._paths else "None" for i in range(len(self._frame.arguments))]
-        body.append(f"return [{', '.join(values)}]")
-        fetch = self._define("fetch", ", ".join(begin.text for begin in self._begins), body, {})
-        steps = {i: tuple(value.step for value in path) for i, (_, path) in self._paths.items()}
-        return Statics(fetch, [(i, number, cast(Any, steps[i])) for i, (number, _) in self._paths.items()])
-
-    def _kept(self) -> tuple[list[str], list[str]]:
-        """The lines before and after the call of the graph, without what only static inputs or nobody needs."""
-        frame = self._frame
-        assert frame.result is not None
-        walked = {id(value) for _, path in self._paths.values() for value in path}
-        needed = {id(frame.result)}
-        after = _needed(frame.after, needed, walked)
-        needed |= {id(value) for i, value in enumerate(frame.arguments) if i not in self._paths}
-        needed |= {id(begin) for begin in self._begins}
-        return _needed(frame.before, needed, walked), after
-
-    def _frame_variables(self) -> list[str]:
-        """What the frame's variables are when it begins, as the items of a dict display."""
-        code = self._entry.__code__
-        cells = [f"{name!r}: {self._frame.prefix}cell_{name}.cell_contents" for name in self._cells]
-        return [f"{name!r}: {name}" for name in _parameter_names(code)] + cells
-
-    def _parameters(self) -> str:
-        """The parameters of the frame, as the source of a ``def`` has them."""
-        code = self._entry.__code__
-        names = list(_parameter_names(code))
-        count, keyword_only = code.co_argcount, code.co_kwonlyargcount
-        listed = names[:count]
-        if code.co_posonlyargcount:
-            listed.insert(code.co_posonlyargcount, "/")
-        rest = names[count + keyword_only :]
-        if code.co_flags & 0x04:
-            listed.append(f"*{rest.pop(0)}")
-        elif keyword_only:
-            listed.append("*")
-        listed += names[count : count + keyword_only]
-        return ", ".join(listed + [f"**{name}" for name in rest])
-
-    def _define(self, name: str, parameters: str, body: Sequence[str], names: dict[str, Any]) -> FunctionType:
-        """Define a function among the globals of the frame, with more names in a closure of its own."""
-        entry, prefix = self._entry, self._frame.prefix
-        lines = [f"def {prefix}make({', '.join(names)}):", f"  def {prefix}direct({parameters}):"]
-        lines += [*(f"    {line}" for line in body), f"  return {prefix}direct"]
-        made: dict[str, Any] = {}
-        code = compile("\n".join(lines) + "\n", f"<graphcap {name} of {entry.__qualname__}>", "exec")
-        exec(code, entry.__globals__, made)
-        function = made[f"{prefix}make"](**names)
-        function.__name__, function.__qualname__ = entry.__name__, entry.__qualname__
-        return cast(FunctionType, function)
-
-
-def _parameter_names(code: CodeType) -> tuple[str, ...]:
-    stars = bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]
-
-
-def _needed(lines: Sequence[Line], needed: set[int], droppable: set[int]) -> list[str]:
-    """The lines that make what is needed or do more than that; ``needed`` grows by what these need."""
-    kept = []
-    for line in reversed(lines):
-        can_go = line.is_pure or id(line.makes) in droppable
-        if not can_go or id(line.makes) in needed:
-            kept.append(line.text)
-            needed |= {id(value) for value in line.uses}
-    return kept[::-1]
+        return _Way(guards, None)

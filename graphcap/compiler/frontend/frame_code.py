@@ -25,6 +25,13 @@ _MODULE = "__import_"
 #: Calls that only show a span in a profile, without a result that is used.
 _SPANS = (("attribute", "record_pregraph_bytecode_enter"), ("attribute", "record_pregraph_bytecode_exit"))
 
+#: Functions of Dynamo's that call a method where the frame hook does not see it, which is off here.
+_METHODS = {
+    ("attribute", "call_size"): "size",
+    ("attribute", "call_stride"): "stride",
+    ("attribute", "call_storage_offset"): "storage_offset",
+}
+
 #: Instructions that prepare, cache or forget, and mean nothing here: a variable is forgotten when the call ends.
 _IGNORED = frozenset({"RESUME", "NOP", "CACHE", "PRECALL", "COPY_FREE_VARS", "EXTENDED_ARG", "DELETE_FAST"})
 
@@ -210,6 +217,10 @@ class _Reader:
     def call(self, callee: Value, arguments: Sequence[Value], keywords: dict[str, Value]) -> None:
         if _is_from_import(callee) and callee.step in _SPANS:
             self.stack.append(self.constant(None))
+            return
+        if _is_from_import(callee) and callee.step in _METHODS and arguments and not keywords:
+            listed = [each.text for each in arguments[1:]]
+            self.push(f"{arguments[0].text}.{_METHODS[callee.step]}({', '.join(listed)})", arguments)
             return
         if not callee.name.startswith(_GRAPH):
             listed = [a.text for a in arguments] + [f"{name}={value.text}" for name, value in keywords.items()]

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.subject import runners_of
+from graphcap.compiler.region import all_regions
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph import Dispatch, GraphKey, GraphRunner, step
 from graphcap.cudagraph.ladder import default_sizes
@@ -81,10 +83,28 @@ def dispatch(
     """
     key = GraphKey(num_tokens, num_reqs, uniform_query_len, GraphKey.sorted_tags(tags))
     limit = as_runtime_mode(max_mode)
-    decisions = [runner.dispatch(key, limit) for runner in runners_of(model)]
+    decisions = [runner.dispatch(key, limit) for runner in _remembered_runners(model)]
     if not decisions:
         return Dispatch(CUDAGraphMode.NONE, num_tokens, num_reqs, key, "nothing is compiled yet: call or capture it")
     return max(decisions, key=lambda each: RUNTIME_MODES.index(each.mode))
+
+
+def _remembered_runners(model: Any) -> list[GraphRunner]:
+    """:func:`runners_of`, which walks all modules of a model, remembered until a region or runner comes or goes."""
+    state = tuple((region.name, len(region.runners)) for region in all_regions())
+    try:
+        known = _runners_of.get(model)
+    except TypeError:  # no weak reference to it is possible
+        return runners_of(model)
+    if known is None or known[0] != state:
+        known = _runners_of[model] = state, [weakref.ref(runner) for runner in runners_of(model)]
+    return [runner for ref in known[1] if (runner := ref()) is not None]
+
+
+#: Per target what there was when its runners were looked for, and what was found.
+_runners_of: weakref.WeakKeyDictionary[Any, tuple[Hashable, list[weakref.ref[GraphRunner]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def capture(model: Any, make_inputs: MakeInputs) -> CaptureSummary:

@@ -23,10 +23,10 @@ from graphcap import native
 #: ``("attribute", name)`` or ``("item", key)``.
 Step = tuple[str, Any]
 #: One entry of :func:`graphcap.native.identity_check`: ``holder[key] is value``.
-_Entry = tuple[dict[Any, Any], Any, Any]
+Entry = tuple[dict[Any, Any], Any, Any]
 
 #: When each of so many changes comes before so many calls were served, fetching is cheaper than proving.
-_MAX_CHANGES, _FEW_CALLS = 4, 100
+MAX_CHANGES, FEW_CALLS = 4, 100
 
 
 class Statics:
@@ -60,12 +60,12 @@ class Statics:
                 self._num_served += 1
                 return values.copy()
         values = self._fetch(*begin)
-        if self.num_changes < _MAX_CHANGES and native.status() == "extension":
+        if self.num_changes < MAX_CHANGES and native.status() == "extension":
             self._keep(begin, values)
         return values
 
     def _keep(self, begin: tuple[Any, ...], values: list[Any]) -> None:
-        entries: dict[tuple[int, Any], _Entry] = {}
+        entries: dict[tuple[int, Any], Entry] = {}
         for position, number, steps in self._paths:
             reached = begin[number]
             for entry in walk(reached, steps):
@@ -73,12 +73,12 @@ class Statics:
                 reached = entry[2]
             if reached is not values[position]:  # changed meanwhile by another thread
                 return
-        self.num_changes = self.num_changes + 1 if self._num_served < _FEW_CALLS else 0
+        self.num_changes = self.num_changes + 1 if self._num_served < FEW_CALLS else 0
         self._num_served = 0
         self._known = native.identity_check(list(entries.values())), begin, values.copy()
 
 
-def walk(begin: Any, steps: Sequence[Step]) -> Iterator[_Entry]:
+def walk(begin: Any, steps: Sequence[Step]) -> Iterator[Entry]:
     """The dict entries that decide where a walk leads.
 
     Raises:

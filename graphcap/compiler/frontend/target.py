@@ -28,7 +28,8 @@ import torch
 
 from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.call_dims import CallDims
-from graphcap.compiler.frontend.direct_call import MISS, DirectCalls
+from graphcap.compiler.frontend.direct_call import DirectCalls
+from graphcap.compiler.frontend.frame_function import MISS
 from graphcap.compiler.frontend.hooks import HookWatch, modules_of
 from graphcap.config import CompilationMode, Config
 from graphcap.environment import direct_call_wanted
@@ -144,7 +145,7 @@ class CompiledTarget:
         self.marking = UNBACKED
         self.notes: list[str] = []
         self.entry = entry
-        self.direct = DirectCalls(entry)
+        self.direct = DirectCalls(entry, sealed=self.config.guards == "sealed")
         self._takes_direct = direct_call_wanted(os.environ)
         self._reference = _reference(original)
         self._hooks = HookWatch(functools.partial(_modules, self._reference))
@@ -174,6 +175,7 @@ class CompiledTarget:
 
         Raises:
             DimError: the call does not have the declared dims.
+            GuardError: ``guards="sealed"``, and something that the compiled code relies on has changed.
         """
         self._check(args, kwargs)
         if self._hooks.has_unguarded():
@@ -200,6 +202,10 @@ class CompiledTarget:
             _local.call = outer
             call.unmark()
         return self._retry(failure, bound, args, kwargs)
+
+    def unchecked_guards(self) -> list[str]:
+        """The guards that are not evaluated on every call, as Dynamo words them; none with ``guards="full"``."""
+        return self.direct.unchecked_guards()
 
     def _run(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Through Dynamo, with what a trace has to know."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import graphcap
@@ -47,6 +49,11 @@ def test_a_budget_in_bytes_uses_what_a_plan_takes() -> None:
     assert graphcap.suggest_ladder(seen, 10, max_bytes=9 * 2**20).sizes == (8, 64, 500)
     with pytest.raises(ConfigError, match="2 plans cannot cover"):
         graphcap.suggest_ladder(seen, 10, max_bytes=9 * 2**20 - 1)
+    pool = dataclasses.replace(plan(128, 100.0 + 3.0), shared_mib=100.0)
+    pooled = dataclasses.replace(REGION, plans=(*REGION.plans, pool))
+    assert graphcap.suggest_ladder(pooled, 10, max_bytes=109 * 2**20).sizes == (8, 64, 500)
+    with pytest.raises(ConfigError, match="2 plans cannot cover"):
+        graphcap.suggest_ladder(pooled, 10, max_bytes=109 * 2**20 - 1)
     with pytest.raises(ConfigError, match="needs a report with captured plans"):
         graphcap.suggest_ladder(HISTOGRAM, 10, max_bytes=2**30)
 
@@ -66,6 +73,12 @@ def test_other_dims_weigh_the_padding() -> None:
     assert graphcap.suggest_ladder({1: 1, 3: 9, 4: 1}, 2, max_padding_ratio=0.9).sizes == (3, 4)
     with pytest.raises(ConfigError, match="dim= one of batch, seq"):
         graphcap.suggest_ladder(seen, 2)
+
+
+def test_requests_beside_tokens_weigh_nothing() -> None:
+    served = {(1, 1000): ((4, 1000), 1), (3, 1): ((4, 1), 9), (4, 1): ((4, 1), 1)}
+    seen = traffic(served, "num_tokens", "num_reqs")
+    assert graphcap.suggest_ladder(seen, 2, max_padding_ratio=0.9).sizes == (3, 4)
 
 
 def test_nothing_counted() -> None:

@@ -193,3 +193,32 @@ def graph_in_a_loop(self, args):
 def test_everything_else_is_refused(fn: Callable[..., Any], reason: str) -> None:
     with pytest.raises(Unreadable, match=reason):
         read(fn.__code__)
+
+
+class Sizes:
+    def size(self, *args: int) -> Any:
+        return ("size", *args)
+
+    def stride(self, *args: int) -> Any:
+        return ("stride", *args)
+
+    def storage_offset(self) -> Any:
+        return "storage_offset"
+
+
+def by_dynamos_functions(self, args):
+    size = __import_utils.call_size(self, 0)  # noqa: F821 - a global of Dynamo's
+    stride = __import_utils.call_stride(self, 1)  # noqa: F821
+    offset = __import_utils.call_storage_offset(self)  # noqa: F821
+    return __compiled_fn_1(size, stride, offset, args)
+
+
+def test_functions_that_only_call_a_method_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are wrapped so that the frame hook does not see them; a call of the method does the same."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("called")
+
+    refusing = SimpleNamespace(call_size=refuse, call_stride=refuse, call_storage_offset=refuse)
+    monkeypatch.setitem(globals(), "__import_utils", refusing)
+    assert run(by_dynamos_functions, Sizes(), 7) == (7, "storage_offset", ("stride", 1), ("size", 0))

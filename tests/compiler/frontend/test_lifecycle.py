@@ -113,6 +113,7 @@ def test_model_works_after_a_reset(compiled):
     assert all_regions() == []
     called(model, fast)
     assert held().num_plans == 1
+    assert len(all_regions()) == 1, "it was traced again"
 
 
 def test_private_pool_belongs_to_the_region():

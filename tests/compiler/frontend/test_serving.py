@@ -12,6 +12,7 @@ from torch import nn
 
 import graphcap
 from graphcap import GraphKey
+from graphcap.compiler.frontend import serving
 from graphcap.errors import StepError
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}
@@ -148,3 +149,19 @@ def test_a_vetoed_call_runs_live() -> None:
         with graphcap.step(num_tokens=4, max_mode="NONE"):
             model(torch.randn(4, 4))
     assert sum(plan.replays for plan in plans_of(model)) == before
+
+
+def test_dispatch_looks_for_the_graphs_of_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[nn.Module] = []
+    look = serving.runners_of
+    monkeypatch.setattr(serving, "runners_of", lambda model: looked.append(model) or look(model))
+    first, second = compiled(), compiled()
+    assert graphcap.dispatch(first, num_tokens=4).reason.startswith("nothing is compiled yet")
+    with torch.no_grad():
+        graphcap.capture(first, inputs)
+        looked.clear()
+        assert [graphcap.dispatch(first, num_tokens=4).mode.name for _ in range(3)] == ["FULL"] * 3
+        assert looked == [first]
+        graphcap.capture(second, inputs)
+        assert graphcap.dispatch(first, num_tokens=4).mode.name == "FULL"
+    assert graphcap.dispatch(second, num_tokens=4).mode.name == "FULL"

@@ -1,0 +1,178 @@
+"""The guards of a graph: all of them, and those that are about the arguments of a call. Private API of torch, checked
+on 2.11 and 2.13.
+
+Dynamo keeps the guards of a graph as a tree, whose nodes are the places that they look at: ``L['args'][0]``,
+``L['self']._modules['fc']``, ``G['__import_torch']``. ``guards="sealed"`` does not look at the state of modules and at
+globals on every call. What it evaluates is a copy of the tree without those branches; the leaves at the root (grad
+mode, autocast, the default device, ...) and the guards on sizes stay.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import is_inference_mode_enabled
+
+#: Leaves of the tree, by class.
+_OF_A_TENSOR, _NO_ALIAS = "TENSOR_MATCH", "NO_TENSOR_ALIASING"
+#: Leaves that belong to several nodes at once.
+_SHARED = frozenset({_NO_ALIAS, "OBJECT_ALIASING", "STORAGE_OVERLAPPING", "SYMBOLIC_SHAPE_GUARD"})
+
+#: An argument itself, or an item of ``*args`` or ``**kwargs``.
+_ARGUMENT = re.compile(r"L\['(?P<name>\w+)'\](?P<item>\[\d+\]|\['\w+'\])?")
+
+
+class Guards:
+    """The guards of one graph, without keeping them alive: they belong to Dynamo, which drops them on a reset."""
+
+    __slots__ = ("_reference",)
+
+    def __init__(self, manager: Any) -> None:
+        self._reference = weakref.ref(manager)
+
+    def belong_to(self, manager: Any) -> bool:
+        """Whether these are the guards of ``manager``."""
+        return self._reference() is manager
+
+    @property
+    def are_dropped(self) -> bool:
+        """Whether Dynamo has forgotten the graph: a reset, or something that it guarded by identity has died."""
+        manager = self._reference()
+        return manager is None or manager.cache_entry is None
+
+    def __call__(self, f_locals: dict[str, Any]) -> bool:
+        """Whether the graph may serve a frame that begins with these variables; what the frame hook asks first."""
+        manager = self._reference()
+        return manager is not None and manager.cache_entry is not None and manager.root.check(f_locals)
+
+    def failing(self, f_locals: dict[str, Any]) -> str:
+        """The first guard that fails, with the line of the user's code that it is for; ``""`` where none does."""
+        manager = self._reference()
+        if manager is None or manager.cache_entry is None:
+            return ""
+        answer = manager.check_verbose(f_locals)
+        return "" if answer.result else _one_line("; ".join(answer.verbose_code_parts) or "a guard without a text")
+
+    def of_arguments(self, state: Set[str], fetched: Set[str], proved: Set[str]) -> ArgumentGuards | None:
+        """The part that is evaluated on every call of a sealed target.
+
+        Args:
+            state: names of the frame's variables that hold state: modules, cells. Other variables are arguments.
+            fetched: what the graph gets anew on every call, by Dynamo's names: guarded wherever it comes from.
+            proved: what it gets that is proved to be the object of the last call.
+
+        Returns:
+            ``None`` when Dynamo has dropped the guards, or for a torch whose trees cannot be copied.
+        """
+        manager = self._reference()
+        if manager is None or not hasattr(manager.root, "clone_manager"):
+            return None
+        nodes = list(_nodes(manager.root, (), {f"L['{name}']" for name in state} | {"G"}))
+        kept = _kept(nodes, fetched, proved)
+        return ArgumentGuards(
+            self._reference,
+            manager.root.clone_manager(lambda node: node.get_source() in kept),
+            tuple(match for node in nodes if node.source in kept and (match := node.argument())),
+            [text for node in nodes if node.source not in kept for text in node.texts()],
+        )
+
+
+class ArgumentGuards:
+    """Guards without those on state.
+
+    Attributes:
+        unaliased: expressions over the frame's variables: tensors that must not be the same object as one that is
+            proved to be that of the last call. This is the caller's to check.
+        unchecked: the guards that are left out.
+    """
+
+    __slots__ = ("_check", "_inference", "_reference", "unaliased", "unchecked")
+
+    def __init__(
+        self, reference: weakref.ref[Any], root: Any, unaliased: tuple[str, ...], unchecked: list[str]
+    ) -> None:
+        self._reference = reference
+        self._check: Callable[[dict[str, Any]], bool] = root.check
+        self._inference: bool | None = None
+        self.unaliased = unaliased
+        self.unchecked = unchecked
+
+    def __call__(self, f_locals: dict[str, Any]) -> bool:
+        """As for :class:`Guards`, state aside; false when Dynamo has dropped the graph."""
+        manager = self._reference()
+        if manager is None or manager.cache_entry is None:
+            return False
+        inference = is_inference_mode_enabled()
+        if inference is not self._inference:
+            # Guards on tensors, also those of a copy, go by the dispatch keys that the tree they were made for has met
+            # at its last evaluation. (What else decides about these keys is guarded itself, or no plain call.)
+            manager.root.check(f_locals)
+            self._inference = inference
+        return self._check(f_locals)
+
+    def others_evaluated(self) -> None:
+        """Dynamo may have evaluated the guards since, under other circumstances."""
+        self._inference = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """One place that guards look at."""
+
+    source: str
+    above: tuple[str, ...]  #: the places on the way to it, from the root
+    leaves: tuple[Any, ...]
+    is_state: bool
+
+    def has(self, kind: str) -> bool:
+        return any(type(leaf).__name__ == kind for leaf in self.leaves)
+
+    def argument(self) -> str:
+        """The expression for an argument that must not be another tensor of the call; ``""`` for anything else."""
+        match = None if self.is_state else _ARGUMENT.fullmatch(self.source)
+        return f"{match['name']}{match['item'] or ''}" if match and self.has(_NO_ALIAS) else ""
+
+    def texts(self) -> Iterator[str]:
+        """What its guards say, but for `training`, which is looked at on every call."""
+        if not self.source.endswith(".training"):
+            for leaf in self.leaves:
+                yield from map(_one_line, leaf.verbose_code_parts() if not self._repeats(leaf) else ())
+
+    def _repeats(self, leaf: Any) -> bool:
+        return type(leaf).__name__ in _SHARED  # told by every place that it belongs to
+
+
+def _nodes(manager: Any, above: tuple[str, ...], state: Set[str], is_state: bool = False) -> Iterator[_Node]:
+    source = manager.get_source()
+    is_state = is_state or source in state
+    yield _Node(source, above, tuple(manager.get_leaf_guards()), is_state)
+    below = list(manager.get_child_managers())
+    if hasattr(manager, "get_key_value_managers"):
+        below += [each for pair in manager.get_key_value_managers().values() for each in pair]
+    for each in below:
+        if each is not None:
+            yield from _nodes(each, (*above, source), state, is_state)
+
+
+def _kept(nodes: Sequence[_Node], fetched: Set[str], proved: Set[str]) -> set[str]:
+    """The places that are looked at on every call.
+
+    All but state; of that every tensor that is not proved, as the graph would take whatever is there.
+    """
+    kept = {node.source for node in nodes if not node.is_state}
+    kept |= {n.source for n in nodes if n.source in fetched or (n.has(_OF_A_TENSOR) and n.source not in proved)}
+    # Guards between several places see all of these or none. That two tensors are not the same object is checked
+    # otherwise where one is proved and the other an argument, as this would bring back every buffer.
+    deep = any(n.source in kept and n.has(_NO_ALIAS) and not n.argument() for n in nodes)
+    shared = _SHARED if deep else _SHARED - {_NO_ALIAS}
+    between = {id(leaf) for n in nodes if n.source in kept for leaf in n.leaves if type(leaf).__name__ in shared}
+    kept |= {node.source for node in nodes if any(id(leaf) in between for leaf in node.leaves)}
+    return kept | {place for node in nodes if node.source in kept for place in node.above}
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()

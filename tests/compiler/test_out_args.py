@@ -127,7 +127,7 @@ def test_the_report_names_what_differed_and_what_was_not_compared() -> None:
     assert report.unchecked == {"ns::other": "it writes into 9000 MiB"}
     text = str(graphcap.explain())
     assert "  diverged      piece_1: result 0 of a replay differs" in text
-    assert "  unchecked     ns::other, captured on trust: it writes into 9000 MiB" in text
+    assert "  unchecked     ns::other was not compared with a live run: it writes into 9000 MiB" in text
 
 
 SCALE = {"now": 1.0}

@@ -133,7 +133,7 @@ class RegionReport:
         live_calls: reason -> calls without a graph.
         failures: captures that failed.
         divergences: replays that differed from a live run; what is named there runs live since.
-        unchecked: operations captured on trust that were not compared with a live run, each with the reason.
+        unchecked: operations captured on trust, or pieces, that were not compared with a live run, and why.
         recaptures: plans captured again because an address had moved; ``moves`` counts by input.
         evictions: plans dropped.
         bindings: input -> how it gets into the latest plan (``"static"``, ``"copied"``...).

@@ -209,7 +209,7 @@ def _graphs(region: RegionReport) -> Iterator[str]:
     for divergence in region.divergences:
         yield from row("diverged", divergence)
     for name, reason in region.unchecked.items():
-        yield from row("unchecked", f"{name}, captured on trust: {reason}")
+        yield from row("unchecked", f"{name} was not compared with a live run: {reason}")
     yield from _inputs(region)
 
 

@@ -162,7 +162,7 @@ class CompiledTarget:
 
     def same_request(self, other: CompiledTarget) -> bool:
         """Whether both ask for the same thing."""
-        return self._request == other._request
+        return type(self) is type(other) and self._request == other._request
 
     def call(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the target compiled.

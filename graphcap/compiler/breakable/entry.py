@@ -178,7 +178,7 @@ class Entry:
         home = next((each for each in devices if each.type == "cuda"), torch.device("cpu"))
         rules = SplitRules.of(config.splitting_ops, ())
         autocast = [each for each in ("cpu", "cuda") if torch.is_autocast_enabled(each)]
-        shown = [*_tensor_names(arguments, names), *(each.name or f"held_{i}" for i, each in enumerate(found))]
+        shown = [*_tensor_names(arguments, names), *self._outside_names(found, arguments, names)]
         built = build(region.name, recording, shown, home, rules, autocast)
         region.pieces, region.source, region.no_capture = built.records, built.source, why
         self._note_held(recording, found)
@@ -207,6 +207,16 @@ class Entry:
             if id(found.value) in wanted:
                 paths.setdefault(id(found.value), found)
         return [paths.get(number, Found(0, None, tensor)) for number, tensor in wanted.items()]
+
+    def _outside_names(self, found: Sequence[Found], arguments: Arguments, names: Sequence[str]) -> list[str]:
+        opaque = arguments.opaque()
+        prefixes = [name for leaf, name in zip(arguments.leaves, names, strict=True) if any(leaf is o for o in opaque)]
+        shown = []
+        for index, each in enumerate(found):
+            number = each.root - self._num_own_roots
+            prefix = f"{prefixes[number]}." if number >= 0 else ""
+            shown.append(f"{prefix}{each.name}" if each.path is not None else f"held_{index}")
+        return shown
 
     def _note_held(self, recording: Recorder, found: Sequence[Found]) -> None:
         outside = [value for value in recording.values if value.kind is Kind.OUTSIDE]

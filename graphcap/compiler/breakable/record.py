@@ -41,6 +41,10 @@ class Kind(enum.Enum):
     RESULT = "result"
 
 
+def _nothing() -> None:
+    return None
+
+
 @dataclass(slots=True)
 class Value:
     """One value of a recorded call.
@@ -49,7 +53,7 @@ class Value:
         storage: identity of its memory, within this recording.
         layout: see :func:`~graphcap.compiler.breakable.key.layout_of`.
         origin: where it showed up.
-        tensor: for what comes from outside, without keeping it alive.
+        tensor: for what comes from outside or out of a live call, without keeping it alive.
         numbers: for what was made of Python numbers, a copy of it as it was made.
     """
 
@@ -57,7 +61,7 @@ class Value:
     storage: int
     layout: tuple[Any, ...]
     origin: Origin
-    tensor: Callable[[], torch.Tensor | None] = lambda: None
+    tensor: Callable[[], torch.Tensor | None] = _nothing
     numbers: torch.Tensor | None = None
 
 
@@ -277,6 +281,9 @@ class Recorder(TorchDispatchMode):
         call.results = tuple(
             self._add(each, Kind.RESULT, call.origin) if isinstance(each, torch.Tensor) else None for each in results
         )
+        for each, number in zip(results, call.results, strict=True):
+            if number is not None:
+                self.values[number].tensor = weakref.ref(each)
         call.bare = isinstance(result, torch.Tensor)
         self._keep(call, results, given | hidden)
         return result
@@ -346,7 +353,8 @@ class Recorder(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and not self.refusal:
                 number = self._number(leaf)
                 itself = self.values[number].tensor()
-                seen = objects.setdefault(number, [] if itself is None else [id(itself)])
+                # Of what an operator made any object is the value; a live call may have returned what it was given.
+                seen = objects.setdefault(number, [] if self.values[number].tensor is _nothing else [id(itself)])
                 if id(leaf) not in seen:
                     seen.append(id(leaf))
                 self.outputs.append((number, seen.index(id(leaf))))

@@ -194,7 +194,6 @@ class SplitRules:
                 return f"user rule {getattr(predicate, '__name__', 'predicate')}"
         return None
 
-
     def match_name(self, target: Any) -> str | None:
         """Why a call of this function ends a piece, whatever its arguments are, or ``None``."""
         name = op_name(target)

@@ -163,7 +163,9 @@ class Entry:
         same = spec == self._spec and len(sources) == len(self._leaves)
         if same:
             pairs = zip(sources, self._leaves, strict=True)
-            same = all(a[0] == b[0] and (plain_key(a[1]) == plain_key(b[1]) if a[0] == "plain" else a == b) for a, b in pairs)
+            same = all(
+                a[0] == b[0] and (plain_key(a[1]) == plain_key(b[1]) if a[0] == "plain" else a == b) for a, b in pairs
+            )
         return "" if same else "the result has another structure, or holds other numbers, in the next call"
 
     def _prepare(self, arguments: Arguments, recording: Recorder, names: list[str]) -> None:
@@ -295,7 +297,10 @@ def _sources(leaves: Sequence[Any], arguments: Arguments) -> tuple[list[Leaf], s
         elif id(leaf) in given:
             sources.append(("argument", given[id(leaf)]))
         else:
-            return [], f"the result holds a {type(leaf).__name__}: return tensors, plain values, containers, or arguments"
+            return (
+                [],
+                f"the result holds a {type(leaf).__name__}: return tensors, plain values, containers, or arguments",
+            )
     return sources, ""
 
 

@@ -17,7 +17,20 @@ import torch
 from graphcap.compiler import private
 
 #: Compared by value. A bool is no int and 0.0 is not -0.0: types and signs are part of the key.
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum)
+PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    enum.Enum,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +61,7 @@ class Arguments:
         for leaf in self.opaque():
             if type(leaf).__module__.partition(".")[0] == "numpy":
                 return "an argument is a numpy array, whose values no operator reads: pass a tensor"
-            try:
-                weakref.ref(leaf)
-            except TypeError:
+            if not hasattr(leaf, "__dict__") or not _can_be_watched(leaf):
                 return f"an argument is a {type(leaf).__name__}, which can neither be compared nor watched"
         return ""
 
@@ -71,6 +82,14 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         else:
             keys.append((type(leaf), id(leaf)))
     return Arguments((spec, tuple(keys), torch_state()), leaves, list(tensors.values()), spec)
+
+
+def _can_be_watched(leaf: Any) -> bool:
+    try:
+        weakref.ref(leaf)
+    except TypeError:
+        return False
+    return True
 
 
 def plain_key(value: Any) -> Hashable:

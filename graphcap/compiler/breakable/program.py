@@ -100,7 +100,8 @@ def build(
     outside = [n for n, v in enumerate(recording.values) if v.kind is Kind.OUTSIDE]
     slots = {number: slot for slot, number in enumerate((*inputs, *outside))}
     specs = [
-        InputSpec(each, InputKind.STATIC if slot >= len(inputs) else InputKind.TENSOR) for slot, each in enumerate(names)
+        InputSpec(each, InputKind.STATIC if slot >= len(inputs) else InputKind.TENSOR)
+        for slot, each in enumerate(names)
     ]
     steps, records, sources = [], [], []
     lives: dict[int, LiveStep] = {}
@@ -119,9 +120,7 @@ def build(
         written = {storage for call in group.calls for storage in call.written}
         mutates = tuple(slots[n] for n in writer.reads if recording.values[n].storage in written)
         reads = tuple(slots[n] for n in writer.reads)
-        steps.append(
-            Step(step_name, fn, reads, tuple(slots[n] for n in writes), mutates, group.capture, group.reason)
-        )
+        steps.append(Step(step_name, fn, reads, tuple(slots[n] for n in writes), mutates, group.capture, group.reason))
         twin = seen.setdefault(twin_key, index)
         records.append(_record(steps[-1], group, specs, None if twin == index else twin))
         sources.append(source)

@@ -153,9 +153,10 @@ class _WatchWaysOut(TorchFunctionMode):
 
 @dataclass(slots=True)
 class _Inside:
-    """What happens within a live function, by storage: what it was given, makes and writes."""
+    """What happens within a live function, by storage: what it was given, meets, makes and writes."""
 
     given: set[int]
+    met: dict[int, torch.Tensor] = field(default_factory=dict)  # the first one, before any view of it
     made: set[int] = field(default_factory=set)
     written: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -216,7 +217,9 @@ class Recorder(TorchDispatchMode):
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         refs = self._refs(leaves)
         written = [t for t in nodes.leaves(list(declared_written(func, args, kwargs))) if isinstance(t, torch.Tensor)]
-        call = Call(func, refs, spec, (), frozenset(map(private.storage_id, written)), why_live(func, args, leaves), here())
+        call = Call(
+            func, refs, spec, (), frozenset(map(private.storage_id, written)), why_live(func, args, leaves), here()
+        )
         result = func(*args, **kwargs)
         numbers_given = [ref.value for ref in refs if isinstance(ref, Ref)]
         if any(layout_of(t) != self.values[n].layout for t, n in zip(given, numbers_given, strict=True)):
@@ -294,11 +297,15 @@ class Recorder(TorchDispatchMode):
         for tensor in nodes.leaves([*args, *kwargs.values()]):
             if isinstance(tensor, torch.Tensor) and not self.refusal:
                 storage = private.storage_id(tensor)
+                inside.met.setdefault(storage, tensor)
                 if storage in self._made and storage not in inside.given | inside.made:
-                    self.refuse(f"an @graphcap.eager function uses a value of {self._made[storage][1]} without being given it")
+                    self.refuse(
+                        f"an @graphcap.eager function uses a value of {self._made[storage][1]} without being given it"
+                    )
         for tensor in nodes.leaves(list(declared_written(func, args, kwargs))):
             if isinstance(tensor, torch.Tensor) and private.storage_id(tensor) not in inside.made:
-                inside.written.setdefault(private.storage_id(tensor), tensor)
+                storage = private.storage_id(tensor)
+                inside.written.setdefault(storage, inside.met.get(storage, tensor))
         result = func(*args, **kwargs)
         before = {private.storage_id(each) for each in nodes.leaves([*args, *kwargs.values()]) if torch.is_tensor(each)}
         inside.made |= {private.storage_id(each) for each in nodes.leaves(result) if torch.is_tensor(each)} - before

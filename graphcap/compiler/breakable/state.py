@@ -18,7 +18,7 @@ import torch
 from graphcap import native
 from graphcap.compiler.breakable.key import PLAIN, layout_of, plain_key
 
-#: ``("attribute", name)``, ``("item", key)``, ``("cell", index)`` or ``("global", name)``.
+#: ``("attribute", name)``, ``("item", key)``, ``("cell", name)`` or ``("global", name)``.
 Step = tuple[str, Any]
 Path = tuple[Step, ...]
 
@@ -57,7 +57,9 @@ def walk(roots: Sequence[Any]) -> Iterator[Found]:
 def _has_children(value: Any) -> bool:
     if isinstance(value, (dict, list, tuple)):
         return True
-    return not isinstance(value, (*PLAIN, torch.Tensor, type)) and not callable_only(value) and hasattr(value, "__dict__")
+    return (
+        not isinstance(value, (*PLAIN, torch.Tensor, type)) and not callable_only(value) and hasattr(value, "__dict__")
+    )
 
 
 def callable_only(value: Any) -> bool:
@@ -71,9 +73,12 @@ def _children(holder: Any) -> list[tuple[Step, Any]]:
     if isinstance(holder, (list, tuple)):
         return [(("item", index), value) for index, value in enumerate(holder)]
     if isinstance(holder, FunctionType):
-        cells = [(("cell", i), _cell(cell)) for i, cell in enumerate(holder.__closure__ or ())]
+        free = holder.__code__.co_freevars
+        cells = [(("cell", name), _cell(holder, name)) for name in free]
         used = [(("global", n), holder.__globals__[n]) for n in _names_used(holder) if n in holder.__globals__]
         return [*cells, *used]
+    if not hasattr(holder, "__dict__"):
+        return []
     return [(("attribute", name), value) for name, value in list(vars(holder).items()) if name != "_compiled_call_impl"]
 
 
@@ -86,11 +91,17 @@ def _names_used(function: FunctionType) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _cell(cell: Any) -> Any:
+def _cell(function: FunctionType, name: str) -> Any:
+    """What a closure holds under a name, ``None`` where it holds nothing yet."""
     try:
-        return cell.cell_contents
+        return _cell_of(function, name).cell_contents
     except ValueError:
         return None
+
+
+def _cell_of(function: FunctionType, name: str) -> Any:
+    assert function.__closure__ is not None
+    return function.__closure__[function.__code__.co_freevars.index(name)]
 
 
 def follow(root: Any, path: Path) -> Any:
@@ -106,7 +117,7 @@ def follow(root: Any, path: Path) -> Any:
         elif kind == "attribute":
             value = vars(value)[key]
         elif kind == "cell":
-            value = _cell(value.__closure__[key])
+            value = _cell(value, key)
         else:
             value = value.__globals__[key]
     return value
@@ -122,7 +133,12 @@ def changed(before: Mapping[tuple[int, Path], Any], after: Mapping[tuple[int, Pa
     for where in dict.fromkeys((*before, *after)):
         old, new = before.get(where, _MISSING), after.get(where, _MISSING)
         if old is not new and not _equal_plain(old, new):
-            if new is not _MISSING and _has_children(new) and type(old) is type(new) and isinstance(new, (list, tuple, dict)):
+            if (
+                new is not _MISSING
+                and _has_children(new)
+                and type(old) is type(new)
+                and isinstance(new, (list, tuple, dict))
+            ):
                 continue  # a container that was made anew: what is in it counts
             return Found(where[0], where[1], new).name
     return ""
@@ -188,7 +204,7 @@ class Watch:
                 if depth == 0 and kind == "attribute":
                     first[number, key] = value
                 elif kind == "cell":
-                    others[id(holder), key] = holder.__closure__[key], "cell_contents", value
+                    others[id(holder), key] = _cell_of(holder, key), "cell_contents", value
                 elif kind == "item" and not isinstance(holder, dict):
                     others[id(holder), key] = holder, key, value
                 else:
@@ -198,9 +214,10 @@ class Watch:
         proven = native.identity_check(list(entries.values()))
         moved = native.address_check(range(len(self.tensors)), [tensor.data_ptr() for tensor in self.tensors])
         at_roots, elsewhere, tensors = list(first.items()), list(others.values()), self.tensors
+        current_roots = self._roots  # and not self, or both would live until the next collection
 
         def prove() -> bool:
-            now = self._roots()
+            now = current_roots()
             return (
                 all(vars(now[number]).get(name, _MISSING) is value for (number, name), value in at_roots)
                 and proven()

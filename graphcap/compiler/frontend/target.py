@@ -278,12 +278,16 @@ class CompiledTarget:
         except Exception:
             self._first, self.marking = before
             raise
+        if self.is_eager or self._instead is not None:
+            return result
         error.__traceback__ = None  # it holds the frame of the failed call, and with it the caller's tensors
         if before[1] != self.marking:
             self._note(f"dims are marked {self.marking}, sizes 0 and 1 get graphs of their own: {_first_line(error)}")
         return result
 
-    def _fall_back(self, error: Exception, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _fall_back(
+        self, error: Exception, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Serve this call and all later ones in another way, as ``fallback`` says; nothing of the target has run."""
         breakable = self.config.fallback == "breakable"
         if not dynamo.cannot_compile(error) or (self.fullgraph and dynamo.is_graph_break(error) and not breakable):
@@ -325,5 +329,7 @@ def _modules(reference: Callable[[], Any]) -> list[torch.nn.Module]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    # BackendCompilerFailed says on its second line what happened.
+    text = " ".join(lines[: 2 if lines and lines[0].endswith("raised:") else 1])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

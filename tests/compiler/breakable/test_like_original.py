@@ -75,7 +75,12 @@ def test_nested_arguments_and_results() -> None:
     def function(batch: dict[str, Any], *rest: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Any:
         ids, (mask, name) = batch["ids"], batch["more"]
         out = ids * mask * scale
-        return {"out": out if bias is None else out + bias, "rest": [each + 1 for each in rest], "name": name, "mask": mask}
+        return {
+            "out": out if bias is None else out + bias,
+            "rest": [each + 1 for each in rest],
+            "name": name,
+            "mask": mask,
+        }
 
     def inputs(call: int) -> Arguments:
         return Arguments(({"ids": rows(), "more": (rows(), "n")}, rows(), rows()), {"bias": rows(), "scale": 0.5})

@@ -379,7 +379,7 @@ def is_frame_of(code: CodeType | None, function: CodeType) -> bool:
     return resumed and code.co_filename == function.co_filename
 
 
-# -- recording without Dynamo -------------------------------------------------------------------------------------------
+# -- recording without Dynamo -----------------------------------------------------------------------------------------
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from graphcap.compiler import private
+from graphcap.compiler.breakable.limits import generator_states, set_generator_states
 from graphcap.compiler.breakable.program import Built
-from graphcap.compiler.breakable.record import Recorder, generator_states, set_generator_states
+from graphcap.compiler.breakable.record import Recorder
 
 
 @dataclass

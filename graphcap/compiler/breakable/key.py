@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -53,6 +53,14 @@ class Arguments:
         """The leaves that are neither tensors nor plain."""
         return [leaf for leaf in self.leaves if not isinstance(leaf, torch.Tensor) and not isinstance(leaf, PLAIN)]
 
+    def tensor_names(self, names: Sequence[str]) -> list[str]:
+        """The names of :attr:`tensors`, given those of the leaves."""
+        found: dict[int, str] = {}
+        for leaf, name in zip(self.leaves, names, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                found.setdefault(id(leaf), name)
+        return list(found.values())
+
     def reason_to_refuse(self) -> str:
         """Why no recording can serve such a call, ``""`` where one may."""
         for tensor in self.tensors:
@@ -81,7 +89,15 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
             keys.append(plain_key(leaf))
         else:
             keys.append((type(leaf), id(leaf)))
-    return Arguments((spec, tuple(keys), torch_state()), leaves, list(tensors.values()), spec)
+    return Arguments((_structure(spec), tuple(keys), torch_state()), leaves, list(tensors.values()), spec)
+
+
+def _structure(spec: Any) -> Hashable:
+    try:
+        hash(spec)
+    except TypeError:  # a registered container may describe itself by what cannot be hashed
+        return repr(spec)
+    return cast(Hashable, spec)
 
 
 def _can_be_watched(leaf: Any) -> bool:

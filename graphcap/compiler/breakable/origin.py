@@ -14,7 +14,7 @@ import torch
 _NOT_THE_USERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[2]}{os.sep}", "<")
 
 #: The names of the modules of the target that is being recorded, by ``id``.
-module_names: ContextVar[Mapping[int, str]] = ContextVar("graphcap_module_names", default={})
+module_names: ContextVar[Mapping[int, str]] = ContextVar("graphcap_module_names")
 
 
 class Origin(NamedTuple):
@@ -31,7 +31,7 @@ class Origin(NamedTuple):
 def here() -> Origin:
     """The origin of what is happening now."""
     frame = sys._getframe(1)
-    names = module_names.get()
+    names = module_names.get({})
     location = function = ""
     while frame is not None:
         code = frame.f_code

@@ -12,8 +12,8 @@ no more than the function itself does, and yet no storage is taken for an earlie
 
 from __future__ import annotations
 
-import enum
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,117 +26,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcap.compiler import nodes, private
 from graphcap.compiler.breakable import current
-from graphcap.compiler.breakable.key import PLAIN, layout_of, same_leaf
+from graphcap.compiler.breakable.calls import Call, Kind, Outcome, Ref, Value, Weak, nothing
+from graphcap.compiler.breakable.key import PLAIN, layout_of
+from graphcap.compiler.breakable.limits import WAYS_OUT, generator_states, reads_values, why_live
 from graphcap.compiler.breakable.origin import Origin, here
 from graphcap.compiler.effects import declared_written
-from graphcap.compiler.rules import HOST_SYNC_OPS, op_name, target_never_captured
+from graphcap.compiler.rules import op_name
 
+log = logging.getLogger("graphcap.compiler")
 
-class Kind(enum.Enum):
-    """Where a value comes from."""
-
-    ARGUMENT = "argument"
-    OUTSIDE = "outside"  #: neither an argument nor made in the call: a parameter, a global, a tensor in a closure
-    NUMBERS = "numbers"  #: made from Python numbers in the call: ``torch.tensor(3.0)``
-    RESULT = "result"
-
-
-def _nothing() -> None:
-    return None
-
-
-@dataclass(slots=True)
-class Value:
-    """One value of a recorded call.
-
-    Attributes:
-        storage: identity of its memory, within this recording.
-        layout: see :func:`~graphcap.compiler.breakable.key.layout_of`.
-        origin: where it showed up.
-        tensor: for what comes from outside or out of a live call, without keeping it alive.
-        numbers: for what was made of Python numbers, a copy of it as it was made.
-    """
-
-    kind: Kind
-    storage: int
-    layout: tuple[Any, ...]
-    origin: Origin
-    tensor: Callable[[], torch.Tensor | None] = _nothing
-    numbers: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """Stands for the value of this number among the arguments of a call."""
-
-    value: int
-
-
-@dataclass(frozen=True, slots=True)
-class Weak:
-    """Stands for an object among the arguments of a call that must not be kept alive, such as the model."""
-
-    object: Callable[[], Any]
-
-
-@dataclass(slots=True)
-class Call:
-    """One operator or one ``@graphcap.eager`` function.
-
-    Attributes:
-        function: the operator, or the user's own function.
-        leaves, spec: its arguments, flat; tensors are :class:`Ref`, objects that are no plain values :class:`Weak`.
-        also: values that it reads or writes without being given them.
-        results: per leaf of its result the number of a new value, ``None`` for one that was known or is no tensor.
-        bare: whether it returned one tensor, and no container of tensors.
-        written: the storages that it writes.
-        live: why a graph cannot hold it, ``""`` where one can.
-        origin: where the user wrote it.
-        outcome: in a recording that keeps outcomes, what a live call did; ``None`` where that cannot be repeated.
-    """
-
-    function: Any
-    leaves: tuple[Any, ...]
-    spec: Any
-    results: tuple[int | None, ...]
-    written: frozenset[int]
-    live: str
-    origin: Origin
-    also: tuple[int, ...] = ()
-    bare: bool = True
-    outcome: Outcome | None = None
-
-    def reads(self) -> list[int]:
-        """The values that it reads, each once, those that it is given first."""
-        return list(dict.fromkeys([*(leaf.value for leaf in self.leaves if isinstance(leaf, Ref)), *self.also]))
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a live call did, for a replay that must not do it again.
-
-    Attributes:
-        results: copies of the tensors that it made.
-        written: per value that it wrote a copy of what stood there afterwards.
-        generators: the state of the random number generators afterwards.
-    """
-
-    results: list[torch.Tensor]
-    written: dict[int, torch.Tensor]
-    generators: Any
-
-
-#: Ways out of torch without an operator. What lies behind them is invisible, so it belongs in ``@graphcap.eager``.
-_WAYS_OUT = {
-    "tolist": "hands values to Python",
-    "numpy": "hands its memory to numpy",
-    "__array__": "hands its memory to numpy",
-    "__dlpack__": "hands its memory to another library",
-    "data_ptr": "hands its address to a kernel that torch does not know",
-}
 #: Give back what they were given; nothing to do in a replay.
 _TRANSPARENT = {"aten::lift_fresh", "aten::detach_"}
-_MASKS = (torch.bool, torch.uint8)
 
 
 class _WatchWaysOut(TorchFunctionMode):
@@ -145,7 +45,7 @@ class _WatchWaysOut(TorchFunctionMode):
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        why = _WAYS_OUT.get(getattr(func, "__name__", ""))
+        why = WAYS_OUT.get(getattr(func, "__name__", ""))
         if why is not None and args and isinstance(args[0], torch.Tensor):
             self._recorder.refuse(f"Tensor.{func.__name__} {why}")
         return func(*args, **(kwargs or {}))
@@ -205,54 +105,68 @@ class Recorder(TorchDispatchMode):
         return self._call(func, args, kwargs) if result is NotImplemented else result
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            call = self._begin(func, args, kwargs)
+        except Exception as error:  # a fault of ours must not take the model down
+            self._own_fault(error)
+            call = None
+        result = func(*args, **kwargs)
+        if call is not None and not self.refusal:
+            try:
+                self._finish(call, result, private.tree_flatten((args, kwargs))[0])
+            except Exception as error:
+                self._own_fault(error)
+        return result
+
+    def _begin(self, func: Any, args: Any, kwargs: Any) -> Call | None:
+        """What is known of a call before it runs; ``None`` for one that need not be repeated, or cannot."""
         name = op_name(func)
         if name == "aten::lift_fresh" and self._unknown(args[0]):
             self._add(args[0], Kind.NUMBERS, here())
         if name in _TRANSPARENT:
-            return func(*args, **kwargs)
+            return None
         if why := reads_values(func, args, kwargs):
             self.refuse(why)
-            return func(*args, **kwargs)
+            return None
         leaves, spec = private.tree_flatten((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        refs = self._refs(leaves)
         written = [t for t in nodes.leaves(list(declared_written(func, args, kwargs))) if isinstance(t, torch.Tensor)]
-        call = Call(
-            func, refs, spec, (), frozenset(map(private.storage_id, written)), why_live(func, args, leaves), here()
-        )
-        result = func(*args, **kwargs)
-        numbers_given = [ref.value for ref in refs if isinstance(ref, Ref)]
-        if any(layout_of(t) != self.values[n].layout for t, n in zip(given, numbers_given, strict=True)):
-            self.refuse(f"{name} changes the form of a tensor in place")
+        memory = frozenset(map(private.storage_id, written))
+        return Call(func, self._refs(leaves), spec, (), memory, why_live(func, args, leaves), here())
+
+    def _finish(self, call: Call, result: Any, leaves: Sequence[Any]) -> None:
+        """Number what a call made, and keep the call unless it did nothing."""
+        given = {ref.value: leaf for ref, leaf in zip(call.leaves, leaves, strict=True) if isinstance(ref, Ref)}
+        if any(layout_of(tensor) != self.values[number].layout for number, tensor in given.items()):
+            self.refuse(f"{op_name(call.function)} changes the form of a tensor in place")
         results = private.tree_flatten(result)[0]
         if odd := _no_tensors(results):
-            self.refuse(f"{name} hands a {type(odd[0]).__name__} to Python")
-        if not self.refusal:
-            self._finish(call, result, dict(zip(numbers_given, given, strict=True)))
-        return result
-
-    def _finish(self, call: Call, result: Any, given: Mapping[int, torch.Tensor]) -> None:
-        """Number what a call made, and keep the call unless it did nothing."""
-        results = private.tree_flatten(result)[0]
+            self.refuse(f"{op_name(call.function)} hands a {type(odd[0]).__name__} to Python")
+        if self.refusal:
+            return
         fresh = [isinstance(each, torch.Tensor) and self._unknown(each) for each in results]
-        numbers = [
+        call.results = tuple(
             self._add(each, Kind.RESULT, call.origin) if new else None for each, new in zip(results, fresh, strict=True)
-        ]
-        call.results = tuple(numbers)
+        )
         call.bare = isinstance(result, torch.Tensor)
-        if not any(fresh) and not call.written and any(isinstance(each, torch.Tensor) for each in results):
-            return  # a view that is what it views
-        self._keep(call, results, given)
+        if any(fresh) or call.written or not any(isinstance(each, torch.Tensor) for each in results):
+            self._keep(call, results, given)  # anything else is a view that is what it views
+
+    def _own_fault(self, error: Exception) -> None:
+        log.warning("graphcap failed while it recorded a call, which goes on: %s", error, exc_info=error)
+        self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
 
     def _keep(self, call: Call, results: Sequence[Any], given: Mapping[int, torch.Tensor]) -> None:
-        self._is_blind = True
+        self.calls.append(call)
         shared = {private.storage_id(each) for each in results if isinstance(each, torch.Tensor)} & set(self._outside)
-        if self._keep_outcomes and call.live and not shared:
+        if not self._keep_outcomes or not call.live or shared:
+            return
+        self._is_blind = True
+        try:
             made = [each.clone() for each, number in zip(results, call.results, strict=True) if number is not None]
             written = {n: t.clone() for n, t in given.items() if self.values[n].storage in call.written}
             call.outcome = Outcome(made, written, generator_states())
-        self.calls.append(call)
-        self._is_blind = False
+        finally:
+            self._is_blind = False
 
     # -- live functions ------------------------------------------------------------------------------------------------
 
@@ -274,9 +188,12 @@ class Recorder(TorchDispatchMode):
         results = private.tree_flatten(result)[0]
         if odd := _no_tensors(results):
             self.refuse(f"{name} returns a {type(odd[0]).__name__}, on which what follows may depend")
-        if self.refusal:
-            return result
-        given = dict(zip(call.reads(), _each_once(tensors), strict=True))
+        if not self.refusal:
+            self._finish_live(call, inside, result, dict(zip(call.reads(), _each_once(tensors), strict=True)))
+        return result
+
+    def _finish_live(self, call: Call, inside: _Inside, result: Any, given: Mapping[int, torch.Tensor]) -> None:
+        results = private.tree_flatten(result)[0]
         call.written = frozenset(inside.written)
         hidden = {self._number_in(tensor): tensor for key, tensor in inside.written.items() if key not in inside.given}
         call.also = tuple(hidden)
@@ -288,8 +205,7 @@ class Recorder(TorchDispatchMode):
             if number is not None:
                 self.values[number].tensor = weakref.ref(each)
         call.bare = isinstance(result, torch.Tensor)
-        self._keep(call, results, given | hidden)
-        return result
+        self._keep(call, results, {**given, **hidden})
 
     def _watch_inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         inside = self._inside
@@ -361,7 +277,7 @@ class Recorder(TorchDispatchMode):
                 number = self._number(leaf)
                 itself = self.values[number].tensor()
                 # Of what an operator made any object is the value; a live call may have returned what it was given.
-                seen = objects.setdefault(number, [] if self.values[number].tensor is _nothing else [id(itself)])
+                seen = objects.setdefault(number, [] if self.values[number].tensor is nothing else [id(itself)])
                 if id(leaf) not in seen:
                     seen.append(id(leaf))
                 self.outputs.append((number, seen.index(id(leaf))))
@@ -412,74 +328,6 @@ def record(
     return recorder, result
 
 
-def difference(a: Recorder, b: Recorder) -> str:
-    """Where two recordings part, in one line; ``""`` where one could stand for the other.
-
-    Values that were made of Python numbers must have equal bits, those from outside must be the same tensor.
-    """
-    for first, second in zip(a.calls, b.calls, strict=False):
-        if first.function is not second.function:
-            return f"{_name(first)} at {first.origin} in one call, {_name(second)} at {second.origin} in the next"
-        same = len(first.leaves) == len(second.leaves) and all(map(_same_argument, first.leaves, second.leaves))
-        if not same or first.spec != second.spec or first.results != second.results or first.also != second.also:
-            return f"{_name(first)} at {first.origin} has other arguments in the next call"
-    if len(a.calls) != len(b.calls):
-        longer = max(a.calls, b.calls, key=len)
-        extra = longer[min(len(a.calls), len(b.calls))]
-        return f"{_name(extra)} at {extra.origin} runs in one of two calls"
-    if len(a.values) != len(b.values) or a.outputs != b.outputs:
-        return "the calls return different values"
-    for one, other in zip(a.values, b.values, strict=True):
-        if one.kind is not other.kind or one.layout != other.layout:
-            return f"a tensor used at {one.origin} has another layout in the next call"
-        if one.kind is Kind.NUMBERS and not _same_bits(one.numbers, other.numbers):
-            return f"the tensor made from numbers at {one.origin} has other values in the next call"
-        if one.kind is Kind.OUTSIDE and (one.tensor() is not other.tensor() or one.tensor() is None):
-            return f"another tensor is used at {one.origin} in the next call"
-    return ""
-
-
-def reads_values(func: Any, args: Any, kwargs: Any) -> str:
-    """Why an operator makes Python depend on values: it returns them, or a tensor of so many rows."""
-    name = op_name(func)
-    if func.namespace == "aten" and name.rpartition("::")[2] in HOST_SYNC_OPS:
-        return f"{name} waits for a value; put it into an @graphcap.eager function"
-    if torch.Tag.data_dependent_output in func.tags:
-        return f"{name} waits for a value; put it into an @graphcap.eager function"
-    if torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
-        if name == "aten::index" and not _has_mask(args):
-            return ""
-        return f"the values that {name} reads decide the size of its result; put it into an @graphcap.eager function"
-    return ""
-
-
-def why_live(func: Any, args: Any, leaves: Sequence[Any]) -> str:
-    """Why a graph cannot hold this call, ``""`` where it can."""
-    name = op_name(func)
-    if any(isinstance(leaf, torch.Generator) for leaf in leaves):
-        return f"{name} draws from a generator of its own"
-    if name in ("aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and _has_mask(args):
-        return f"{name} with a mask waits for the number of rows"
-    return target_never_captured(func) or ""
-
-
-def generator_states() -> list[torch.Tensor]:
-    """The states of the generators that operators draw from by default: the CPU's, and that of each used GPU."""
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
-
-
-def set_generator_states(states: Sequence[torch.Tensor]) -> None:
-    """The inverse of :func:`generator_states`."""
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(list(states[1:]))
-
-
-def _has_mask(args: Any) -> bool:
-    return any(isinstance(each, torch.Tensor) and each.dtype in _MASKS for each in args[1])
-
-
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.layout is not torch.strided:
         return (id(tensor),)
@@ -504,22 +352,7 @@ def _each_once(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list({_identity(tensor): tensor for tensor in tensors}.values())
 
 
-def _same_argument(a: Any, b: Any) -> bool:
-    if isinstance(a, Weak) and isinstance(b, Weak):
-        return a.object() is b.object() is not None
-    return a == b if isinstance(a, Ref) and isinstance(b, Ref) else same_leaf(a, b)
-
-
 def _autocast() -> tuple[Any, ...]:
     return tuple(
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in ("cpu", "cuda")
     )
-
-
-def _name(call: Call) -> str:
-    return op_name(call.function)
-
-
-def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    assert a is not None and b is not None
-    return bool(torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)))

@@ -1,4 +1,4 @@
-"""The Python objects that a recorded call relies on: where its tensors are found, and what must stay as it was.
+"""The Python objects that a call can reach: where its tensors lie, and what it has changed.
 
 Objects are reached from a few roots: the module, the object or the function that is compiled, and arguments that are
 objects of their own. A path leads from a root through attributes, dict entries, list items and closures.
@@ -6,17 +6,15 @@ objects of their own. A path leads from a root through attributes, dict entries,
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
 
-from graphcap import native
-from graphcap.compiler.breakable.key import PLAIN, layout_of, plain_key
+from graphcap.compiler.breakable.key import PLAIN, plain_key
 
 #: ``("attribute", name)``, ``("item", key)``, ``("cell", name)`` or ``("global", name)``.
 Step = tuple[str, Any]
@@ -24,7 +22,7 @@ Path = tuple[Step, ...]
 
 _MAX_OBJECTS = 200_000
 _OF_TORCH = ("_modules", "_parameters", "_buffers")
-_MISSING = object()
+MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,8 @@ def _children(holder: Any) -> list[tuple[Step, Any]]:
 
 
 def _names_used(function: FunctionType) -> list[str]:
-    codes, names = [function.__code__], []
+    codes = [function.__code__]
+    names: list[str] = []
     while codes:
         code = codes.pop()
         names += code.co_names
@@ -94,12 +93,13 @@ def _names_used(function: FunctionType) -> list[str]:
 def _cell(function: FunctionType, name: str) -> Any:
     """What a closure holds under a name, ``None`` where it holds nothing yet."""
     try:
-        return _cell_of(function, name).cell_contents
+        return cell_of(function, name).cell_contents
     except ValueError:
         return None
 
 
-def _cell_of(function: FunctionType, name: str) -> Any:
+def cell_of(function: FunctionType, name: str) -> Any:
+    """The cell of a closure that holds the variable of this name."""
     assert function.__closure__ is not None
     return function.__closure__[function.__code__.co_freevars.index(name)]
 
@@ -125,16 +125,16 @@ def follow(root: Any, path: Path) -> Any:
 
 def snapshot(roots: Sequence[Any]) -> dict[tuple[int, Path], Any]:
     """Everything within reach, by where it is: to be compared with a later one by :func:`changed`."""
-    return {(found.root, found.path): found.value for found in walk(roots)}
+    return {(found.root, found.path or ()): found.value for found in walk(roots)}
 
 
 def changed(before: Mapping[tuple[int, Path], Any], after: Mapping[tuple[int, Path], Any]) -> str:
     """The name of something that a call has set to another value, ``""`` if there is none."""
     for where in dict.fromkeys((*before, *after)):
-        old, new = before.get(where, _MISSING), after.get(where, _MISSING)
-        if old is not new and not _equal_plain(old, new):
+        old, new = before.get(where, MISSING), after.get(where, MISSING)
+        if old is not new and not equal_plain(old, new):
             if (
-                new is not _MISSING
+                new is not MISSING
                 and _has_children(new)
                 and type(old) is type(new)
                 and isinstance(new, (list, tuple, dict))
@@ -144,95 +144,6 @@ def changed(before: Mapping[tuple[int, Path], Any], after: Mapping[tuple[int, Pa
     return ""
 
 
-def _equal_plain(a: Any, b: Any) -> bool:
+def equal_plain(a: Any, b: Any) -> bool:
+    """Whether two values are plain and mean the same."""
     return isinstance(a, PLAIN) and isinstance(b, PLAIN) and plain_key(a) == plain_key(b)
-
-
-class Watch:
-    """Whether what a recording relied on is still there: modules and their ``training``, plain values, tensors.
-
-    Attributes:
-        tensors: what the paths to the tensors lead to, in order; one without a path is kept alive and stays.
-    """
-
-    def __init__(self, roots: Callable[[], Sequence[Any]], tensors: Sequence[Found], facts: Sequence[Found]) -> None:
-        """Remember how things are.
-
-        Args:
-            roots: gives the roots; they are not kept alive.
-            tensors: the tensors to find again. One that was replaced by another of the same layout is taken.
-            facts: what must stay equal (plain values) or the same object.
-        """
-        self._roots = roots
-        self._tensors = [(found.root, found.path, layout_of(found.value)) for found in tensors]
-        self._facts = [(found.root, found.path, _fact(found.value)) for found in facts]
-        self.tensors: list[torch.Tensor] = [found.value for found in tensors]
-        self._prove = self._proof()
-
-    def holds(self) -> bool:
-        """Whether the recording may serve a call now; ``tensors`` are up to date then."""
-        try:
-            if self._prove():
-                return True
-            roots = self._roots()
-            for number, path, expected in self._facts:
-                if path is not None and not expected(follow(roots[number], path)):
-                    return False
-            tensors = [
-                follow(roots[number], path) if path is not None else held
-                for (number, path, _), held in zip(self._tensors, self.tensors, strict=True)
-            ]
-        except (LookupError, AttributeError, TypeError):
-            return False
-        for tensor, (_, _, layout) in zip(tensors, self._tensors, strict=True):
-            if not isinstance(tensor, torch.Tensor) or layout_of(tensor) != layout:
-                return False
-        self.tensors = tensors
-        self._prove = self._proof()
-        return True
-
-    def _proof(self) -> Callable[[], bool]:
-        """A quick look that nothing on any path has changed, without keeping the roots alive."""
-        roots = self._roots()
-        entries: dict[tuple[int, Any], tuple[dict[Any, Any], Any, Any]] = {}
-        others: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
-        first: dict[tuple[int, Any], Any] = {}
-        for number, path in [each[:2] for each in (*self._tensors, *self._facts)]:
-            holder = roots[number]
-            for depth, (kind, key) in enumerate(path or ()):
-                value = follow(holder, ((kind, key),))
-                if depth == 0 and kind == "attribute":
-                    first[number, key] = value
-                elif kind == "cell":
-                    others[id(holder), key] = _cell_of(holder, key), "cell_contents", value
-                elif kind == "item" and not isinstance(holder, dict):
-                    others[id(holder), key] = holder, key, value
-                else:
-                    held = vars(holder) if kind == "attribute" else holder.__globals__ if kind == "global" else holder
-                    entries[id(held), key] = held, key, value
-                holder = value
-        proven = native.identity_check(list(entries.values()))
-        moved = native.address_check(range(len(self.tensors)), [tensor.data_ptr() for tensor in self.tensors])
-        at_roots, elsewhere, tensors = list(first.items()), list(others.values()), self.tensors
-        current_roots = self._roots  # and not self, or both would live until the next collection
-
-        def prove() -> bool:
-            now = current_roots()
-            return (
-                all(vars(now[number]).get(name, _MISSING) is value for (number, name), value in at_roots)
-                and proven()
-                and all((h.cell_contents if k == "cell_contents" else h[k]) is v for h, k, v in elsewhere)
-                and moved(tensors)
-            )
-
-        return prove
-
-
-def _fact(value: Any) -> Callable[[Any], bool]:
-    if isinstance(value, PLAIN):
-        return lambda now: _equal_plain(value, now)
-    try:
-        known = weakref.ref(value)
-    except TypeError:
-        return lambda now: now is value
-    return lambda now: now is known()

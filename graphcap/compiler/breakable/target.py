@@ -73,11 +73,11 @@ class BreakableTarget(CompiledTarget):
         if RemovableHandle.next_id != self._num_hooks:
             self._forget_recordings()
         for entry in self._entries.get(arguments.key, ()):
-            if entry.fits():
+            if entry.fits(arguments):
                 return entry.call(arguments, function, lambda: self._names(args, kwargs))
         with self._lock:
-            entry = self._new_entry(arguments)
-            return entry.call(arguments, function, lambda: self._names(args, kwargs)) if entry else function()
+            new = self._new_entry(arguments)
+            return function() if new is None else new.call(arguments, function, lambda: self._names(args, kwargs))
 
     def _forget_recordings(self) -> None:
         # A hook was registered somewhere in the process: rare, and every recording may lack it.

@@ -26,11 +26,11 @@ def test_a_replay_that_differs_is_refused_and_the_call_is_right(monkeypatch: pyt
     """The program is given a wrong constant on its way to the runtime: the recordings agree, the replay does not."""
     correct = entry.build
 
-    def wrong(*args: Any) -> Built:
+    def wrong(*args: Any, **kwargs: Any) -> Built:
         recording = args[1]
         call = recording.calls[-1]
         call.leaves = tuple(3.0 if leaf == 2.0 else leaf for leaf in call.leaves)
-        built = correct(*args)
+        built = correct(*args, **kwargs)
         call.leaves = tuple(2.0 if leaf == 3.0 else leaf for leaf in call.leaves)
         return built
 
@@ -55,10 +55,10 @@ def test_a_replay_that_differs_is_refused_and_the_call_is_right(monkeypatch: pyt
 def test_a_state_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     correct = entry.build
 
-    def wrong(*args: Any) -> Built:
+    def wrong(*args: Any, **kwargs: Any) -> Built:
         call = args[1].calls[0]
         call.leaves = tuple(5 if leaf == 1 else leaf for leaf in call.leaves)
-        built = correct(*args)
+        built = correct(*args, **kwargs)
         call.leaves = tuple(1 if leaf == 5 else leaf for leaf in call.leaves)
         return built
 
@@ -85,6 +85,11 @@ class Scaled(nn.Module):
         return x * self.factor
 
 
+def call_often(model: nn.Module, x: Tensor, calls: int) -> None:
+    for _ in range(calls):
+        model(x)
+
+
 def test_a_changed_attribute_is_found_within_256_calls() -> None:
     model = breakable(Scaled())
     x = rows()
@@ -92,8 +97,7 @@ def test_a_changed_attribute_is_found_within_256_calls() -> None:
         model(x)
     model.factor = 3.0
     with pytest.raises(GuardError, match=r"aten::mul at .*test_check.py:\d+ has other arguments"):
-        for _ in range(entry.CHECK_EVERY):
-            model(x)
+        call_often(model, x, entry.CHECK_EVERY)
     torch.testing.assert_close(model(x), x * 3)
 
 

@@ -185,3 +185,16 @@ def test_errors_of_the_function_are_its_own() -> None:
         with pytest.raises(ValueError, match="mine"):
             captured(x, True)
     assert num_replays(captured) >= 2
+
+
+@pytest.mark.parametrize("where", ["record.Recorder._begin", "record.Recorder._finish", "entry.build"])
+def test_a_fault_of_ours_is_no_error_of_the_model(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(f"graphcap.compiler.breakable.{where}", broken)
+    captured = breakable(lambda x: x + 1)
+    for _ in range(CALLS):
+        x = rows()
+        torch.testing.assert_close(captured(x), x + 1)
+    assert "graphcap failed: RuntimeError: broken" in refused(captured)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -204,6 +205,9 @@ class Entry:
         assert self._built is not None
         assert self._run is not None
         assert self._previous is not None
+
+        for number, tensor in zip(self._built.outside, self._watch.tensors, strict=True):
+            self._previous[0].values[number].tensor = weakref.ref(tensor)  # a parameter may have been replaced
 
         def watched() -> tuple[Recorder, Any, str]:
             recording, result = self._watched(arguments, function, keep=True)

@@ -137,6 +137,7 @@ def test_a_plan_that_was_captured_again_is_compared_again() -> None:
         torch.testing.assert_close(model(x), model.bias.expand(3, 4))
     (region,) = graphcap.explain(model).regions
     assert region.recaptures == 1
+    assert not region.bypass
 
 
 def test_nothing_is_said_where_all_is_well() -> None:

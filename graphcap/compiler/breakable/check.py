@@ -52,8 +52,12 @@ def compare(
     """
     written = sorted({slot for step in built.program.steps for slot in step.mutates if slot < len(inputs)})
     written_names = [built.program.inputs[slot].name for slot in written]
-    memory = _storages([inputs[slot] for slot in written])
-    before, generators = [each.clone() for each in memory], generator_states()
+    memory_of, memory = _storages([inputs[slot] for slot in written])
+    try:
+        before, generators = [each.clone() for each in memory], generator_states()
+    except torch.OutOfMemoryError:  # nothing has run yet
+        recording, result, why = watched()
+        return Outcome(result, difference=why, in_python=bool(why))
     recording, result, why = watched()
     if why:
         return Outcome(result, difference=why, in_python=True)
@@ -61,9 +65,12 @@ def compare(
     if None in live.values():
         return Outcome(result)  # a live step that may not run twice cannot be repeated: the calls agree, that is all
     results = [leaf for leaf in private.tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-    expected = [each.clone() for each in results]
-    after, generators_after = [each.clone() for each in memory], generator_states()
-    state = [inputs[slot].clone() for slot in written]
+    try:
+        expected = [each.clone() for each in results]
+        after, generators_after = [each.clone() for each in memory], generator_states()
+    except torch.OutOfMemoryError:
+        return Outcome(result)
+    state = [_within(after[memory_of[private.storage_id(inputs[slot])]], inputs[slot]) for slot in written]
     _restore(memory, before)
     set_generator_states(generators)
     for number, step in built.lives.items():
@@ -87,15 +94,22 @@ def compare(
     return Outcome(result, difference=difference)
 
 
-def _storages(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """All the bytes that these tensors lie in, each storage once."""
+def _storages(tensors: Sequence[torch.Tensor]) -> tuple[dict[int, int], list[torch.Tensor]]:
+    """All the bytes that these tensors lie in, each storage once, and where each is in that list."""
     found: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():
         for tensor in tensors:
             storage = tensor.untyped_storage()
             empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
             found.setdefault(private.storage_id(tensor), empty.set_(storage, 0, (storage.nbytes(),), (1,)))
-    return list(found.values())
+    return {storage: index for index, storage in enumerate(found)}, list(found.values())
+
+
+def _within(copy: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor that lies in a copy of a storage as ``like`` lies in the storage."""
+    with torch.inference_mode(False), torch.no_grad():
+        empty = torch.empty(0, dtype=like.dtype, device=like.device)
+        return empty.set_(copy.untyped_storage(), like.storage_offset(), like.size(), like.stride())
 
 
 def _restore(memory: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

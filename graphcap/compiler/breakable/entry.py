@@ -21,7 +21,7 @@ from graphcap.compiler.breakable import check
 from graphcap.compiler.breakable.calls import difference
 from graphcap.compiler.breakable.key import Arguments
 from graphcap.compiler.breakable.origin import module_names
-from graphcap.compiler.breakable.outside import Outside, facts, find_outside
+from graphcap.compiler.breakable.outside import Outside, facts, find_outside, shown_name
 from graphcap.compiler.breakable.program import Built, build
 from graphcap.compiler.breakable.record import Recorder, record
 from graphcap.compiler.breakable.result import Result
@@ -48,6 +48,7 @@ class Entry:
     Attributes:
         region: for the report.
         refused: why these calls run as they are, ``""`` as long as they are recorded or served.
+        unsettled: why the latest recording was thrown away, ``""`` where it was not.
     """
 
     def __init__(self, region: Region, roots: Callable[[], Sequence[Any]], num_own_roots: int) -> None:
@@ -60,6 +61,7 @@ class Entry:
         """
         self.region = region
         self.refused = ""
+        self.unsettled = ""
         self._roots = roots
         self._num_own_roots = num_own_roots
         self._watch = Watch(roots, (), facts(roots(), num_own_roots))
@@ -120,7 +122,10 @@ class Entry:
         if recording.refusal or made.odd:
             self.refuse(recording.refusal or made.odd)
             return result
-        unsettled = f"a call changes {effect}, which a replay would not do" if effect else ""
+        unsettled = ""
+        if effect is not None:
+            name = shown_name(effect, arguments, names(), self._num_own_roots)
+            unsettled = f"a call changes {name}, which a replay would not do"
         unsettled = unsettled or recording.outlived(private.tree_flatten(result)[0])
         if not unsettled and self._previous is not None:
             unsettled = self._difference(recording, made)
@@ -131,7 +136,7 @@ class Entry:
                     log.warning("%s: graphcap failed: %s", self.region.name, error, exc_info=True)
                     self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
                 return result
-        self._previous = None if unsettled else (recording, made)
+        self._previous, self.unsettled = None if unsettled else (recording, made), unsettled
         if unsettled and self._num_recordings >= MAX_RECORDINGS:
             self.refuse(unsettled)
         return result

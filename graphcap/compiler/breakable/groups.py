@@ -52,8 +52,9 @@ def group_calls(
         rules: which operators are cut out of their neighbours.
     """
     groups: list[Group] = []
+    used = {number for call in recording.calls for number in call.reads()} | {number for number, _ in recording.outputs}
     for call in _with_numbers(recording, numbers):
-        live = call.live or _elsewhere(recording, call, home, numbers)
+        live = call.live or _elsewhere(recording, call, home, numbers, used)
         split = rules.match_name(call.function)
         if live:
             groups.append(Group([call], Capture.NEVER, f"{live} ({call.origin})"))
@@ -85,10 +86,16 @@ def _with_numbers(recording: Recorder, numbers: dict[int, torch.Tensor]) -> Iter
     yield from make(number for number, _ in recording.outputs)
 
 
-def _elsewhere(recording: Recorder, call: Call, home: torch.device, numbers: dict[int, torch.Tensor]) -> str:
-    """Why a call is live for the devices that it touches; a number on the CPU is one that the kernel is given."""
+def _elsewhere(
+    recording: Recorder, call: Call, home: torch.device, numbers: dict[int, torch.Tensor], used: set[int]
+) -> str:
+    """Why a call is live for the devices that it touches.
+
+    A number on the CPU is one that the kernel is given. A result on the CPU that nobody reads does not count: attention
+    kernels return the state of a generator.
+    """
     for number in (*call.reads(), *call.results):
-        if number is not None and (device := recording.values[number].layout[3]) != home:
+        if number is not None and number in used and (device := recording.values[number].layout[3]) != home:
             if number in numbers and not recording.values[number].layout[0]:
                 continue
             return f"{op_name(call.function)} touches a tensor on {device}"

@@ -31,14 +31,10 @@ class Outside:
 
     def names(self, arguments: Arguments, names: Sequence[str], num_own_roots: int) -> list[str]:
         """What a user would call each tensor, given the names of the arguments' leaves."""
-        opaque = {id(each) for each in arguments.opaque()}
-        prefixes = [name for leaf, name in zip(arguments.leaves, names, strict=True) if id(leaf) in opaque]
-        shown = []
-        for index, each in enumerate(self.tensors):
-            number = each.root - num_own_roots
-            prefix = f"{prefixes[number]}." if number >= 0 else ""
-            shown.append(f"{prefix}{each.name}" if each.path is not None else f"held_{index}")
-        return shown
+        return [
+            f"held_{index}" if each.path is None else shown_name(each, arguments, names, num_own_roots)
+            for index, each in enumerate(self.tensors)
+        ]
 
     def note(self, recording: Recorder) -> str:
         """What the report says of tensors that no path leads to, ``""`` where there are none."""
@@ -81,6 +77,13 @@ def find_outside(recording: Recorder, roots: Sequence[Any], tensors: Sequence[to
             if _same_memory(found.value, tensor):
                 shared.setdefault(number, found)
     return Outside([paths.get(key, Found(0, None, each)) for key, each in wanted.items()], list(shared.items()))
+
+
+def shown_name(found: Found, arguments: Arguments, names: Sequence[str], num_own_roots: int) -> str:
+    """What a user would call it: ``"fc.weight"``, and with the name of the argument ``"past_key_values.keys.0"``."""
+    opaque = {id(each) for each in arguments.opaque()}
+    roots = [name for leaf, name in zip(arguments.leaves, names, strict=True) if id(leaf) in opaque]
+    return f"{roots[found.root - num_own_roots]}.{found.name}" if found.root >= num_own_roots else found.name
 
 
 def facts(roots: Sequence[Any], num_own_roots: int) -> list[Found]:

@@ -128,8 +128,8 @@ def snapshot(roots: Sequence[Any]) -> dict[tuple[int, Path], Any]:
     return {(found.root, found.path or ()): found.value for found in walk(roots)}
 
 
-def changed(before: Mapping[tuple[int, Path], Any], after: Mapping[tuple[int, Path], Any]) -> str:
-    """The name of something that a call has set to another value, ``""`` if there is none."""
+def changed(before: Mapping[tuple[int, Path], Any], after: Mapping[tuple[int, Path], Any]) -> Found | None:
+    """Something that a call has set to another value, ``None`` if there is nothing."""
     for where in dict.fromkeys((*before, *after)):
         old, new = before.get(where, MISSING), after.get(where, MISSING)
         if old is not new and not equal_plain(old, new):
@@ -140,8 +140,8 @@ def changed(before: Mapping[tuple[int, Path], Any], after: Mapping[tuple[int, Pa
                 and isinstance(new, (list, tuple, dict))
             ):
                 continue  # a container that was made anew: what is in it counts
-            return Found(where[0], where[1], new).name
-    return ""
+            return Found(where[0], where[1], None)
+    return None
 
 
 def equal_plain(a: Any, b: Any) -> bool:

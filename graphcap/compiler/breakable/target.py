@@ -29,7 +29,8 @@ from graphcap.compiler.region import Region, register
 
 log = logging.getLogger("graphcap.compiler")
 
-MAX_STATES = 8  #: states of the modules that one key is recorded in
+MAX_STATES = 8  #: Python states that one key is recorded in
+MAX_GIVEN_UP = 4096  #: keys; with more of them a target records nothing new
 
 _numbers = itertools.count()
 
@@ -50,6 +51,7 @@ class BreakableTarget(CompiledTarget):
     ) -> None:
         super().__init__(original, entry, name=name, kind=kind, dims=dims, options=options, fullgraph=fullgraph)
         self._entries: dict[Hashable, list[Entry]] = {}
+        self._given_up: set[Hashable] = set()
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._lock = threading.RLock()
         self._num_hooks = -1
@@ -75,6 +77,8 @@ class BreakableTarget(CompiledTarget):
         for entry in self._entries.get(arguments.key, ()):
             if entry.fits(arguments):
                 return entry.call(arguments, function, lambda: self._names(args, kwargs))
+        if arguments.key in self._given_up or len(self._given_up) > MAX_GIVEN_UP:
+            return function()
         with self._lock:
             new = self._new_entry(arguments)
             return function() if new is None else new.call(arguments, function, lambda: self._names(args, kwargs))
@@ -83,15 +87,19 @@ class BreakableTarget(CompiledTarget):
         # A hook was registered somewhere in the process: rare, and every recording may lack it.
         self._num_hooks = RemovableHandle.next_id
         self._entries.clear()
+        self._given_up.clear()
 
     def _new_entry(self, arguments: Arguments) -> Entry | None:
-        """An entry for these arguments in the present state of the modules, ``None`` where there are too many."""
+        """An entry for these arguments in the present Python state, ``None`` where there are too many."""
         known = self._entries.setdefault(arguments.key, [])
         total = sum(map(len, self._entries.values()))
         if len(known) >= MAX_STATES or total >= self.config.max_plans + MAX_STATES:
+            self._given_up.add(arguments.key)
+            if known and known[-1].unsettled and not known[-1].refused:
+                known[-1].refuse(known[-1].unsettled)
             self._note_once(
-                f"{len(known)} states of the modules and {total} recordings: further ones run eager. What changes from "
-                "call to call should be a tensor"
+                f"{total} recordings, {len(known)} of one call in different states: further ones run eager. What "
+                "changes from call to call should be a tensor"
             )
             return None
         entry = Entry(self._region(), self._roots_of(arguments), len(self._own_roots()))
@@ -144,6 +152,7 @@ class BreakableTarget(CompiledTarget):
             target = itself()
             if target is not None:
                 target._entries.pop(key, None)
+                target._given_up.discard(key)
                 target._watched.pop(number, None)
 
         number = next(_numbers)

@@ -70,8 +70,11 @@ def test_a_state_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     captured = breakable(function)
     state = torch.zeros(4)
-    for _ in range(CALLS):
+    for call in range(1, CALLS + 1):
+        before = state.clone()
         captured(torch.ones(4), state)
+        wrong_by_then = call in (3, 4)  # the program, which nothing has compared yet
+        assert torch.equal(state, before + (5 if wrong_by_then else 1))
     (region,) = graphcap.explain(captured).regions
     assert "a replay gave another state than the function" in region.bypass
 

@@ -102,6 +102,24 @@ def test_a_parameter_of_another_dtype_is_recorded_anew() -> None:
     torch.testing.assert_close(got, torch.relu(x @ model.fc.weight.t() + model.fc.bias))
 
 
+def test_a_parameter_that_changes_its_dtype_in_place_is_recorded_anew() -> None:
+    class Follows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(self.weight.dtype) * self.weight
+
+    model = breakable(Follows())
+    x = rows()
+    warm(model, x)
+    model.weight.data = model.weight.data.double()
+    for _ in range(CALLS):
+        assert model(x).dtype is torch.float64
+    assert [region.bypass for region in graphcap.explain(model).regions] == ["", ""]
+
+
 def test_a_replaced_submodule_is_recorded_anew() -> None:
     model = breakable(Mlp().eval())
     x = rows()

@@ -74,7 +74,7 @@ def compare(
     _restore(memory, before)
     set_generator_states(generators)
     for number, step in built.lives.items():
-        step.outcome = live[number]
+        step.repeat(live[number])
     try:
         outputs = run(*inputs)
         names = [f"result {index}" for index in range(len(expected))]
@@ -86,7 +86,7 @@ def compare(
         difference = f"{type(error).__name__}: {error}"
     finally:
         for step in built.lives.values():
-            step.outcome = None
+            step.repeat(None)
     if not difference:
         return Outcome(result, outputs)
     _restore(memory, after)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -62,6 +63,7 @@ class Entry:
         self.region = region
         self.refused = ""
         self.unsettled = ""
+        self._lock = threading.RLock()  # of recordings and comparisons
         self._roots = roots
         self._num_own_roots = num_own_roots
         self._watch = Watch(roots, (), facts(roots(), num_own_roots))
@@ -95,12 +97,15 @@ class Entry:
         """
         if self.refused:
             return function()
-        if self._run is None or self._previous is None:
-            return self._record(arguments, function, names)
+        run, previous = self._run, self._previous
+        if run is None or previous is None:
+            with self._lock:
+                return self._record(arguments, function, names) if self._run is None else function()
         inputs = [*arguments.tensors, *self._watch.tensors]
         if self._is_due():
-            return self._check(arguments, inputs, function)
-        return self._previous[1].make(arguments, self._run(*inputs))
+            with self._lock:
+                return self._check(arguments, inputs, function)
+        return previous[1].make(arguments, run(*inputs))
 
     def refuse(self, why: str) -> None:
         """Run these calls as they are from now on."""
@@ -119,6 +124,8 @@ class Entry:
         del before
         self._num_recordings += 1
         made = Result.of(result, arguments)
+        if self.refused:
+            return result
         if recording.refusal or made.odd:
             self.refuse(recording.refusal or made.odd)
             return result
@@ -207,10 +214,8 @@ class Entry:
         return self._num_calls % CHECK_EVERY == 0
 
     def _check(self, arguments: Arguments, inputs: list[Any], function: Callable[[], Any]) -> Any:
-        assert self._built is not None
-        assert self._run is not None
-        assert self._previous is not None
-
+        if self._built is None or self._run is None or self._previous is None:
+            return function()  # another thread has refused meanwhile
         for number, tensor in zip(self._built.outside, self._watch.tensors, strict=True):
             self._previous[0].values[number].tensor = weakref.ref(tensor)  # a parameter may have been replaced
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -39,8 +40,12 @@ class Built:
     lives: dict[int, LiveStep]
 
 
+class _Repeat(threading.local):
+    outcome: Outcome | None = None
+
+
 class LiveStep:
-    """A call that runs live in every replay. Where ``outcome`` is set, it repeats that instead, once, and runs nothing.
+    """A call that runs live in every replay. In a comparison it may repeat what it did.
 
     Attributes:
         reads: the values that it is given.
@@ -48,14 +53,19 @@ class LiveStep:
 
     def __init__(self, run: Callable[..., Any], reads: Sequence[int]) -> None:
         self.reads = tuple(reads)
-        self.outcome: Outcome | None = None
         self._run = run
+        self._repeat = _Repeat()
+
+    def repeat(self, outcome: Outcome | None) -> None:
+        """Do not run at the next call in this thread, but do what an earlier run did; ``None`` takes that back."""
+        self._repeat.outcome = outcome
 
     def __call__(self, *given: Any) -> Any:
         """Takes the read values, returns the new ones."""
-        if self.outcome is None:
+        outcome = self._repeat.outcome
+        if outcome is None:
             return self._run(*given)
-        outcome, self.outcome = self.outcome, None  # a second call in one replay would be a fault: it runs
+        self._repeat.outcome = None
         for number, tensor in outcome.written.items():
             given[self.reads.index(number)].copy_(tensor)
         set_generator_states(outcome.generators)

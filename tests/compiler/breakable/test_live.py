@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,6 +157,28 @@ def test_a_live_function_may_return_what_it_was_given() -> None:
     for call in range(3 * CALLS):
         x = torch.full((4,), -1.0 if call % 2 else 1.0)
         torch.testing.assert_close(captured(x), torch.full((4,), -6.0 if call % 2 else 6.0))
+
+
+def test_threads_share_a_target() -> None:
+    captured = breakable(around)
+    inputs = [torch.full((2, 4), float(i)) for i in range(4)]
+    wrong: list[int] = []
+
+    def calls(i: int) -> None:
+        for _ in range(3 * CALLS):
+            with torch.no_grad():
+                if not torch.equal(captured(inputs[i]), (inputs[i] + 1) * 4):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=calls, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not any(region.bypass for region in graphcap.explain(captured).regions)
+    assert len(ran) == 4 * 3 * CALLS
+    assert num_replays(captured) >= CALLS
 
 
 def test_a_live_function_outside_of_a_recording_is_the_function() -> None:

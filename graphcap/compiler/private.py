@@ -382,6 +382,16 @@ def is_frame_of(code: CodeType | None, function: CodeType) -> bool:
 # -- recording without Dynamo -----------------------------------------------------------------------------------------
 
 
+def operators_are_watched() -> bool:
+    """Whether somebody else sees or changes the operators of this thread: a dispatch mode, a functorch transform."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None)
+
+
+def default_device() -> torch.device | None:
+    """What ``torch.set_default_device`` or ``with torch.device(...)`` chose, ``None`` for neither: both are modes."""
+    return torch.get_default_device() if torch._C._len_torch_function_stack() else None
+
+
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
     """The leaves of nested containers and their structure (``torch.utils._pytree``); structures compare and hash."""
     from torch.utils import _pytree as pytree

@@ -127,6 +127,7 @@ def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 def torch_state() -> Hashable:
     """The switches of torch that change which operators a function runs."""
     modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
+    modes.append(private.default_device())
     for device in ("cpu", "cuda"):
         on = torch.is_autocast_enabled(device)
         modes.append(torch.get_autocast_dtype(device) if on else None)

@@ -68,8 +68,8 @@ class BreakableTarget(CompiledTarget):
         def function() -> Any:
             return self.entry(*bound, *args, **kwargs)
 
-        if current.recording() is not None:
-            return function()  # part of what is being recorded
+        if current.recording() is not None or private.operators_are_watched():
+            return function()  # part of what is being recorded, or of what somebody else does with it
         self._check(args, kwargs)
         arguments = arguments_of(args, kwargs)
         if RemovableHandle.next_id != self._num_hooks:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import graphcap
 from graphcap.compiler.breakable.state import walk
@@ -276,3 +277,23 @@ def test_an_argument_that_is_also_an_attribute_is_not_mistaken_for_it() -> None:
     for _ in range(CALLS):
         torch.testing.assert_close(model(torch.zeros(4)), torch.ones(4))
     torch.testing.assert_close(model(model.table), torch.full((4,), 2.0))
+
+
+def test_the_default_device_is_part_of_the_key() -> None:
+    captured = breakable(lambda k: torch.ones(k, 1))
+    for _ in range(CALLS):
+        assert captured(2).device.type == "cpu"
+    with torch.device("meta"):
+        assert captured(2).device.type == "meta"
+    assert captured(2).device.type == "cpu"
+
+
+def test_transforms_and_modes_of_others_see_the_function() -> None:
+    captured = breakable(lambda x: x * 2)
+    x = rows()
+    warm(captured, x)
+    replays = num_replays(captured)
+    torch.testing.assert_close(torch.vmap(captured)(x), x * 2)
+    with FakeTensorMode() as mode:
+        assert isinstance(captured(mode.from_tensor(x)), FakeTensor)
+    assert num_replays(captured) == replays

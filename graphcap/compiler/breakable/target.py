@@ -24,6 +24,7 @@ from graphcap.compiler.breakable import current
 from graphcap.compiler.breakable.entry import Entry
 from graphcap.compiler.breakable.key import Arguments, arguments_of
 from graphcap.compiler.frontend.call_dims import CallDims
+from graphcap.compiler.frontend.hooks import hooks_of, modules_of
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.compiler.region import Region, register
 
@@ -55,6 +56,7 @@ class BreakableTarget(CompiledTarget):
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._lock = threading.RLock()
         self._num_hooks = -1
+        self._hooks_seen: frozenset[tuple[int, int]] = frozenset()
         self._signature = inspect.signature(original.forward if isinstance(original, nn.Module) else original)
 
     def call(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,7 +75,7 @@ class BreakableTarget(CompiledTarget):
         self._check(args, kwargs)
         arguments = arguments_of(args, kwargs)
         if RemovableHandle.next_id != self._num_hooks:
-            self._forget_recordings()
+            self._look_at_hooks()
         for entry in self._entries.get(arguments.key, ()):
             if entry.fits(arguments):
                 return entry.call(arguments, function, lambda: self._names(args, kwargs))
@@ -83,11 +85,14 @@ class BreakableTarget(CompiledTarget):
             new = self._new_entry(arguments)
             return function() if new is None else new.call(arguments, function, lambda: self._names(args, kwargs))
 
-    def _forget_recordings(self) -> None:
-        # A hook was registered somewhere in the process: rare, and every recording may lack it.
+    def _look_at_hooks(self) -> None:
+        """A hook was registered somewhere in the process. If it is one of ours, every recording lacks it."""
         self._num_hooks = RemovableHandle.next_id
-        self._entries.clear()
-        self._given_up.clear()
+        hooks = hooks_of(modules_of(self.original))
+        if hooks != self._hooks_seen:
+            self._hooks_seen = hooks
+            self._entries.clear()
+            self._given_up.clear()
 
     def _new_entry(self, arguments: Arguments) -> Entry | None:
         """An entry for these arguments in the present Python state, ``None`` where there are too many."""

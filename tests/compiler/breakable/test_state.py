@@ -140,6 +140,14 @@ def test_a_late_hook_runs() -> None:
     assert before.sum() != 0
 
 
+def test_hooks_of_others_are_nothing_to_us() -> None:
+    model, other = breakable(Mlp().eval()), nn.Linear(4, 4)
+    for _ in range(CALLS):
+        other.register_forward_hook(lambda module, args, output: None).remove()
+        model(rows())
+    assert num_replays(model) == CALLS - 4
+
+
 def test_two_instances_have_their_own() -> None:
     first, second = breakable(Mlp().eval()), breakable(Mlp().eval())
     x = rows()

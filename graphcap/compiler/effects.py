@@ -35,13 +35,13 @@ class _WriteRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for leaf in nodes.leaves(list(_declared_written(func, args, kwargs))):
+        for leaf in nodes.leaves(list(declared_written(func, args, kwargs))):
             if isinstance(leaf, torch.Tensor):
                 self.written.add(private.storage_id(leaf))
         return func(*args, **kwargs)
 
 
-def _declared_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+def declared_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments that an operator writes."""
     if isinstance(func, torch._ops.HigherOrderOperator):
         yield from () if func.name() in _FUNCTIONAL_HIGHER_ORDER else (args, dict(kwargs))

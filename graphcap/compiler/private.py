@@ -422,3 +422,45 @@ def is_frame_of(code: CodeType | None, function: CodeType) -> bool:
         return code is function
     resumed = code.co_name.startswith(f"torch_dynamo_resume_in_{function.co_name}_at_")
     return resumed and code.co_filename == function.co_filename
+
+
+# -- recording without Dynamo -----------------------------------------------------------------------------------------
+
+
+def operators_are_watched() -> bool:
+    """Whether somebody else sees or changes the operators of this thread: a dispatch mode, a functorch transform."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None)
+
+
+def default_device() -> torch.device | None:
+    """What ``torch.set_default_device`` or ``with torch.device(...)`` chose, ``None`` for neither: both are modes."""
+    return torch.get_default_device() if torch._C._len_torch_function_stack() else None
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested containers and their structure (``torch.utils._pytree``); structures compare and hash."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: Sequence[Any], spec: Any) -> Any:
+    """The inverse of :func:`tree_flatten`."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def tree_leaf_names(tree: Any) -> list[str]:
+    """Where each leaf of a tree lies: ``"[0].ids"``."""
+    from torch.utils import _pytree as pytree
+
+    return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def weak_storage(tensor: torch.Tensor) -> Callable[[], bool]:
+    """A function that says whether the storage is gone; while it lives, no other storage has this one's identity."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    expired: Callable[[], bool] = StorageWeakRef(tensor.untyped_storage()).expired
+    return expired

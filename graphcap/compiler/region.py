@@ -112,6 +112,10 @@ class Region:
         self._runners.append(weakref.ref(runner))
         runner.stats.on_plan = self.on_plan
 
+    def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Let reports find the region by the parameters and buffers that it uses."""
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+
     def shares_tensor_with(self, tensors: set[int]) -> bool:
         """Whether one of the region's parameters or buffers is among these (by ``id``)."""
         return any((tensor := ref()) is not None and id(tensor) in tensors for ref in self._tensors)
@@ -180,6 +184,11 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
             "PIECEWISE."
         )
     _warn_near_limit(region)
+    return register(region)
+
+
+def register(region: Region) -> Region:
+    """Let :func:`all_regions` find it."""
     with _lock:
         _regions.append(region)
     return region

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from graphcap.compiler import private
+from graphcap.compiler.breakable import current
 from graphcap.cudagraph import Capture
 from graphcap.errors import ConfigError, did_you_mean
 
@@ -174,6 +175,9 @@ def eager(
     def live(*args: P.args, **kwargs: P.kwargs) -> R:
         if fake is not None and private.fake_mode_of([*args, *kwargs.values()]) is not None:
             return fake(*args, **kwargs)
+        if (recording := current.recording()) is not None:
+            result: R = recording.live(fn, args, kwargs)
+            return result
         return fn(*args, **kwargs)
 
     # Disabled as well: where the trace has to break at this call, Dynamo must not compile the body on its own.
@@ -219,21 +223,31 @@ class SplitRules:
 
     def match(self, node: fx.Node) -> str | None:
         """Why this node ends a piece, or ``None``."""
-        name = op_name(node.target)
-        overload = getattr(node.target, "_overloadname", "")
-        spellings = (name, f"{name}.{overload}", _aten_spelling(node.target))
-        for rule in self.names:
-            if rule in spellings or (rule.endswith("::*") and name.startswith(rule[:-1])):
-                return f"splitting op {name}"
+        if (named := self.match_name(node.target)) is not None:
+            return named
         for predicate in self.predicates:
             if predicate(node):
                 return f"user rule {getattr(predicate, '__name__', 'predicate')}"
         return None
 
+    def match_name(self, target: Any) -> str | None:
+        """Why a call of this function ends a piece, whatever its arguments are, or ``None``."""
+        name = op_name(target)
+        overload = getattr(target, "_overloadname", "")
+        spellings = (name, f"{name}.{overload}", _aten_spelling(target))
+        for rule in self.names:
+            if rule in spellings or (rule.endswith("::*") and name.startswith(rule[:-1])):
+                return f"splitting op {name}"
+        return None
+
 
 def never_captured(node: fx.Node) -> str | None:
     """Why a CUDA graph may not hold this operation, or ``None`` when it may."""
-    target = node.target
+    return target_never_captured(node.target)
+
+
+def target_never_captured(target: Any) -> str | None:
+    """Why a CUDA graph may not hold a call of this function or operator, or ``None`` when it may."""
     name = op_name(target)
     if hasattr(target, "_graphcap_eager"):
         return f"@graphcap.eager function {name}"

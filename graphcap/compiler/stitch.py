@@ -81,7 +81,7 @@ def build_program(
     )
     comments = [f"{p.verdict.kind}{', ' + p.module_path if p.module_path else ''}" for p in pieces]
     source = live_source(name, inputs, steps, outputs, comments)
-    run = _compile(name, source, steps, outputs)
+    run = compile_live(name, source, steps, outputs)
     output_sizes = tuple(map(dims.sizes, values))
     return Program(name, inputs, tuple(steps), outputs, run, output_sizes, dims.largest), source
 
@@ -156,7 +156,10 @@ def identifier(name: str) -> str:
     return f"_{text}" if text[0].isdigit() or keyword.iskeyword(text) else text
 
 
-def _compile(name: str, source: str, steps: Sequence[Step], outputs: Sequence[int | Constant]) -> Callable[..., Any]:
+def compile_live(
+    name: str, source: str, steps: Sequence[Step], outputs: Sequence[int | Constant]
+) -> Callable[..., Any]:
+    """The function whose text :func:`live_source` gives."""
     namespace: dict[str, Any] = {step.name: step.fn for step in steps}
     namespace.update({f"constant_{i}": o.value for i, o in enumerate(outputs) if isinstance(o, Constant)})
     filename = f"<graphcap {name}>"

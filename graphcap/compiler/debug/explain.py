@@ -53,6 +53,8 @@ def _served_by_a_sibling(subject: Subject, regions: Sequence[Region]) -> str:
 def _never_called(subject: Subject) -> str:
     """Why there is nothing to report, and what to do."""
     name, record = subject.name, subject.record
+    if record is not None and record.is_eager and record.notes:
+        return f"{record.notes[-1]}."
     if record is not None and record.is_eager:
         mode = record.config.compilation_mode
         why = "enforce_eager" if record.config.enforce_eager else f"compilation_mode={mode.name}"

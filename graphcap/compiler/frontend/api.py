@@ -15,6 +15,7 @@ from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.entry import function_entry, module_entry
 from graphcap.compiler.frontend.target import CompiledTarget, is_disabled
 from graphcap.config import Config
+from graphcap.errors import ConfigError
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -29,6 +30,7 @@ def compile(
     *,
     dynamic_arg_dims: Mapping[str, Any] | None = None,
     fullgraph: bool = False,
+    frontend: str = "dynamo",
     config: Config | None = None,
     **options: Any,
 ) -> T:
@@ -43,6 +45,8 @@ def compile(
             ``max``. Only dims declared here are ever padded. Without it, dim 0 of every argument annotated as a tensor
             is dynamic.
         fullgraph: a graph break is an error.
+        frontend: what looks at the function. ``"dynamo"`` traces it; ``"breakable"`` records its operators while it
+            runs, for functions that Dynamo cannot trace (see :mod:`graphcap.compiler.breakable`).
         config: settings, overridden by ``options``.
         options: settings by name, see :class:`graphcap.Config`.
 
@@ -59,9 +63,10 @@ def compile(
     """
     existing = record_of(target)
     original = target if existing is None else existing.original
+    kind = _frontend(frontend)
     settings = settings_of(config, options)
     declared = settings.get("dynamic_arg_dims") if dynamic_arg_dims is None else dynamic_arg_dims
-    wanted = _target_of(original, declared, settings, fullgraph)
+    wanted = _target_of(original, declared, settings, fullgraph, kind)
     wanted.dims.require(wanted.config.pad, "pad")
     if existing is not None and existing.same_request(wanted):
         return target
@@ -87,13 +92,27 @@ def settings_of(config: Config | None, options: Mapping[str, Any]) -> dict[str, 
 
 
 def module_target(
-    module: nn.Module, dims: CallDims, settings: Mapping[str, Any], fullgraph: bool = False
+    module: nn.Module,
+    dims: CallDims,
+    settings: Mapping[str, Any],
+    fullgraph: bool = False,
+    make: type[CompiledTarget] = CompiledTarget,
 ) -> CompiledTarget:
     """A target for ``module(...)``, hooks included."""
 
     name = f"{type(module).__qualname__}.forward"
     entry = module_entry(type(module))
-    return CompiledTarget(module, entry, name=name, kind="module", dims=dims, options=settings, fullgraph=fullgraph)
+    return make(module, entry, name=name, kind="module", dims=dims, options=settings, fullgraph=fullgraph)
+
+
+def _frontend(name: str) -> type[CompiledTarget]:
+    if name == "breakable":
+        from graphcap.compiler.breakable.target import BreakableTarget
+
+        return BreakableTarget
+    if name != "dynamo":
+        raise ConfigError(f"frontend={name!r} is not known; use 'dynamo' or 'breakable'")
+    return CompiledTarget
 
 
 def install(module: nn.Module, target: CompiledTarget) -> None:
@@ -124,12 +143,16 @@ def _function_call(target: CompiledTarget) -> Callable[..., Any]:
 
 
 def _target_of(
-    target: Any, declared: Mapping[str, Any] | None, settings: Mapping[str, Any], fullgraph: bool
+    target: Any,
+    declared: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    fullgraph: bool,
+    make: type[CompiledTarget],
 ) -> CompiledTarget:
     if isinstance(target, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
         raise TypeError(f"graphcap.compile: {type(target).__name__} is compiled already; pass the original module")
     if isinstance(target, nn.Module):
-        return module_target(target, CallDims.of(target.forward, declared), settings, fullgraph)
+        return module_target(target, CallDims.of(target.forward, declared), settings, fullgraph, make)
     if isinstance(target, type):
         raise TypeError(f"graphcap.compile: {target.__name__} is a class; decorate it with @support_graph_compile")
     if not isinstance(target, (FunctionType, MethodType)) and isinstance(type(target).__call__, FunctionType):
@@ -137,7 +160,7 @@ def _target_of(
     fn = target.__func__ if isinstance(target, MethodType) else target
     if not isinstance(fn, FunctionType):
         raise TypeError(f"graphcap.compile: expected a module, function or bound method, got {target!r}")
-    return CompiledTarget(
+    return make(
         target,
         function_entry(fn),
         name=fn.__qualname__,

@@ -105,6 +105,13 @@ def is_graph_break(error: BaseException) -> bool:
     return not is_data_dependent(error)
 
 
+def cannot_compile(error: BaseException) -> bool:
+    """Whether Dynamo or the backend gave up on a function, and not the function itself."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
 def is_data_dependent(error: BaseException) -> bool:
     """Whether the trace, or the compilation of its graph, needed the value of a size that it was told not to know."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode

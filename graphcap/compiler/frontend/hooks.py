@@ -63,6 +63,14 @@ class HookWatch:
                         yield id(module), name
 
 
+def hooks_of(roots: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
+    """Every hook that a call of these modules meets: the module (0 for hooks of all modules) and the hook's number."""
+    places = [(0, getattr(module_hooks, name, None)) for name in _OF_ALL]
+    for root in roots:
+        places += [(id(module), getattr(module, name, None)) for module in root.modules() for name in _OF_A_MODULE]
+    return frozenset((owner, number) for owner, hooks in places for number in hooks or ())
+
+
 def modules_of(original: Any) -> Iterator[nn.Module]:
     """The modules that a module, bound method or function is seen to run: itself, its object, what its code names."""
     owner = getattr(original, "__self__", original)

@@ -18,6 +18,7 @@ import functools
 import logging
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -152,6 +153,7 @@ class CompiledTarget:
         self._guards_hooks = False
         self._request = (self.config, fullgraph, dims.dims)
         self._compiled: Callable[..., Any] | None = None
+        self._instead: Callable[..., Any] | None = None
         self._trace_callbacks: list[Callable[..., None]] = []
         #: The first trace must be one graph; without dims there is nothing to learn from it.
         self._first = bool(dims.dims) and not fullgraph
@@ -163,7 +165,7 @@ class CompiledTarget:
 
     def same_request(self, other: CompiledTarget) -> bool:
         """Whether both ask for the same thing."""
-        return self._request == other._request
+        return type(self) is type(other) and self._request == other._request
 
     def call(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the target compiled.
@@ -182,6 +184,8 @@ class CompiledTarget:
             self._trace_again_with_hooks()
         if (result := self.direct(bound, args, kwargs)) is not MISS:
             return result
+        if self._instead is not None:
+            return self._instead(bound, args, kwargs)
         if self._compiled is None:
             self._compile()
         if _on_trace_start not in self._trace_callbacks:
@@ -274,15 +278,41 @@ class CompiledTarget:
         elif self.marking == UNBACKED and self.dims.dims:
             self._first, self.marking = False, DYNAMIC
         else:
-            raise error
+            return self._fall_back(error, bound, args, kwargs)
         try:
             result = self.call(bound, args, kwargs)
         except Exception:
             self._first, self.marking = before
             raise
+        if self.is_eager or self._instead is not None:
+            return result
         error.__traceback__ = None  # it holds the frame of the failed call, and with it the caller's tensors
         if before[1] != self.marking:
             self._note(f"dims are marked {self.marking}, sizes 0 and 1 get graphs of their own: {_first_line(error)}")
+        return result
+
+    def _fall_back(
+        self, error: Exception, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Serve this call and all later ones in another way, as ``fallback`` says; nothing of the target has run."""
+        breakable = self.config.fallback == "breakable"
+        if not dynamo.cannot_compile(error) or (self.fullgraph and dynamo.is_graph_break(error) and not breakable):
+            raise error
+        if breakable:
+            from graphcap.compiler.breakable.target import BreakableTarget
+
+            other = BreakableTarget(
+                self.original, self.entry, name=self.name, kind=self.kind, dims=self.dims, options=self.options
+            )
+            self._note(f"Dynamo cannot trace it, captured without (fallback='breakable'): {_first_line(error)}")
+            self.notes = other.notes = [*self.notes]
+            self._instead = other.call
+            return other.call(bound, args, kwargs)
+        result = self.entry(*bound, *args, **kwargs)
+        why = f"Dynamo cannot trace {self.name}, which runs eager from now on: {_first_line(error)}"
+        self._note(f"{why}. frontend='breakable' (or fallback='breakable') captures it without Dynamo")
+        warnings.warn(f"graphcap: {self.notes[-1]}", stacklevel=2)
+        self.is_eager = True
         return result
 
     def _note(self, note: str) -> None:
@@ -305,5 +335,7 @@ def _modules(reference: Callable[[], Any]) -> list[torch.nn.Module]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    # BackendCompilerFailed says on its second line what happened.
+    text = " ".join(lines[: 2 if lines and lines[0].endswith("raised:") else 1])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

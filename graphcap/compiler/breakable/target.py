@@ -1,0 +1,182 @@
+"""One target that is captured without Dynamo: ``graphcap.compile(..., frontend="breakable")``.
+
+A call is flattened to its key; every key has entries of its own, one per state of the modules (``training``, which
+submodules there are). What an entry does not fit is recorded anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import re
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from graphcap.compiler import private
+from graphcap.compiler.breakable import current
+from graphcap.compiler.breakable.entry import Entry
+from graphcap.compiler.breakable.key import Arguments, arguments_of
+from graphcap.compiler.frontend.call_dims import CallDims
+from graphcap.compiler.frontend.hooks import hooks_of, modules_of
+from graphcap.compiler.frontend.target import CompiledTarget
+from graphcap.compiler.region import Region, register
+
+log = logging.getLogger("graphcap.compiler")
+
+MAX_STATES = 8  #: Python states that one key is recorded in
+MAX_GIVEN_UP = 4096  #: keys; with more of them a target records nothing new
+
+_numbers = itertools.count()
+
+
+class BreakableTarget(CompiledTarget):
+    """What was asked for one module, function or method. Dynamo is never called."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        entry: FunctionType,
+        *,
+        name: str,
+        kind: str,
+        dims: CallDims,
+        options: Mapping[str, Any],
+        fullgraph: bool = False,
+    ) -> None:
+        super().__init__(original, entry, name=name, kind=kind, dims=dims, options=options, fullgraph=fullgraph)
+        self._entries: dict[Hashable, list[Entry]] = {}
+        self._given_up: set[Hashable] = set()
+        self._watched: dict[int, weakref.ref[Any]] = {}
+        self._lock = threading.RLock()
+        self._num_hooks = -1
+        self._hooks_seen: frozenset[tuple[int, int]] = frozenset()
+        self._signature = inspect.signature(original.forward if isinstance(original, nn.Module) else original)
+
+    def call(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the target, through a plan where there is one.
+
+        Raises:
+            DimError: the call does not have the declared dims.
+            GuardError: the function does something else than when it was recorded.
+        """
+
+        def function() -> Any:
+            return self.entry(*bound, *args, **kwargs)
+
+        if current.recording() is not None or private.operators_are_watched():
+            return function()  # part of what is being recorded, or of what somebody else does with it
+        self._check(args, kwargs)
+        arguments = arguments_of(args, kwargs)
+        if RemovableHandle.next_id != self._num_hooks:
+            self._look_at_hooks()
+        for entry in self._entries.get(arguments.key, ()):
+            if entry.fits(arguments):
+                return entry.call(arguments, function, lambda: self._names(args, kwargs))
+        if arguments.key in self._given_up or len(self._given_up) > MAX_GIVEN_UP:
+            return function()
+        with self._lock:
+            new = self._new_entry(arguments)
+            return function() if new is None else new.call(arguments, function, lambda: self._names(args, kwargs))
+
+    def _look_at_hooks(self) -> None:
+        """A hook was registered somewhere in the process. If it is one of ours, every recording lacks it."""
+        self._num_hooks = RemovableHandle.next_id
+        hooks = hooks_of(modules_of(self.original))
+        if hooks != self._hooks_seen:
+            self._hooks_seen = hooks
+            self._entries.clear()
+            self._given_up.clear()
+
+    def _new_entry(self, arguments: Arguments) -> Entry | None:
+        """An entry for these arguments in the present Python state, ``None`` where there are too many."""
+        known = self._entries.setdefault(arguments.key, [])
+        total = sum(map(len, self._entries.values()))
+        if len(known) >= MAX_STATES or total >= self.config.max_plans + MAX_STATES:
+            self._given_up.add(arguments.key)
+            if known and known[-1].unsettled and not known[-1].refused:
+                known[-1].refuse(known[-1].unsettled)
+            self._note_once(
+                f"{total} recordings, {len(known)} of one call in different states: further ones run eager. What "
+                "changes from call to call should be a tensor"
+            )
+            return None
+        entry = Entry(self._region(), self._roots_of(arguments), len(self._own_roots()))
+        if why := arguments.reason_to_refuse():
+            entry.refuse(why)
+        for leaf in arguments.opaque() if not why else ():
+            self._forget_with(leaf, arguments.key)
+        known.append(entry)
+        return entry
+
+    def _region(self) -> Region:
+        number, code = next(_numbers), self.entry.__code__
+        original = self.original
+        return register(
+            Region(
+                name=f"{self.name.rpartition('.')[0].rpartition('.')[2] or self.name}_breakable_{number}",
+                function=self.name,
+                location=f"{code.co_filename}:{code.co_firstlineno}",
+                compile_id="recorded without Dynamo",
+                config=self.config,
+                code=code,
+                _owner=weakref.ref(original) if isinstance(original, nn.Module) else lambda: None,
+            )
+        )
+
+    def _own_roots(self) -> list[Any]:
+        original = self.original
+        if isinstance(original, nn.Module):
+            return [original, type(original).forward]
+        if isinstance(original, MethodType):
+            return [original.__self__, original.__func__]
+        return [original]
+
+    def _roots_of(self, arguments: Arguments) -> Callable[[], Sequence[Any]]:
+        """Where Python state is reached from, without keeping it alive."""
+        itself = weakref.ref(self)
+        objects = [weakref.ref(leaf) for leaf in arguments.opaque()] if not arguments.reason_to_refuse() else []
+
+        def roots() -> Sequence[Any]:
+            target = itself()
+            return [*(target._own_roots() if target is not None else ()), *(each() for each in objects)]
+
+        return roots
+
+    def _forget_with(self, leaf: Any, key: Hashable) -> None:
+        """Drop the recordings of a key when an object dies that is part of it: another may get its identity."""
+        itself = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            target = itself()
+            if target is not None:
+                target._entries.pop(key, None)
+                target._given_up.discard(key)
+                target._watched.pop(number, None)
+
+        number = next(_numbers)
+        self._watched[number] = weakref.ref(leaf, forget)
+
+    def _names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """What a user would call each leaf of the arguments."""
+        parameters = [p for p in self._signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = []
+        for text in private.tree_leaf_names((args, kwargs)):
+            which, first, rest = re.match(r"\[(\d)\]\[([^\]]*)\](.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+            if which == "0":
+                at = int(first)
+                plain = at < len(parameters) and all(p.kind is not p.VAR_POSITIONAL for p in parameters[: at + 1])
+                first = parameters[at].name if plain else f"args.{at}"
+            names.append(re.sub(r"[\[\]'.]+", ".", f"{first.strip(chr(39))}{rest}").strip("."))
+        return names
+
+    def _note_once(self, note: str) -> None:
+        kind = note.partition(": ")[2]
+        if not any(kind in each for each in self.notes):
+            self._note(note)

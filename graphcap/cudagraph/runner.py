@@ -119,6 +119,11 @@ class GraphRunner:
             self._maker.clear()
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the settings could not be used, and what is not padded and why."""
+        return self.router.notes + self.padding.notes
+
+    @property
     def inspector(self) -> Inspector:
         """Looks into the replays of every plan that is captured from now on."""
         return self._maker.inspector

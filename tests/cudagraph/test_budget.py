@@ -15,6 +15,7 @@ from graphcap.cudagraph.budget import RECENT_USES, Account, Usage
 from graphcap.cudagraph.memory import memory
 from graphcap.cudagraph.outputs import OutputPlan
 from graphcap.cudagraph.simulated import SimulatedDevice
+from tests.cudagraph.padded import N, PaddedRegion
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 
 PLAN = 4096  # bytes: one result of 1024 floats
@@ -330,3 +331,26 @@ def test_warm_plan_marks_its_use():
     warm(runner, 2, randn(1024))
     call(runner, 1)
     assert [holding.last_use for holding in device.account.holdings()] == [2, 3]
+
+
+@pytest.mark.parametrize("spare", range(-2, 9, 2))
+def test_full_device_while_a_padded_call_is_captured(spare):
+    """The rows of a padded call lie in static memory from the beginning, so a live run reads them there."""
+    region = PaddedRegion()
+    x = region.rows("x", 128)
+    total = region.state("total", 128)
+    y = region.step(lambda x: x * 2, x)
+    z = region.step(lambda y: y - 1, y)
+    region.step(lambda total: total.add_(1), total, mutates=[total])
+    program = region.program(region.step(lambda y, z: y + z, y, z), sizes=[(N, 128)])
+    device = SimulatedDevice(capacity=ARENA + spare * PLAN // 2)
+    runner = runner_of(program, device, capture_sizes=[8], dynamic_arg_dims={"x": {0: "n"}}, pad={"x": 0})
+    state, expected_state = torch.zeros(128), torch.zeros(128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(20):
+            x = randn(7, 128)
+            (got,) = runner(7, x, state)
+            assert torch.equal(got, program.run(7, x, expected_state)[0])
+            assert torch.equal(state, expected_state)
+    assert runner.stats.failures or runner.stats.plans

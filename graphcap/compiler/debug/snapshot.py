@@ -41,7 +41,7 @@ def snapshot(region: Region) -> RegionReport:
         evictions=sum(stats.evictions for stats in all_stats),
         settings=_settings(region.config),
         dump_dir=region.dump_dir,
-        notes=tuple(region.notes),
+        notes=tuple(dict.fromkeys([*region.notes, *(note for runner in region.runners for note in runner.notes)])),
         traffic=traffic_of(all_stats),
         captures=sum(stats.captures for stats in all_stats),
         capture_seconds=sum(stats.capture_seconds for stats in all_stats),

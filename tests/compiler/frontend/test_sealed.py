@@ -77,10 +77,15 @@ class Model(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None, times: int = 1, cache: Any = None) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        x = x * self.gain * self.own * self.power * times + OFFSET
+        x = x * self.gain * self.own * self.power * times
         if cache is not None:
             x = x + cache.total * cache.length
         return x if bias is None else x + bias
+
+
+class WithGlobal(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + OFFSET
 
 
 class Cache:
@@ -242,14 +247,9 @@ def _data(model: Model) -> None:
     model.blocks[0].fc.weight.data = torch.randn(4, 4)
 
 
-def _global_tensor(model: Model) -> None:
-    globals()["OFFSET"] = torch.randn(4).double()
-
-
-AT_ONCE = [
+TRACED_ANEW = [
     _training,
     _training_of_one,
-    _training_of_the_root,
     _hook,
     _hook_of_the_root,
     _forward,
@@ -257,24 +257,25 @@ AT_ONCE = [
     _adapter,
     _grown,
     _shrunk,
+    _no_bias,
+    _buffer_of_another_dtype,
+    _plain_tensor_of_the_root,
+    _dict_of_submodules_of_the_root,
+]
+FETCHED_ANEW = [
+    _training_of_the_root,
     _parameter,
     _parameter_of_the_root,
-    _no_bias,
     _buffer,
-    _buffer_of_another_dtype,
     _plain_tensor,
-    _plain_tensor_of_the_root,
     _dict_of_parameters,
-    _dict_of_submodules_of_the_root,
     _in_place,
     _data,
-    _global_tensor,
 ]
 
 
-@pytest.mark.parametrize("change", AT_ONCE)
-def test_noticed_at_once(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "OFFSET", OFFSET)
+@pytest.mark.parametrize("change", TRACED_ANEW + FETCHED_ANEW)
+def test_noticed_at_once(change: Callable[[Any], None], graphs: list[Any]) -> None:
     model = warm()
     change(model)
     for size in (3, 2):
@@ -283,6 +284,17 @@ def test_noticed_at_once(change: Callable[[Any], None], monkeypatch: pytest.Monk
         expected = eager(model, x)
         torch.manual_seed(0)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert len(graphs) == (2 if change in TRACED_ANEW else 1)
+
+
+def test_a_global_tensor_is_guarded_on_every_call(monkeypatch: pytest.MonkeyPatch, graphs: list[Any]) -> None:
+    model = warm(WithGlobal())
+    monkeypatch.setitem(globals(), "OFFSET", torch.randn(4))
+    assert_direct(model, rows())
+    assert len(graphs) == 1
+    monkeypatch.setitem(globals(), "OFFSET", torch.randn(4).double())
+    assert_right(model, rows())
+    assert len(graphs) == 2, "the graph was made for another dtype"
 
 
 def test_a_removed_hook_is_noticed_at_once() -> None:
@@ -450,34 +462,45 @@ def test_modes() -> None:
         assert got.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(x), eager(model, x))
-    with torch.inference_mode():
-        assert_right(model, rows())
     assert_direct(model, x)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert_right(model, x)
+            assert model(x).is_inference()
+    assert_direct(model, x)
+    assert not model(x).is_inference()
 
 
-class Counter(nn.Module):
+class Table(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Module()
-        self.inner.register_buffer("seen", torch.zeros(3, 4))
+        self.table = torch.randn(3, 4)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        self.inner.seen.add_(1)
-        return x * 2 + (0 if y is None else y)
+    def forward(self) -> Tensor:
+        return self.table + 1
 
 
-def test_an_argument_that_is_a_buffer_of_the_model() -> None:
-    """The graph was traced for two tensors: one that is both is not the same to it."""
-    model, reference = warm(Counter()), Counter().eval()
-    reference.load_state_dict(model.state_dict())
-    for _ in range(2):
-        torch.testing.assert_close(model(model.inner.seen), reference(reference.inner.seen))
-    for each in (model, reference):
-        each(rows(), torch.ones(3, 4))
-    for _ in range(2):
-        x = rows()
-        torch.testing.assert_close(model(x, model.inner.seen), reference(x, reference.inner.seen))
-        torch.testing.assert_close(model(x, y=model.inner.seen), reference(x, y=reference.inner.seen))
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 + self.inner().sum(0)
+
+
+def test_an_argument_that_is_a_tensor_of_the_model(evaluations: list[bool], graphs: list[Any]) -> None:
+    """The graph was traced for two tensors. Whether it serves one that is both is for all guards to say."""
+    model = graphcap.compile(Lookup().eval(), guards="sealed")
+    for _ in range(3):
+        assert_right(model, rows())
+    del evaluations[:]
+    assert_direct(model, rows())
+    assert evaluations == []
+    assert_right(model, model.inner.table)
+    assert evaluations[0] is False
+    assert len(graphs) == 2
+    assert_direct(model, rows())
 
 
 def test_the_same_tensor_twice() -> None:
@@ -490,7 +513,7 @@ def test_the_same_tensor_twice() -> None:
 # Other targets.
 
 
-def test_closures_and_globals() -> None:
+def test_closures_and_globals(graphs: list[Any]) -> None:
     inner, offset = Block().eval(), torch.randn(4)
 
     def through_a_cell(x: Tensor) -> Tensor:
@@ -511,8 +534,10 @@ def test_closures_and_globals() -> None:
     torch.testing.assert_close(got, through_a_cell(x))
     inner, offset = Block().eval(), torch.randn(4)
     assert_right(compiled, rows())
+    num_graphs = len(graphs)
     offset = torch.randn(4).double()
     assert_right(compiled, rows())
+    assert len(graphs) == num_graphs + 1
 
 
 def test_a_module_without_tensors_is_one_that_may_be_replaced() -> None:

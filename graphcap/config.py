@@ -142,6 +142,11 @@ class Config:
     """"shared": one memory pool and one recording stream for each device. "private": this model has its own, so that it
     may run at the same time as others, at the price of memory."""
 
+    process_group: Any = field(default=None, hash=False)
+    """The torch.distributed.ProcessGroup of the ranks that run this model together. They then decide together what is
+    captured, padded and given up, so that all run the same collectives; every rank makes the same calls in the same
+    order. None is one process that decides alone. Not kept by pickle."""
+
     guards: str = "full"
     """What graphcap.compile and the decorator check on every call besides tensors and arguments. "full": Dynamo's
     guards. "sealed": `training` and the identity of every module and parameter; the guards when a plan is made and at
@@ -252,8 +257,12 @@ class Config:
         return self._origins  # type: ignore[attr-defined,no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = {name: _plain(getattr(self, name)) for name in KINDS}
-        return _rebuild, (settings, dict(self._given()))
+        settings = {name: _plain(getattr(self, name)) for name in KINDS if name != "process_group"}  # of this process
+        origins = {name: origin for name, origin in self._given().items() if name in settings}
+        return _rebuild, (settings, origins)
+
+    def __deepcopy__(self, memo: Any) -> Config:
+        return self  # nothing in it ever changes
 
 
 def _plain(value: Any) -> Any:
@@ -274,6 +283,7 @@ _KIND_OF_NAME: dict[str, Kind] = {
     "splitting_ops": values.optional(values.OPERATORS),
     "compiler": values.one_of("inductor", "eager"),
     "outputs": values.OUTPUTS,
+    "process_group": values.optional(values.PROCESS_GROUP),
     "pool": values.one_of("shared", "private"),
     "guards": values.one_of("full", "sealed"),
     "fallback": values.one_of("eager", "breakable"),

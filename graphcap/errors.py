@@ -8,6 +8,7 @@
     |-- PassRequiredError   a pass named in `require_passes` matched nothing                         (RuntimeError)
     |-- RecompileError      compilation_mode=DYNAMO_TRACE_ONCE, and a guard asked for a second trace (RuntimeError)
     |-- GuardError          guards="sealed", and what the compiled code relies on has changed        (RuntimeError)
+    |-- RankError           ranks of a `process_group` do not make the same calls                    (RuntimeError)
     |-- StaleOutputError    an output of outputs="static" or "ring:N" was read after it was overwritten (RuntimeError)
     |-- StepError           a batch that `graphcap.step` describes does not exist or does not fit    (ValueError)
     `-- MissingExtraError   an optional package is not installed                                     (ImportError)
@@ -44,6 +45,10 @@ class RecompileError(GraphcapError, RuntimeError):
 
 class GuardError(GraphcapError, RuntimeError):
     """``guards="sealed"`` and something that the compiled code relies on has changed; the message names the guard."""
+
+
+class RankError(GraphcapError, RuntimeError):
+    """The ranks of a ``process_group`` do not make the same calls; the message names what they ask each other."""
 
 
 class StaleOutputError(GraphcapError, RuntimeError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -144,6 +145,13 @@ def _read_count_or_bool(text: str) -> bool | int:
     return _read_int(text) if text.isdecimal() and text not in ("0", "1") else _read_bool(text)
 
 
+def _accept_process_group(value: Any) -> Any:
+    distributed = sys.modules.get("torch.distributed")  # who has a group has imported it
+    if distributed is None or not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
+        raise BadValue(f"expected a torch.distributed.ProcessGroup or None, got {value!r}")
+    return value
+
+
 def optional(kind: Kind) -> Kind:
     """The same kind, or ``None`` (as text: ``none``)."""
     read = kind.read
@@ -204,6 +212,7 @@ LADDERS = Kind(_accept_ladders, SIZES.read)
 RATIO = Kind(_accept_ratio, _read_ratio)
 OUTPUTS = Kind(_accept_outputs, str)
 COUNT_OR_BOOL = Kind(_accept_count_or_bool, _read_count_or_bool)
+PROCESS_GROUP = Kind(_accept_process_group, None)
 FUNCTIONS = Kind(lambda value: _each(_accept_callable, value), None)
 MAPPING = Kind(_accept_mapping, None)
 #: What padded rows of arguments hold.

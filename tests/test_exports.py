@@ -23,6 +23,7 @@ PUBLIC = {
     "GuardError",
     "MissingExtraError",
     "PassRequiredError",
+    "RankError",
     "RecompileError",
     "StaleOutputError",
     "StepError",

@@ -5,6 +5,9 @@ pool, workspaces, static buffers) stay for the plans that are left, so dropping 
 
 Only a plan that was not among the last users of the device gives way. Otherwise a set of shapes that does not fit into
 the budget would be captured and dropped for ever; this way the first ones stay and the rest runs live.
+
+The plans of a process group give way together: each rank says how many of them would have to go, and all drop as many
+of those that were used longest ago, which are the same ones on every rank. They never give way to anybody outside.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.device import GraphDevice
 
 RECENT_USES = 64  #: a plan that was among the last so many uses of the device is not dropped for another one
@@ -42,12 +46,14 @@ class Holding:
         device: where the plan runs.
         drop: gives up the plan. The holding does not keep the plan's runner alive.
         last_use: when the plan ran last, in uses of the account.
+        agreement: with whom it must be agreed that the plan goes.
     """
 
     exclusive_bytes: int
     device: GraphDevice
     drop: Callable[[], None]
     last_use: int
+    agreement: Agreement = alone
 
 
 class Account:
@@ -73,9 +79,11 @@ class Account:
         with self._lock:
             self._devices.add(device)
 
-    def open(self, exclusive_bytes: int, device: GraphDevice, drop: Callable[[], None]) -> Holding:
+    def open(
+        self, exclusive_bytes: int, device: GraphDevice, drop: Callable[[], None], agreement: Agreement = alone
+    ) -> Holding:
         """A plan has been captured."""
-        holding = Holding(exclusive_bytes, device, drop, self.tick())
+        holding = Holding(exclusive_bytes, device, drop, self.tick(), agreement)
         with self._lock:
             self._holdings.add(holding)
             self._num_opened += 1
@@ -120,13 +128,30 @@ class Account:
                 victims.append(holding)
                 credit += holding.exclusive_bytes
         if credit < missing:
-            return f"no room: max_graph_bytes={limit}, graphs on {self.name} hold {used}, this shape needs {needed}"
+            return self._no_room(limit, used, needed)
         freed = sum([holding.exclusive_bytes for holding in victims if _give_up(holding, asking)])
         return "" if freed >= missing else f"no room: plans on {self.name} that could give way are in use"
 
     def drop_oldest(self, asking: GraphDevice) -> bool:
         """Drop the plan that was used longest ago, if that is long enough. Returns whether one went."""
         return any(_give_up(holding, asking) for holding in self._cold()[:1])
+
+    def num_to_give_up(self, limit: int, needed: int, asking: GraphDevice, agreement: Agreement) -> int | str:
+        """How many plans of a group on ``asking`` would have to go until ``needed`` more bytes fit below ``limit``; or
+        why that would not be enough. Nothing goes."""
+        used = self.exclusive_bytes() + self.shared_bytes()
+        missing, credit, number = used + needed - limit, 0, 0
+        for holding in self._cold(asking, agreement):
+            if credit >= missing:
+                break
+            number, credit = number + 1, credit + holding.exclusive_bytes
+        return number if credit >= missing else self._no_room(limit, used, needed)
+
+    def give_up(self, number: int, asking: GraphDevice, agreement: Agreement) -> None:
+        """Drop so many plans of a group on ``asking``, those used longest ago, as all of its ranks do."""
+        ours = [each for each in self.holdings() if each.agreement is agreement and each.device is asking]
+        for holding in ours[:number]:
+            _give_up(holding, asking)
 
     def drop_all(self) -> None:
         """Drop every plan at once, without waiting for anything: the process is about to end."""
@@ -137,10 +162,15 @@ class Account:
         """In a forked child, where another thread of the parent may have held it."""
         self._lock = threading.Lock()
 
-    def _cold(self) -> list[Holding]:
+    def _cold(self, asking: GraphDevice | None = None, agreement: Agreement = alone) -> list[Holding]:
+        """The plans that may go without harm: those of a group on its device, or those of nobody's."""
         holdings = self.holdings()
         latest = holdings[-1].last_use if holdings else 0
-        return [holding for holding in holdings if latest - holding.last_use >= RECENT_USES]
+        ours = [each for each in holdings if each.agreement is agreement and asking in (None, each.device)]
+        return [holding for holding in ours if latest - holding.last_use >= RECENT_USES]
+
+    def _no_room(self, limit: int, used: int, needed: int) -> str:
+        return f"no room: max_graph_bytes={limit}, graphs on {self.name} hold {used}, this shape needs {needed}"
 
 
 def _give_up(holding: Holding, asking: GraphDevice) -> bool:
@@ -175,12 +205,14 @@ class _Refusal:
 class Room:
     """What one runner may take of a device: it asks before a capture and says afterwards what that took.
 
-    A key that was refused asks again after 4 more calls, then after 8, 16 and so on: a full device costs little.
+    A key that was refused asks again after 4 more calls, then after 8, 16 and so on: a full device costs little. In a
+    group all ranks ask, and a key that one of them has no room for is refused on all.
     """
 
-    def __init__(self, device: GraphDevice, max_graph_bytes: int | None) -> None:
+    def __init__(self, device: GraphDevice, max_graph_bytes: int | None, agreement: Agreement = alone) -> None:
         """Limit the device to ``max_graph_bytes``; ``None`` is the device's own default."""
         self._device = device
+        self._agreement = agreement
         self._account = device.account
         self._limit = device.default_limit() if max_graph_bytes is None else max_graph_bytes
         self._refusals: dict[Any, _Refusal] = {}
@@ -202,16 +234,16 @@ class Room:
         Returns:
             Why there is no room, ``""`` when there is.
         """
-        refusal = self._refusals.get(key)
+        refusal, standing = self._refusals.get(key), ""
         if refusal is not None:
             if refusal.num_closed == self._account.num_closed:
-                return refusal.reason
+                standing = refusal.reason
+                if not self._agreement.is_group:
+                    return standing
             self._device.trim()
-        if self._limit is None:
-            return ""
         needed = self._expected if refusal is None else refusal.needed
-        reason = self._account.make_room(self._limit, needed, self._device)
-        if reason:
+        reason = self._make_room(key, needed, standing)
+        if reason and not standing:
             self._refuse(key, reason, needed, -1)
         return reason
 
@@ -221,15 +253,14 @@ class Room:
         Returns:
             The plan's holding, or the reason why the plan must be thrown away.
         """
-        if self._limit is not None:
-            reason = self._account.make_room(self._limit, grown.exclusive, self._device)
-            if reason:
-                alone = not self._account.holdings()  # then the pool goes as well, and has to be made again
-                self._refuse(key, reason, grown.exclusive + (grown.shared if alone else 0), -1)
-                return reason
+        reason = self._make_room(key, grown.exclusive)
+        if reason:
+            is_first = not self._account.holdings()  # then the pool goes as well, and has to be made again
+            self._refuse(key, reason, grown.exclusive + (grown.shared if is_first else 0), -1)
+            return reason
         self._refusals.pop(key, None)
         self._expected = grown.exclusive
-        return self._account.open(grown.exclusive, self._device, drop)
+        return self._account.open(grown.exclusive, self._device, drop, self._agreement)
 
     def out_of_memory(self, key: Any) -> str:
         """A capture of this key has run out of memory: try once more later, then only when a plan has gone.
@@ -241,13 +272,27 @@ class Room:
         first = key not in self._refusals
         num_closed = -1 if first else self._account.num_closed
         self._refuse(key, reason, 0, num_closed)
-        if not first:
+        if not first and not self._agreement.is_group:
             self._account.drop_oldest(self._device)
         return reason
 
     def clear(self) -> None:
         """Forget what was refused."""
         self._refusals.clear()
+
+    def _make_room(self, key: Any, needed: int, standing: str = "") -> str:
+        limit, account, agreement = self._limit, self._account, self._agreement
+        if not agreement.is_group:
+            return "" if limit is None else account.make_room(limit, needed, self._device)
+        mine: int | str = standing
+        if not standing:
+            mine = 0 if limit is None else account.num_to_give_up(limit, needed, self._device, agreement)
+        question = f"room for {key}"
+        reason = agreement.reason(question, mine if isinstance(mine, str) else "")
+        if not reason:
+            numbers = agreement.gather(question, mine if isinstance(mine, int) else 0)
+            account.give_up(max(numbers), self._device, agreement)
+        return reason
 
     def _refuse(self, key: Any, reason: str, needed: int, num_closed: int) -> None:
         before = self._refusals.get(key)

@@ -6,6 +6,9 @@ stream that records; replays and live steps run on the caller's.
 
 When a recording fails, none of its kernels has run: the steps of the failed segment run live from the values that stand
 in the slot table, and so does the rest of the call.
+
+In a process group the ranks ask each other before each replay and each live step whether all is well so far. When one
+of them has failed, none goes on: all run the same rest live.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 
+from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, copy_into, span_bytes
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.device import GraphDevice, Pool, Recording, UnjoinedStreamError
@@ -33,6 +37,7 @@ from graphcap.cudagraph.recorded import (
     padded_inputs_written,
     run_live,
 )
+from graphcap.errors import RankError
 from graphcap.progress import Progress
 
 
@@ -40,10 +45,19 @@ class SegmentedCapture:
     """One capturing call. Make it inside of the device's session, then :meth:`run` it once."""
 
     def __init__(
-        self, program: Program, seen: Observation, layout: Layout, device: GraphDevice, pool: Pool, args: Sequence[Any]
+        self,
+        program: Program,
+        seen: Observation,
+        layout: Layout,
+        device: GraphDevice,
+        pool: Pool,
+        args: Sequence[Any],
+        agreement: Agreement = alone,
     ) -> None:
         self.recorded = Recorded(program, seen, layout, pool)
         self._device = device
+        self._agreement = agreement
+        self._verdict: Failure | None = None  # what the group knows of failures
         self._slots: list[Any] = [*args, *[None] * (len(seen.roots) - len(args))]  # what live steps read
         self._bound: list[Any] = [*args, *[None] * (len(seen.roots) - len(args))]  # what captured steps read
         self._padded = {index: args[index] for index in layout.inputs_bound(Binding.PADDED)}
@@ -88,6 +102,8 @@ class SegmentedCapture:
         """
         try:
             failure = self._run_segments(bar)
+            if failure is not None and failure is not self._verdict:
+                failure = self._agree(failure)
         except BaseException:
             self._abort()
             raise
@@ -110,6 +126,14 @@ class SegmentedCapture:
             return recorded.outputs.collect(self._slots), failure
         except torch.OutOfMemoryError as error:  # every effect has happened: hand out what there is, and keep no plan
             return recorded.outputs.uncopied().collect(self._slots), Failure.of(error)
+
+    def _agree(self, failure: Failure | None) -> Failure | None:
+        """Whether somebody has failed so far. Each rank asks until that is so, so that all stop at the same place."""
+        if self._agreement.is_group:
+            failures = self._agreement.gather(f"capture of {self.recorded.program.name}", failure)
+            failure = Failure.of_ranks(failures)
+        self._verdict = failure
+        return failure
 
     def _give_back(self) -> None:
         """Nothing recorded has run, so nothing reads what the recordings hold, and the live run needs the memory."""
@@ -168,6 +192,9 @@ class SegmentedCapture:
         if failure is not None:
             return failure
         step = self.recorded.program.steps[number]
+        self._first = number
+        if (failure := self._agree(None)) is not None:
+            return failure
         self._first = number + 1
         results = step.fn(*[self._slots[slot] for slot in step.reads])
         for slot, value in zip(step.writes, results, strict=True):
@@ -238,7 +265,11 @@ class SegmentedCapture:
         try:
             segment = self._recording.end()
             self._recording = None
+            if (failure := self._agree(None)) is not None:
+                return failure
             segment.replay()
+        except RankError:
+            raise
         except Exception as error:
             self._abort()
             steps = tuple(range(self._first, number))

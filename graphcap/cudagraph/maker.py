@@ -1,6 +1,7 @@
 """The calls that lead to a plan: the warm-up, the proof that padding changes nothing, and the capture itself.
 
-Each of them serves its call: what it returns is what a live run returns, and its effects happen once.
+Each of them serves its call: what it returns is what a live run returns, and its effects happen once. In a process
+group all ranks do the same of these, and what one of them cannot do none does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from graphcap import native
 from graphcap.cache_root import cache_root
 from graphcap.config import Config
+from graphcap.cudagraph.agreement import Agreement
 from graphcap.cudagraph.annotate import annotate
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.attempts import Attempts
@@ -78,6 +80,7 @@ class Parts:
     table: PlanTable
     attempts: Attempts
     moves: MoveRecord
+    agreement: Agreement
 
 
 class PlanMaker:
@@ -91,15 +94,20 @@ class PlanMaker:
         self._program, self._device, self._config = parts.program, parts.device, parts.config
         self._padding, self._router, self._table = parts.padding, parts.router, parts.table
         self._attempts, self._moves, self._stats = parts.attempts, parts.moves, stats
+        self._agreement = parts.agreement
         config = parts.config
         self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
-        self._room = Room(self._device, config.max_graph_bytes)
+        self._room = Room(self._device, config.max_graph_bytes, self._agreement)
         self._arena = Arena(self._device)
         self._observations: dict[Hashable, Observation] = {}
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
         self._proven: set[Hashable] = set()
-        self.inspector: Inspector = Checks(self._program, config.verify, stats, self.distrust, self._table.drop)
+        # A comparison runs steps once more, and whether there is one depends on values: ranks would lose step.
+        why_not = "replays are not compared in a process group" if self._agreement.is_group else ""
+        self.inspector: Inspector = Checks(
+            self._program, config.verify, stats, self.distrust, self._table.drop, why_not
+        )
 
     @contextlib.contextmanager
     def inspected(self, inspector: Inspector) -> Iterator[None]:
@@ -130,22 +138,42 @@ class PlanMaker:
         """Why the device has no room for a plan, ``""`` where it may."""
         return self._room.closed(route.key)
 
-    def may_serve(self, plan: Plan, args: tuple[Any, ...]) -> bool:
-        """Whether a plan serves a call of this size: one that is padded only after the proof."""
-        if not plan.route.rung or not self._is_smaller(plan.route, args):
+    def may_serve(self, plan: Plan, args: tuple[Any, ...], said: step | None) -> bool:
+        """Whether a plan serves a call of this size: one that is padded only after the proof. One that is not may be
+        padded on another rank, where their sizes follow one decision."""
+        if not plan.route.rung or not (self._is_smaller(plan.route, args) or self._decided_together(said)):
             return True
         return self._family(plan.route) in self._proven and not self._padding.why_not_to(plan.route.rung, args)
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
         serving = self._serving_of(route, said)
-        if not route.rung:
-            return self._at_size(route, args, args, serving)
-        if reason := self._padding.why_not_to(route.rung, args):
+        reason = self._padding.why_not_to(route.rung, args) if route.rung else self._why_not_exact(route, said)
+        reason = self._agreement.reason(self._question("may it be captured", route), reason)
+        if reason:
             return Made(self._program.run(*args), reason)
-        if self._is_smaller(route, args) and self._family(route) not in self._proven:
+        if self._must_prove(route, args):
             return Made(self._prove(route, args, serving), _WARM_UP)
-        return self._at_size(route, args, tuple(self._padding.pad(args, route.rung)), serving)
+        padded = tuple(self._padding.pad(args, route.rung)) if route.rung else args
+        return self._at_size(route, args, padded, serving)
+
+    def _question(self, what: str, route: Route) -> str:
+        return f"{self._program.name}: {what}, {route.mode.name} {route.sizes}" if self._agreement.is_group else ""
+
+    def _decided_together(self, said: step | None) -> bool:
+        """Whether the sizes of this call may be others on other ranks, with one decision for all."""
+        return self._agreement.is_group and said is not None and said.dispatch is not None
+
+    def _why_not_exact(self, route: Route, said: step | None) -> str:
+        if self._decided_together(said) and any(size is not None for size in route.sizes):
+            return "ranks may have different sizes, and this one is not padded"
+        return ""
+
+    def _must_prove(self, route: Route, args: tuple[Any, ...]) -> bool:
+        """Whether padding has to prove itself in this call, on any rank."""
+        if not route.rung or self._family(route) in self._proven:
+            return False
+        return any(self._agreement.gather(self._question("is it padded", route), self._is_smaller(route, args)))
 
     def _family(self, route: Route) -> Hashable:
         batch = route.batch  # the number of requests goes with the rung, what is proven does not
@@ -159,12 +187,13 @@ class PlanMaker:
         """The first call that would be padded runs at its own size, and shows whether it may be."""
         captured = self._router.captured(route)
         seen = next(iter(self._observations.values()), None)
-        if seen is None:
+        all_seen = all(self._agreement.gather(self._question("was there a call before", route), seen is not None))
+        if seen is None or not all_seen:
             self._observations[None], outputs = observe(self._program, args, self._device.device, captured)
             return outputs
         verdict = prove(
             self._program, args, self._padding, route.rung, seen, self._device.device, self._device.spare_bytes(),
-            captured, lambda: serving or contextlib.nullcontext(),
+            captured, lambda: serving or contextlib.nullcontext(), self._agreement,
         )  # fmt: skip
         if verdict.reason:
             self._padding.refuse(route.rung, verdict.reason)
@@ -181,7 +210,9 @@ class PlanMaker:
         known = self._observations.get(route.key)
         captured = self._router.captured(route)
         with serving or contextlib.nullcontext():
-            if known is None or known.signature != signature_of(self._program, padded, captured):
+            is_known = known is not None and known.signature == signature_of(self._program, padded, captured)
+            is_known = all(self._agreement.gather(self._question("is it warmed up", route), is_known))
+            if known is None or not is_known:
                 known, outputs = observe(self._program, padded, self._device.device, captured)
                 self._observations[route.key] = known
                 made = Made(outputs, _WARM_UP)
@@ -196,11 +227,10 @@ class PlanMaker:
     ) -> Made:
         device = self._device
         with device.lock:
-            if device.busy or not device.enter():
-                return Made(self._program.run(*args), device.unusable or ELSEWHERE)
-            if route.key in self._table.plans:
-                return Made(self._program.run(*args), "another thread was faster")
-            layout = self._lay_out(known, route)
+            reason = self._agreement.reason(self._question("may it begin", route), self._why_not_now(route))
+            if reason:
+                return Made(self._program.run(*args), reason)
+            layout = self._same_on_all_ranks(self._lay_out(known, route), known, route)
             if len(layout.live) == len(self._program.steps):
                 reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                 self._attempts.refuse(route, reason)
@@ -213,6 +243,27 @@ class PlanMaker:
             finally:
                 device.busy = False
             return Made(self._program.run(*args), "a capture could not begin") if outputs is None else Made(outputs)
+
+    def _why_not_now(self, route: Route) -> str:
+        if self._device.busy or not self._device.enter():
+            return self._device.unusable or ELSEWHERE
+        if route.key in self._table.plans:  # of a group: at its own size on every rank, but that was not known before
+            return "padding is not proven" if self._agreement.is_group else "another thread was faster"
+        return ""
+
+    def _same_on_all_ranks(self, layout: Layout, known: Observation, route: Route) -> Layout:
+        """What runs live on one rank runs live on all of them."""
+        everywhere = self._agreement.gather(self._question("what runs live", route), dict(layout.live))
+        others = {
+            number: f"runs live on rank {rank}: {reason}"
+            for rank, live in enumerate(everywhere)
+            for number, reason in live.items()
+            if number not in layout.live
+        }
+        if not others:
+            return layout
+        self._attempts.demoted |= others
+        return self._lay_out(known, route)
 
     def _serving_of(self, route: Route, said: step | None) -> Serving | None:
         if said is None or not said.inputs:
@@ -250,17 +301,21 @@ class PlanMaker:
                 # Nobody but the capture may hold the pool: it gives it back when the device turns out to be full.
                 entered = self._device.session()
                 capture = SegmentedCapture(
-                    self._program, known, layout, self._device, session.enter_context(entered), args
+                    self._program, known, layout, self._device, session.enter_context(entered), args, self._agreement
                 )
                 capture.bind_inputs(self._arena)
+                failure = None
             except Exception as error:
-                self._note_failure(route, Failure.of(error))
+                failure = Failure.of(error)
+            if (failure := self._first_failure("is it ready", route, failure)) is not None:
+                self._note_failure(route, failure)
                 return None
             label = f"capturing {self._program.name}"
             bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
             session.enter_context(_frozen(serving))
             with torch.no_grad():
                 outputs, failure = capture.run(bar, self._policy)
+        failure = self._first_failure("was it captured", route, failure)
         if failure is not None:
             self._note_failure(route, failure)
             return outputs
@@ -275,6 +330,12 @@ class PlanMaker:
         addresses = static_addresses(recorded)
         self._table.add(Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter))
         return outputs
+
+    def _first_failure(self, what: str, route: Route, failure: Failure | None) -> Failure | None:
+        """What went wrong on any rank."""
+        if not self._agreement.is_group:
+            return failure
+        return Failure.of_ranks(self._agreement.gather(self._question(what, route), failure))
 
     def _replay(
         self, route: Route, recorded: Recorded, stats: PlanStats

@@ -3,6 +3,9 @@
 A model may mix rows (a mean over the batch, one scale for a whole tensor) or depend on how many there are (a capacity,
 a division by the size). Both show when the same real rows are run beside different padded ones, and in their exact
 size. What a call writes is copied beforehand, so that all of it happens once.
+
+The ranks of a process group take part in every run, also where their own call has the size of the rung: the runs hold
+collectives. After each one they agree on whether there is another. Which step is to blame is not looked for there.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 
+from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.blame import first_departure, trace
 from graphcap.cudagraph.compare import departs, distance
 from graphcap.cudagraph.corner import around, corner
@@ -64,6 +68,7 @@ def prove(
     max_state_bytes: int,
     captured: Collection[int] | None = None,
     beside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    agreement: Agreement = alone,
 ) -> Verdict:
     """Serve a call live, at its exact sizes, and find out whether it may be padded.
 
@@ -81,28 +86,30 @@ def prove(
             refusal.
         captured: the steps that may be captured, as for :func:`graphcap.cudagraph.observe.observe`.
         beside: what surrounds each padded run: ops find the padded inputs of the step there.
+        agreement: with whom the call is made; all of them prove at the same time.
 
     Raises:
         Exception: what the call itself raises, as it would without padding.
     """
+    scratch, generators, reason = None, list[torch.Tensor](), ""
     try:
         needed = _COPIES * state_bytes(program, seen, args)
-        scratch = Scratch(program, seen, args) if needed <= max_state_bytes else None
-        generators = generator_states(device)
+        if needed <= max_state_bytes:
+            scratch = Scratch(program, seen, args)
+            generators = generator_states(device)
+        else:
+            reason = (
+                f"the proof needs {needed} bytes for copies of what the call writes, {max_state_bytes} are allowed; "
+                "graphcap.capture() at start-up, while caches are small, proves it once"
+            )
     except Exception as error:  # nothing has run yet
-        return Verdict(program.run(*args), f"its state cannot be copied: {describe(error)}")
+        reason = f"its state cannot be copied: {describe(error)}"
+    reason = agreement.reason(f"{program.name}: may the proof begin", reason)
     outputs = tuple(program.run(*args))
-    if scratch is None:
-        return Verdict(
-            outputs,
-            f"the proof needs {needed} bytes for copies of what the call writes, {max_state_bytes} are allowed; "
-            "graphcap.capture() at start-up, while caches are small, proves it once",
-        )
-    proof = _Proof(program, args, padding, rung, scratch, device, generators, captured, beside)
-    try:
-        reason = proof.reason(outputs)
-    except Exception as error:
-        reason = f"the padded call fails: {describe(error)}"
+    if reason or scratch is None:
+        return Verdict(outputs, reason)
+    proof = _Proof(program, args, padding, rung, scratch, device, generators, captured, beside, agreement)
+    reason = proof.reason(outputs)
     return Verdict(outputs, reason, None if reason else proof.seen)
 
 
@@ -146,34 +153,64 @@ class _Proof:
         generators: Sequence[torch.Tensor],
         captured: Collection[int] | None,
         beside: Callable[[], AbstractContextManager[Any]],
+        agreement: Agreement,
     ) -> None:
-        self._captured, self._beside = captured, beside
+        self._captured, self._beside, self._agreement = captured, beside, agreement
         self._program, self._args, self._padding, self._rung = program, args, padding, rung
         self._scratch, self._device, self._generators = scratch, device, generators
         self.seen: Observation | None = None
+        self._padded = _Result({})
+        self._found: dict[str, float] = {}  # what padded rows have an influence on, and how much
 
     def reason(self, outputs: Sequence[Any]) -> str:
         """Compare the call, which has run, with padded runs; ``""`` where they agree."""
+        if reason := self._round(lambda: self._compare_sizes(outputs)):
+            return reason
+        for seed in (1, 2):
+            if reason := self._round(lambda: self._vary(seed, outputs)):  # noqa: B023 - called at once
+                return reason
+            # Where two runs differ, so may two identical ones: a further run shows by how much.
+            if any(self._agreement.gather(f"{self._program.name}: is there a difference", bool(self._found))) and (
+                reason := self._round(lambda: self._compare_rows(seed, outputs))  # noqa: B023
+            ):
+                return reason
+        return ""
+
+    def _round(self, run: Callable[[], str]) -> str:
+        """One more padded run on every rank: what speaks against padding on any of them."""
+        try:
+            mine = run()
+        except Exception as error:
+            mine = f"the padded call fails: {describe(error)}"
+        return self._agreement.reason(f"{self._program.name}: is padding right", mine)
+
+    def _compare_sizes(self, outputs: Sequence[Any]) -> str:
         truth = self._result(self._args, outputs)
-        padded, misfit = self._run(None, outputs)
+        self._padded, misfit = self._run(None, outputs)
         if misfit:
             return misfit
-        for name, value in padded.values.items():
+        for name, value in self._padded.values.items():
             if _differs(value, truth.values[name], departs):
                 step = self._blame(None, departs)
                 return f"{step or name} depends on the padded size: {name} is not what it is without padding"
-        for seed in (1, 2):
-            varied, _ = self._run(seed, outputs)
-            found = {n: d for n, v in varied.values.items() if (d := _distance(v, padded.values[n])) > 0}
-            if not found:
-                continue
-            again, _ = self._run(None, outputs)
-            noise = {name: _distance(again.values[name], padded.values[name]) for name in found}
-            mixed = [name for name, far in found.items() if far > _NOISE * noise[name]]
-            if mixed:
-                step = self._blame(seed, lambda a, b: distance(a, b) > 0)
-                return f"{step or mixed[0]} mixes rows: {mixed[0]} depends on what padded rows hold"
         return ""
+
+    def _vary(self, seed: int, outputs: Sequence[Any]) -> str:
+        varied, _ = self._run(seed, outputs)
+        before = self._padded.values
+        self._found = {
+            name: far for name, value in varied.values.items() if (far := _distance(value, before[name])) > 0
+        }
+        return ""
+
+    def _compare_rows(self, seed: int, outputs: Sequence[Any]) -> str:
+        again, _ = self._run(None, outputs)
+        noise = {name: _distance(again.values[name], self._padded.values[name]) for name in self._found}
+        mixed = [name for name, far in self._found.items() if far > _NOISE * noise[name]]
+        if not mixed:
+            return ""
+        step = self._blame(seed, lambda a, b: distance(a, b) > 0)
+        return f"{step or mixed[0]} mixes rows: {mixed[0]} depends on what padded rows hold"
 
     def _arguments(self, seed: int | None) -> tuple[list[Any], list[Any]]:
         """Arguments of their own for one run, at their exact and at the padded size."""
@@ -225,6 +262,8 @@ class _Proof:
 
     def _blame(self, seed: int | None, apart: Callable[[torch.Tensor, torch.Tensor], bool]) -> str:
         """The first step whose real rows are apart; ``""`` where that cannot be told."""
+        if self._agreement.is_group:  # more runs, that other ranks know nothing of
+            return ""
         try:
             with torch.no_grad():
                 return self._first_step(seed, apart)

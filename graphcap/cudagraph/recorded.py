@@ -34,6 +34,16 @@ class Failure:
     out_of_memory: bool = False
 
     @staticmethod
+    def of_ranks(failures: Sequence[Failure | None]) -> Failure | None:
+        """What the ranks of a group have in common: the steps that failed on any of them, and the first reason."""
+        found = [(rank, each) for rank, each in enumerate(failures) if each is not None]
+        if not found:
+            return None
+        rank, first = found[0]
+        steps = sorted({step for _, each in found for step in each.steps})
+        return Failure(tuple(steps), f"rank {rank}: {first.reason}", any(each.out_of_memory for _, each in found))
+
+    @staticmethod
     def of(error: BaseException, steps: tuple[int, ...] = ()) -> Failure:
         """What an exception says about ``steps``. A full device or a failed hook is no fault of theirs."""
         full = is_out_of_memory(error)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph.agreement import agreement_of
 from graphcap.cudagraph.alerts import warn_once
 from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.device import GraphDevice
@@ -47,6 +48,7 @@ class GraphRunner:
         stats: counters and the list of plans.
         padding: which sizes may be padded.
         router: finds the mode and the sizes for a call.
+        agreement: with whom it decides.
     """
 
     def __init__(self, program: Program, device: GraphDevice, config: Config) -> None:
@@ -60,8 +62,14 @@ class GraphRunner:
         self._table = PlanTable(self.stats)
         self._attempts = Attempts(program, config, self.stats)
         self._moves = MoveRecord(program, config)
-        parts = Parts(program, device, config, self.padding, self.router, self._table, self._attempts, self._moves)
-        self._maker = PlanMaker(parts, self.stats)
+        self.agreement = agreement_of(config.process_group)
+        self._maker = PlanMaker(
+            Parts(
+                program, device, config, self.padding, self.router,
+                self._table, self._attempts, self._moves, self.agreement,
+            ),
+            self.stats,
+        )  # fmt: skip
         self._replaced: dict[Hashable, int] = {}
         self._tick = device.account.tick
         mutated = {slot for each in program.steps for slot in each.mutates}
@@ -148,7 +156,7 @@ class GraphRunner:
         reasons = []
         for route in routes:
             plan = self._table.plans.get(route.key)
-            if plan is not None and self._maker.may_serve(plan, args):
+            if plan is not None and self._maker.may_serve(plan, args, said):
                 return self._serve(key, plan, args)
             reasons.append("" if plan is not None else self._barred(route))
             if not reasons[-1]:
@@ -187,6 +195,10 @@ class GraphRunner:
         if why is None:
             return self._live(args, self.device.unusable or ELSEWHERE)
         route = plan.route
+        if self.agreement.is_group:  # all ranks come here, or the group is told that they do not
+            question = f"{self.program.name}: an input does not fit the plan {route.mode.name} {route.sizes}"
+            everybody = self.agreement.gather(question, why.name)
+            why = Unfit.MOVED if Unfit.MOVED.name in everybody else why
         if why is Unfit.MOVED:
             self._moves.note(plan.addresses, args, self._calls(), self.stats)
             self._table.drop(route.key)

@@ -84,6 +84,7 @@ class Checks:
         stats: RunnerStats,
         distrust: Callable[[Mapping[int, str]], None],
         finished: Callable[[Any], None],
+        why_not: str = "",
     ) -> None:
         """Nothing is compared before a plan is attached. The two methods are held weakly.
 
@@ -93,25 +94,33 @@ class Checks:
             stats: where divergences are noted.
             distrust: told of steps that must run live from now on, each with the reason.
             finished: told the key of a plan that ``verify`` is done with; it may be captured anew, without the cuts.
+            why_not: why nothing is ever compared, if that is so. What should have been is noted with it.
         """
         self.program = program
         self.stats = stats
         self.proven: set[str] = set()
         self._wanted = 2**62 if verify is True else int(verify)
+        self._why_not = why_not
         self._distrust = weakref.WeakMethod(distrust)
         self._finished = weakref.WeakMethod(finished)
         self._done: set[Any] = set()
 
     def apart(self, key: Any) -> Collection[int]:
         """Every step where the values of each are to be compared."""
-        return range(len(self.program.steps)) if self._wanted and key not in self._done else ()
+        compares = self._wanted and not self._why_not and key not in self._done
+        return range(len(self.program.steps)) if compares else ()
 
     def attach(self, key: Any, recorded: Recorded, replay: Callable[..., Any]) -> None:
         """Have the next replays of a plan compared, if there is a reason to."""
+        everything = range(len(self.program.steps))
+        if self._why_not:
+            if self._wanted or self.unproven(everything):
+                self.skip(everything, self._why_not)
+            return
         try:
             self._attach(key, recorded, replay, segments_of(recorded))
         except Exception as error:  # the plan itself needs none of this
-            self.skip(range(len(self.program.steps)), describe(error))
+            self.skip(everything, describe(error))
 
     def _attach(self, key: Any, recorded: Recorded, replay: Callable[..., Any], groups: list[list[int]]) -> None:
         if recorded.layout.apart:

@@ -23,7 +23,7 @@ def release(target: Any) -> None:
 
     Waits for the replays that are running. The next call of each shape captures again, so that it suits an engine that
     goes to sleep: release, move or drop the weights, load them again, go on. Weights need not come back to where they
-    were.
+    were. In a process group every rank calls it, and waits for the others.
 
     Args:
         target: a module, what ``torch.compile`` or ``graphcap.compile`` returned, a function or a bound method. Other
@@ -31,10 +31,13 @@ def release(target: Any) -> None:
 
     Raises:
         TypeError: ``target`` is nothing that could have been compiled.
+        RankError: another rank of the model's process group does something else. Nothing has been dropped.
     """
-    for region in regions_of(target):
-        for runner in region.runners:
-            runner.release()
+    runners = [runner for region in regions_of(target) for runner in region.runners]
+    for agreement in dict.fromkeys(runner.agreement for runner in runners):
+        agreement.gather("graphcap.release()", None)
+    for runner in runners:
+        runner.release()
 
 
 def reset() -> None:

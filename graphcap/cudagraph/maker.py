@@ -138,6 +138,12 @@ class PlanMaker:
         """Why the device has no room for a plan, ``""`` where it may."""
         return self._room.closed(route.key)
 
+    def why_not_together(self, route: Route, said: step | None) -> str:
+        """Why a call that follows one decision for several ranks is not captured; ``""`` where it may be."""
+        if not self._decided_together(said) or route.rung or all(size is None for size in route.sizes):
+            return ""
+        return "ranks with one dispatch may have different sizes, and these are not padded"
+
     def may_serve(self, plan: Plan, args: tuple[Any, ...], said: step | None) -> bool:
         """Whether a plan serves a call of this size: one that is padded only after the proof. One that is not may be
         padded on another rank, where their sizes follow one decision."""
@@ -148,7 +154,7 @@ class PlanMaker:
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
         serving = self._serving_of(route, said)
-        reason = self._padding.why_not_to(route.rung, args) if route.rung else self._why_not_exact(route, said)
+        reason = self._padding.why_not_to(route.rung, args) if route.rung else ""
         reason = self._agreement.reason(self._question("may it be captured", route), reason)
         if reason:
             return Made(self._program.run(*args), reason)
@@ -163,11 +169,6 @@ class PlanMaker:
     def _decided_together(self, said: step | None) -> bool:
         """Whether the sizes of this call may be others on other ranks, with one decision for all."""
         return self._agreement.is_group and said is not None and said.dispatch is not None
-
-    def _why_not_exact(self, route: Route, said: step | None) -> str:
-        if self._decided_together(said) and any(size is not None for size in route.sizes):
-            return "ranks may have different sizes, and this one is not padded"
-        return ""
 
     def _must_prove(self, route: Route, args: tuple[Any, ...]) -> bool:
         """Whether padding has to prove itself in this call, on any rank."""

@@ -37,8 +37,8 @@ class Failure:
     def of_ranks(failures: Sequence[Failure | None]) -> Failure | None:
         """What the ranks of a group have in common: the steps that failed on any of them, and the first reason."""
         found = [(rank, each) for rank, each in enumerate(failures) if each is not None]
-        if not found:
-            return None
+        if not found or all(each == failures[0] for each in failures):
+            return failures[0]
         rank, first = found[0]
         steps = sorted({step for _, each in found for step in each.steps})
         return Failure(tuple(steps), f"rank {rank}: {first.reason}", any(each.out_of_memory for _, each in found))

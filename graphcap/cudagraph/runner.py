@@ -158,7 +158,7 @@ class GraphRunner:
             plan = self._table.plans.get(route.key)
             if plan is not None and self._maker.may_serve(plan, args, said):
                 return self._serve(key, plan, args)
-            reasons.append("" if plan is not None else self._barred(route))
+            reasons.append("" if plan is not None else self._barred(route, said))
             if not reasons[-1]:
                 return self._approach(route, args, said)
         return self._live(args, reasons[0])
@@ -216,8 +216,12 @@ class GraphRunner:
         sizes = found if isinstance(found, tuple) else (found,)
         return self.stats.of_size(sizes, self.router.rung_of(sizes) if route is None else route.computed(sizes))
 
-    def _barred(self, route: Route) -> str:
-        return self._attempts.barred(route, self._table.num_undeclared) or self._maker.no_room(route)
+    def _barred(self, route: Route, said: step | None = None) -> str:
+        return (
+            self._attempts.barred(route, self._table.num_undeclared)
+            or self._maker.why_not_together(route, said)
+            or self._maker.no_room(route)
+        )
 
     def _calls(self) -> int:
         return self.stats.replays + self.stats.live_calls.total()

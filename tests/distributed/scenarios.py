@@ -114,6 +114,66 @@ def failure_in_the_last_segment(rank: Rank) -> dict[str, Any]:
     return _failure(rank, 2)
 
 
+class WatchedDevice(SimulatedDevice):
+    """Says of each sum over the ranks whether it ran in a graph, live, or was recorded."""
+
+    def __init__(self, rank: Rank) -> None:
+        super().__init__()
+        self.now, self.ways = "live", list[str]()
+        self._rank = rank
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.ways.append(self.now)
+        return self._rank.all_reduce(x)
+
+    def begin(self, pool: Any, released: Any) -> Any:
+        recording = super().begin(pool, released)
+        self.now, end, abort = "recorded", recording.end, recording.abort
+
+        def watched_end() -> Any:
+            self.now = "live"
+            segment = end()
+            replay = segment.replay
+
+            def watched_replay() -> None:
+                self.now = "graph"
+                replay()
+                self.now = "live"
+
+            segment.replay = watched_replay
+            return segment
+
+        def watched_abort() -> None:
+            self.now = "live"
+            abort()
+
+        recording.end, recording.abort = watched_end, watched_abort
+        return recording
+
+
+def sums_before_a_failure(rank: Rank) -> dict[str, Any]:
+    """Two segments with a sum each; rank 1 fails in the second, when its sum has been recorded."""
+    device, region = WatchedDevice(rank), Region()
+    x = region.tensor("x")
+
+    def fails_on_one(x: Tensor) -> Tensor:
+        if rank.rank == 1:
+            x.sum().item()
+        return x + 1
+
+    h = region.step(lambda h: h * 2, region.step(device.all_reduce, x), capture=LIVE)
+    y = region.step(fails_on_one, region.step(device.all_reduce, h))
+    runner = runner_of(region.returning(y), device, process_group=rank.group)
+    right, ways = [], []
+    for seed in range(5):
+        inputs = same_inputs(3, seed)
+        (result,) = runner(inputs[rank.rank])
+        right.append(torch.allclose(result, sum(inputs) * 4 + 1))  # type: ignore[arg-type]
+        ways.append(device.ways[:])
+        device.ways.clear()
+    return report(runner, rank, right) | {"ways": ways}
+
+
 def no_room_on_one_rank(rank: Rank) -> dict[str, Any]:
     limit = 2**20 if rank.rank == 0 else 1
     runner = runner_of(layered(rank), process_group=rank.group, max_graph_bytes=limit)
@@ -369,8 +429,8 @@ ALL = {
     each.__name__: each
     for each in (
         same_plans, collectives_in_graphs, failure_in_the_first_segment, failure_in_the_middle,
-        failure_in_the_last_segment, no_room_on_one_rank, out_of_memory_on_one_rank, eviction_on_one_rank,
-        live_on_one_rank, different_sizes, different_sizes_at_once, padding_refused_on_one_rank,
+        failure_in_the_last_segment, sums_before_a_failure, no_room_on_one_rank, out_of_memory_on_one_rank,
+        eviction_on_one_rank, live_on_one_rank, different_sizes, different_sizes_at_once, padding_refused_on_one_rank,
         without_a_common_decision, weights_moved_on_both_ranks, weight_moved_on_one_rank, replays_say_nothing,
         compiled_and_released, compiled_full, compiled_piecewise,
     )

@@ -71,6 +71,18 @@ def test_capture_that_fails_on_one_rank_is_given_up_by_both(
     assert both["replays"] == 4
 
 
+def test_a_sum_is_in_a_graph_on_all_ranks_or_on_none(results: dict[str, list[Any]]) -> None:
+    """NCCL asks for that, of every launch."""
+    both = Both(results, "sums_before_a_failure")
+    assert both["ways"] == [
+        ["live", "live"],
+        ["live", "live"],
+        ["recorded", "graph", "recorded", "live"],  # one has failed in the second segment, which both give up
+        ["recorded", "graph", "recorded", "graph"],
+        ["graph", "graph"],
+    ]
+
+
 def test_no_room_on_one_rank_is_no_room_on_both(results: dict[str, list[Any]]) -> None:
     both = Both(results, "no_room_on_one_rank")
     assert both.captured() == {}

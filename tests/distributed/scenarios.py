@@ -11,7 +11,8 @@ from torch import Tensor
 
 import graphcap
 from graphcap.config import CUDAGraphMode
-from graphcap.cudagraph import Capture, GraphKey, GraphRunner, Program, step
+from graphcap.cudagraph import Capture, Dispatch, GraphKey, GraphRunner, Program, step
+from graphcap.cudagraph.agreement import agreement_of
 from graphcap.cudagraph.budget import RECENT_USES
 from graphcap.cudagraph.simulated import SimulatedDevice
 from graphcap.errors import RankError
@@ -237,17 +238,18 @@ def padded_call(runner: GraphRunner, rank: Rank, sizes: tuple[int, int], seed: i
     """One call at a size of its own for each rank, with the larger of their decisions."""
     n = sizes[rank.rank]
     x = same_inputs(n, seed)[0]
-    mine = runner.dispatch(GraphKey(n), None)
-    both: list[Any] = [None, None]
-    dist.all_gather_object(both, (mine.mode.name, mine.num_tokens), group=rank.traffic)
-    agreed = dataclasses.replace(
-        mine, mode=min((CUDAGraphMode[mode] for mode, _ in both), key=list(CUDAGraphMode).index),
-        num_tokens=max(tokens for _, tokens in both),
-    )  # fmt: skip
-    with step(dispatch=agreed):
+    with step(dispatch=_largest(rank, runner.dispatch(GraphKey(n), None))):
         (result,) = runner(n, x)
     expected = x * 2 + 1
     return torch.allclose(result, expected - expected.mean(0) if mixes and rank.rank == 1 else expected, atol=1e-5)
+
+
+def _largest(rank: Rank, mine: Dispatch) -> Dispatch:
+    """The decision that all ranks can follow: the least mode, the most tokens."""
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, (mine.mode.name, mine.num_tokens), group=rank.traffic)
+    mode = min((CUDAGraphMode[mode] for mode, _ in both), key=list(CUDAGraphMode).index)
+    return dataclasses.replace(mine, mode=mode, num_tokens=max(tokens for _, tokens in both))
 
 
 def different_sizes(rank: Rank) -> dict[str, Any]:
@@ -370,6 +372,40 @@ def compiled_and_released(rank: Rank) -> dict[str, Any]:
     return found | {"right": all(right)}
 
 
+def ladder_captured_beforehand(rank: Rank) -> dict[str, Any]:
+    """``graphcap.capture()`` on both ranks; then different sizes by one decision, which needs no question any more."""
+    library = torch.library.Library("two_ranks_ladder", "DEF")
+    library.define("counted(Tensor x) -> Tensor")
+    library.impl("counted", lambda x: x + 0 * rank.all_reduce(torch.ones(1)), "CPU")
+    library.impl("counted", torch.empty_like, "Meta")
+
+    def model(x: Tensor) -> Tensor:
+        return torch.ops.two_ranks_ladder.counted(x * 2) + 1
+
+    compiled = graphcap.compile(
+        model, compiler="eager", simulate=True, process_group=rank.group, capture_sizes=[4, 8],
+        dynamic_arg_dims={"x": {0: "num_tokens"}}, cudagraph_mode="PIECEWISE",
+    )  # fmt: skip
+    summary = graphcap.capture(compiled, lambda key: ((torch.randn(key.num_tokens, WIDTH),), {}))
+    agreement = agreement_of(rank.group)
+    asked, plain = list[str](), agreement.gather
+    agreement.gather = lambda question, mine: asked.append(question) or plain(question, mine)  # type: ignore
+    right = []
+    for seed, sizes in enumerate([(8, 6), (5, 8), (3, 4), (4, 3), (8, 8)]):
+        x = same_inputs(sizes[rank.rank], seed)[0]
+        mine = graphcap.dispatch(compiled, num_tokens=len(x))
+        with torch.no_grad(), step(dispatch=_largest(rank, mine)):
+            right.append(torch.allclose(compiled(x), x * 2 + 1))
+    (region,) = graphcap.explain(compiled).regions
+    return {
+        "right": all(right),
+        "sums": rank.sums,
+        "captured": [key.num_tokens for key in summary.captured],
+        "replays": region.replays,
+        "asked": asked,
+    }
+
+
 class Block(torch.nn.Module):
     """Attention and a linear layer whose rows are spread over the ranks, as in tensor parallelism."""
 
@@ -432,6 +468,6 @@ ALL = {
         failure_in_the_last_segment, sums_before_a_failure, no_room_on_one_rank, out_of_memory_on_one_rank,
         eviction_on_one_rank, live_on_one_rank, different_sizes, different_sizes_at_once, padding_refused_on_one_rank,
         without_a_common_decision, weights_moved_on_both_ranks, weight_moved_on_one_rank, replays_say_nothing,
-        compiled_and_released, compiled_full, compiled_piecewise,
+        compiled_and_released, compiled_full, compiled_piecewise, ladder_captured_beforehand,
     )
 }  # fmt: skip

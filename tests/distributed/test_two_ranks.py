@@ -172,6 +172,13 @@ def test_compiled_model_is_released_by_all_ranks_or_not_at_all(results: dict[str
     assert "graphcap.release() included" in alone[1]
 
 
+def test_ladder_that_was_captured_serves_different_sizes_without_a_question(results: dict[str, list[Any]]) -> None:
+    both = Both(results, "ladder_captured_beforehand")
+    assert both["captured"] == [8, 4]
+    assert both["replays"] >= 5
+    assert both["asked"] == []
+
+
 def assert_captured(ranks: list[Any], mode: str, segments: int) -> None:
     """A compiled block has a plan in each of its two regions on both ranks, and was right all along."""
     first, second = ranks

@@ -12,11 +12,16 @@ from __future__ import annotations
 
 import threading
 import weakref
+import zlib
 from typing import Any, Protocol, TypeVar
+
+import torch
 
 from graphcap.errors import RankError
 
 T = TypeVar("T")
+
+_NOTHING: Any = object()
 
 
 class Agreement(Protocol):
@@ -28,12 +33,13 @@ class Agreement(Protocol):
 
     is_group: bool
 
-    def gather(self, question: str, mine: T) -> list[T]:
+    def gather(self, question: str, mine: T, usual: T = _NOTHING) -> list[T]:
         """What everybody says to a question, in the order of their ranks. Waits for all of them.
 
         Args:
-            question: the same on every rank: ``"forward_0: capture PIECEWISE (8,)"``.
+            question: the same on every rank: ``"forward_0: may it be captured, PIECEWISE (8,)"``.
             mine: this rank's answer. It is pickled.
+            usual: where all say this, the exchange is one small all-reduce.
 
         Raises:
             RankError: another rank asks something else, or does not ask at all.
@@ -48,7 +54,7 @@ class _Alone:
 
     is_group = False
 
-    def gather(self, question: str, mine: T) -> list[T]:
+    def gather(self, question: str, mine: T, usual: T = _NOTHING) -> list[T]:
         return [mine]
 
     def reason(self, question: str, mine: str) -> str:
@@ -73,15 +79,11 @@ class InGroup:
         self._made: Any = None  # the gloo group, where one is needed
         self._lock = threading.Lock()
 
-    def gather(self, question: str, mine: T) -> list[T]:
+    def gather(self, question: str, mine: T, usual: T = _NOTHING) -> list[T]:
         """See :class:`Agreement`."""
-        import torch.distributed as dist
-
         try:
             with self._lock:
-                channel = self._channel_of(self._given())
-                said: list[Any] = [None] * dist.get_world_size(channel)
-                dist.all_gather_object(said, (question, mine), group=channel)
+                said = _exchange(self._channel_of(self._given()), question, mine, mine == usual)
         except Exception as error:
             raise RankError(
                 f"no answer from the other ranks to {question!r} ({type(error).__name__}: {error}). Every rank of a "
@@ -98,7 +100,7 @@ class InGroup:
 
     def reason(self, question: str, mine: str) -> str:
         """See :class:`Agreement`."""
-        reasons = self.gather(question, mine)
+        reasons = self.gather(question, mine, usual="")
         found = next((rank for rank, reason in enumerate(reasons) if reason), None)
         if mine or found is None:
             return mine
@@ -118,6 +120,23 @@ class InGroup:
             # Only its members take part: others may know nothing of this group.
             self._made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         return self._made
+
+
+def _exchange(channel: Any, question: str, mine: Any, is_usual: bool) -> list[tuple[str, Any]]:
+    """Per rank what it asks and what it says."""
+    import torch.distributed as dist
+
+    number = zlib.crc32(question.encode())
+    with torch.inference_mode(False):
+        header = torch.tensor([not is_usual, number, -number], dtype=torch.int64, device="cpu")
+        dist.all_reduce(header, dist.ReduceOp.MAX, group=channel)
+    is_unusual, largest, smallest = header.tolist()
+    num_ranks = dist.get_world_size(channel)
+    if not is_unusual and largest == -smallest:  # all ask the same and have nothing to tell
+        return [(question, mine)] * num_ranks
+    said: list[Any] = [None] * num_ranks
+    dist.all_gather_object(said, (question, mine), group=channel)
+    return said
 
 
 _groups: weakref.WeakKeyDictionary[Any, InGroup] = weakref.WeakKeyDictionary()

@@ -290,7 +290,7 @@ class Room:
         question = f"room for {key}"
         reason = agreement.reason(question, mine if isinstance(mine, str) else "")
         if not reason:
-            numbers = agreement.gather(question, mine if isinstance(mine, int) else 0)
+            numbers = agreement.gather(question, mine if isinstance(mine, int) else 0, usual=0)
             account.give_up(max(numbers), self._device, agreement)
         return reason
 

@@ -130,7 +130,7 @@ class SegmentedCapture:
     def _agree(self, failure: Failure | None) -> Failure | None:
         """Whether somebody has failed so far. Each rank asks until that is so, so that all stop at the same place."""
         if self._agreement.is_group:
-            failures = self._agreement.gather(f"capture of {self.recorded.program.name}", failure)
+            failures = self._agreement.gather(f"{self.recorded.program.name}: is all well", failure, usual=None)
             failure = Failure.of_ranks(failures)
         self._verdict = failure
         return failure

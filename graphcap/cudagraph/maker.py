@@ -174,7 +174,9 @@ class PlanMaker:
         """Whether padding has to prove itself in this call, on any rank."""
         if not route.rung or self._family(route) in self._proven:
             return False
-        return any(self._agreement.gather(self._question("is it padded", route), self._is_smaller(route, args)))
+        return any(
+            self._agreement.gather(self._question("is it padded", route), self._is_smaller(route, args), usual=False)
+        )
 
     def _family(self, route: Route) -> Hashable:
         batch = route.batch  # the number of requests goes with the rung, what is proven does not
@@ -188,7 +190,9 @@ class PlanMaker:
         """The first call that would be padded runs at its own size, and shows whether it may be."""
         captured = self._router.captured(route)
         seen = next(iter(self._observations.values()), None)
-        all_seen = all(self._agreement.gather(self._question("was there a call before", route), seen is not None))
+        all_seen = all(
+            self._agreement.gather(self._question("was there a call before", route), seen is not None, usual=True)
+        )
         if seen is None or not all_seen:
             self._observations[None], outputs = observe(self._program, args, self._device.device, captured)
             return outputs
@@ -212,7 +216,7 @@ class PlanMaker:
         captured = self._router.captured(route)
         with serving or contextlib.nullcontext():
             is_known = known is not None and known.signature == signature_of(self._program, padded, captured)
-            is_known = all(self._agreement.gather(self._question("is it warmed up", route), is_known))
+            is_known = all(self._agreement.gather(self._question("is it warmed up", route), is_known, usual=True))
             if known is None or not is_known:
                 known, outputs = observe(self._program, padded, self._device.device, captured)
                 self._observations[route.key] = known
@@ -336,7 +340,7 @@ class PlanMaker:
         """What went wrong on any rank."""
         if not self._agreement.is_group:
             return failure
-        return Failure.of_ranks(self._agreement.gather(self._question(what, route), failure))
+        return Failure.of_ranks(self._agreement.gather(self._question(what, route), failure, usual=None))
 
     def _replay(
         self, route: Route, recorded: Recorded, stats: PlanStats

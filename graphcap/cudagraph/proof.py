@@ -170,7 +170,9 @@ class _Proof:
             if reason := self._round(lambda: self._vary(seed, outputs)):  # noqa: B023 - called at once
                 return reason
             # Where two runs differ, so may two identical ones: a further run shows by how much.
-            if any(self._agreement.gather(f"{self._program.name}: is there a difference", bool(self._found))) and (
+            if any(
+                self._agreement.gather(f"{self._program.name}: is there a difference", bool(self._found), usual=False)
+            ) and (
                 reason := self._round(lambda: self._compare_rows(seed, outputs))  # noqa: B023
             ):
                 return reason

@@ -325,7 +325,7 @@ def replays_say_nothing(rank: Rank) -> tuple[int, int]:
     runner = runner_of(layered(rank), process_group=rank.group)
     asked = []
     plain = runner.agreement.gather
-    runner.agreement.gather = lambda question, mine: asked.append(question) or plain(question, mine)  # type: ignore
+    runner.agreement.gather = lambda question, *rest, **usual: asked.append(question) or plain(question, *rest, **usual)  # type: ignore
     for seed in range(4):
         call(runner, rank, 3, seed)
     before = len(asked)
@@ -389,7 +389,7 @@ def ladder_captured_beforehand(rank: Rank) -> dict[str, Any]:
     summary = graphcap.capture(compiled, lambda key: ((torch.randn(key.num_tokens, WIDTH),), {}))
     agreement = agreement_of(rank.group)
     asked, plain = list[str](), agreement.gather
-    agreement.gather = lambda question, mine: asked.append(question) or plain(question, mine)  # type: ignore
+    agreement.gather = lambda question, *rest, **usual: asked.append(question) or plain(question, *rest, **usual)  # type: ignore
     right = []
     for seed, sizes in enumerate([(8, 6), (5, 8), (3, 4), (4, 3), (8, 8)]):
         x = same_inputs(sizes[rank.rank], seed)[0]

@@ -35,7 +35,7 @@ def release(target: Any) -> None:
     """
     runners = [runner for region in regions_of(target) for runner in region.runners]
     for agreement in dict.fromkeys(runner.agreement for runner in runners):
-        agreement.gather("graphcap.release()", None)
+        agreement.gather("graphcap.release()", None, usual=None)
     for runner in runners:
         runner.release()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import warnings
 from typing import Any
 
 import torch
@@ -202,6 +204,24 @@ def eviction_on_one_rank(rank: Rank) -> dict[str, Any]:
     right += [call(runner, rank, 20, seed) for seed in range(5)]
     right += [call(runner, rank, n, seed) for seed, n in enumerate([16, 24, 20])]
     return report(runner, rank, right)
+
+
+def misfortunes(rank: Rank) -> list[dict[str, Any]]:
+    """Random traffic, while each rank has its own limits and its own layer that cannot be captured."""
+    found = []
+    for seed in range(6):
+        common, own = random.Random(seed), random.Random(100 * seed + rank.rank)
+        device = SimulatedDevice(capacity=own.choice([None, None, None, 4000]))
+        program = layered(rank, fails_in=own.choice([-1, 0, 1, 2]), collective=LIVE)
+        limit = own.choice([None, 2500, 3500, 4500])
+        runner = runner_of(program, device, process_group=rank.group, max_graph_bytes=limit)
+        sizes = [common.choice([4, 8, 12, 16, 20]) for _ in range(40)] + [4] * RECENT_USES
+        sizes += [common.choice([8, 12, 24]) for _ in range(20)]
+        rank.sums = []
+        with warnings.catch_warnings(action="ignore"):
+            right = [call(runner, rank, n, call_seed) for call_seed, n in enumerate(sizes)]
+        found.append(report(runner, rank, right))
+    return found
 
 
 def live_on_one_rank(rank: Rank) -> dict[str, Any]:
@@ -468,6 +488,6 @@ ALL = {
         failure_in_the_last_segment, sums_before_a_failure, no_room_on_one_rank, out_of_memory_on_one_rank,
         eviction_on_one_rank, live_on_one_rank, different_sizes, different_sizes_at_once, padding_refused_on_one_rank,
         without_a_common_decision, weights_moved_on_both_ranks, weight_moved_on_one_rank, replays_say_nothing,
-        compiled_and_released, compiled_full, compiled_piecewise, ladder_captured_beforehand,
+        compiled_and_released, compiled_full, compiled_piecewise, ladder_captured_beforehand, misfortunes,
     )
 }  # fmt: skip

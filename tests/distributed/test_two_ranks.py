@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from graphcap.cudagraph.budget import RECENT_USES
 from tests.distributed.scenarios import ALL
 from tests.distributed.two_ranks import run_on_two_ranks
 
@@ -102,6 +103,20 @@ def test_plan_that_gives_way_on_one_rank_gives_way_on_both(results: dict[str, li
     both = Both(results, "eviction_on_one_rank")
     assert list(both.captured()) == [(24,), (20,)]
     assert both["evictions"] == 1
+
+
+def test_whatever_happens_to_each_rank_both_keep_step(results: dict[str, list[Any]]) -> None:
+    first, second = results["misfortunes"]
+    assert isinstance(first, list), first
+    assert isinstance(second, list), second
+    for one, other in zip(first, second, strict=True):
+        assert one["right"]
+        assert other["right"]
+        for name in ("sums", "plans", "replays", "failures", "evictions"):
+            assert one[name] == other[name], name
+    assert any(each["failures"] for each in first)
+    assert any(each["evictions"] for each in first)
+    assert any(each["replays"] > RECENT_USES for each in first)
 
 
 def test_what_runs_live_on_one_rank_runs_live_on_both(results: dict[str, list[Any]]) -> None:

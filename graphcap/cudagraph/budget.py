@@ -47,6 +47,7 @@ class Holding:
         drop: gives up the plan. The holding does not keep the plan's runner alive.
         last_use: when the plan ran last, in uses of the account.
         agreement: with whom it must be agreed that the plan goes.
+        is_dropped: whether the plan has been given up, though somebody still refers to it.
     """
 
     exclusive_bytes: int
@@ -54,6 +55,7 @@ class Holding:
     drop: Callable[[], None]
     last_use: int
     agreement: Agreement = alone
+    is_dropped: bool = False
 
 
 class Account:
@@ -149,8 +151,7 @@ class Account:
 
     def give_up(self, number: int, asking: GraphDevice, agreement: Agreement) -> None:
         """Drop so many plans of a group on ``asking``, those used longest ago, as all of its ranks do."""
-        ours = [each for each in self.holdings() if each.agreement is agreement and each.device is asking]
-        for holding in ours[:number]:
+        for holding in self._of(agreement, asking)[:number]:
             _give_up(holding, asking)
 
     def drop_all(self) -> None:
@@ -166,8 +167,11 @@ class Account:
         """The plans that may go without harm: those of a group on its device, or those of nobody's."""
         holdings = self.holdings()
         latest = holdings[-1].last_use if holdings else 0
-        ours = [each for each in holdings if each.agreement is agreement and asking in (None, each.device)]
-        return [holding for holding in ours if latest - holding.last_use >= RECENT_USES]
+        return [each for each in self._of(agreement, asking) if latest - each.last_use >= RECENT_USES]
+
+    def _of(self, agreement: Agreement, device: GraphDevice | None) -> list[Holding]:
+        ours = [each for each in self.holdings() if each.agreement is agreement and not each.is_dropped]
+        return [each for each in ours if device is None or each.device is device]
 
     def _no_room(self, limit: int, used: int, needed: int) -> str:
         return f"no room: max_graph_bytes={limit}, graphs on {self.name} hold {used}, this shape needs {needed}"

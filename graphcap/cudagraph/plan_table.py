@@ -42,6 +42,8 @@ class PlanTable:
         if plan is not None:
             for each in plan.served:
                 self.served.pop(each.key, None)
+            plan.served.clear()  # they refer to it: its memory must not wait for the collector
+            plan.holding.is_dropped = True
             self._stats.retire(plan.stats)
 
     def drop_if(self, condition: Callable[[Plan], bool]) -> None:

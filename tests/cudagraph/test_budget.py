@@ -63,6 +63,24 @@ def test_plans_stop_at_the_budget_and_the_rest_runs_live():
     assert runner.stats.failures == []
 
 
+def test_plan_that_gives_way_gives_its_memory_back_at_once():
+    """Without the collector, which may come much later."""
+    device = SimulatedDevice()
+    runner = runner_of(grown(), device, max_graph_bytes=2 * PLAN + ARENA)
+    gc.collect()
+    gc.disable()
+    try:
+        captured(runner, 1, 2)
+        call(runner, 1)  # a plan that has been replayed is known by the ways to it
+        calls(runner, 2, RECENT_USES + 1)
+        captured(runner, 3)
+        assert keys(runner) == [2, 3]
+        assert len(device.account.holdings()) == 2
+        assert device.used_bytes() == 2 * PLAN
+    finally:
+        gc.enable()
+
+
 def test_plan_that_was_used_longest_ago_gives_way():
     runner = runner_of(grown(), max_graph_bytes=2 * PLAN + ARENA)
     captured(runner, 1, 2)

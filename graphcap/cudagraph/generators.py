@@ -2,8 +2,8 @@
 
 A graph must know the generators that its kernels draw from before it is captured; torch adds the default one itself.
 
-Not every torch lets a generator be referred to weakly (2.11 does not). So they are held, and let go by the first look at
-them that finds nobody else holding them.
+Not every torch lets a generator be referred to weakly (2.11 does not). So they are held, and let go by the first look
+at them that finds nobody else holding them.
 """
 
 from __future__ import annotations

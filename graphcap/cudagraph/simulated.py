@@ -153,7 +153,7 @@ class SimulatedRecording:
 
     def __init__(self, pool: SimulatedPool, released: Sequence[torch.Tensor]) -> None:
         if pool.is_spoilt:
-            raise SimulatedCaptureError("a recording in this pool could not be ended: it takes no other one (simulated)")
+            raise SimulatedCaptureError("this pool takes no recording: one in it could not be ended (simulated)")
         self.forked: set[SimulatedStream] = set()
         self._pool = pool
         self._tape: list[Callable[[], None]] = []

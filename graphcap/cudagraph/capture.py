@@ -262,11 +262,14 @@ class SegmentedCapture:
         return None
 
     def _leaves_stream_unjoined(self, number: int) -> bool:
-        """Whether a step cannot be ended when it is recorded alone (it never runs): the end of a segment names none."""
+        """Whether a step cannot be ended when it is recorded alone (it never runs): the end of a segment names none.
+
+        The pool of a recording that could not be ended takes no other one, so each step gets the one now in use.
+        """
         step = self.recorded.program.steps[number]
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                self._recording = self._device.begin(self.recorded.pool, [])
+            with self._device.session() as pool, torch.inference_mode(False), torch.no_grad():
+                self._recording = self._device.begin(pool, [])
                 self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
                 self._recording.end()
         except Exception as error:

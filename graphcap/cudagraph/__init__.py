@@ -10,7 +10,8 @@ which plan is for it                    ``step.py`` (what the caller says of the
 the calls that lead to a plan           ``maker.py``, ``attempts.py`` (when, and whether at all), ``phase.py``
 what a warm-up learns                   ``observe.py``, ``liveness.py``
 what is captured, how inputs get in     ``layout.py``, ``bindings.py``, ``moves.py``, ``arena.py`` (static memory)
-the recording                           ``capture.py``, ``recorded.py`` (what it leaves behind)
+the recording                           ``capture.py``, ``bridges.py`` (from live steps to captured ones),
+                                        ``recorded.py`` (what it leaves behind)
 the replay                              ``replay.py`` (a generated function), ``around.py`` (what is put around it)
 how results leave                       ``outputs.py``, ``handout.py``, ``generations.py`` (how long they last)
 ======================================  ===========================================================================

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, copy_into, span_bytes
+from graphcap.cudagraph.arena import Arena, copy_into
 from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.bridges import Bridges, BridgeSpace
 from graphcap.cudagraph.device import GraphDevice, Pool, Recording, UnjoinedStreamError
 from graphcap.cudagraph.handout import Policy
 from graphcap.cudagraph.layout import Layout, segment_of
@@ -40,7 +41,13 @@ class SegmentedCapture:
     """One capturing call. Make it inside of the device's session, then :meth:`run` it once."""
 
     def __init__(
-        self, program: Program, seen: Observation, layout: Layout, device: GraphDevice, pool: Pool, args: Sequence[Any]
+        self,
+        program: Program,
+        seen: Observation,
+        layout: Layout,
+        device: GraphDevice,
+        pool: Pool,
+        args: Sequence[Any],
     ) -> None:
         self.recorded = Recorded(program, seen, layout, pool)
         self._device = device
@@ -55,9 +62,12 @@ class SegmentedCapture:
         self._captured = captured_slots(program, layout, len(program.steps))
         self._segments = segment_of(program, layout)
         self._crossing = _crossing_slots(program, self._segments)
+        self._last_read = {slot: number for number, slots in enumerate(layout.releases) for slot in slots}
 
-    def bind_inputs(self, arena: Arena) -> None:
-        """Give every input that captured steps read its place, and copy in what is copied."""
+    def bind_inputs(self, arena: Arena, space: BridgeSpace) -> None:
+        """Give every input that captured steps read its place, and copy in what is copied. ``space`` is for the results
+        of live steps later on."""
+        self._bridges = Bridges(space)
         layout, memory = self.recorded.layout, self.recorded.memory
         copied = layout.inputs_bound(Binding.COPIED, Binding.COPIED_BACK, Binding.PADDED)
         buffers, block = arena.buffers([self._slots[index] for index in copied])
@@ -175,14 +185,14 @@ class SegmentedCapture:
         try:
             for slot in step.writes:
                 self._check_memory(slot, self._slots[slot])
-                self._give_place(slot, self._slots[slot])
+                self._give_place(number, slot, self._slots[slot])
         except Exception as error:
             return Failure.of(error)
         self.recorded.timeline.append(number)
         self._release(number)
         return None
 
-    def _give_place(self, slot: int, value: Any) -> None:
+    def _give_place(self, number: int, slot: int, value: Any) -> None:
         """Let captured steps find a live step's result at an address that lasts."""
         recorded = self.recorded
         bridged = slot in recorded.layout.bridged
@@ -190,10 +200,9 @@ class SegmentedCapture:
             recorded.places[slot] = value.data_ptr(), value.size()
             self._bound[slot] = weak_view(value)
         elif bridged:
-            block = aligned_block(self._device, span_bytes(value))
-            bridge = buffer_like(block, 0, value)
+            bridge, chunk = self._bridges.place(value, number, self._last_read.get(slot, len(recorded.program.steps)))
             copy_into(bridge, value)
-            recorded.blocks.append(block)
+            recorded.blocks.append(chunk)
             recorded.stand_ins[slot] = self._bound[slot] = bridge
             recorded.memory.homes[storage_address(bridge)] = slot, bridge
             self._addresses[recorded.seen.roots[slot]].add(storage_address(bridge))

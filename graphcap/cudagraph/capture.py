@@ -59,6 +59,7 @@ class SegmentedCapture:
         self._ended: list[torch.Tensor] = []  # released between two segments, for the next one
         self._outlived: list[int] = []  # live results to drop when the segment is closed
         self._addresses: dict[int, set[int]] = {}  # where the storage of each root may be
+        self._of_inputs: set[int] = set()  # where the storages of inputs and of their stand-ins are
         self._captured = captured_slots(program, layout, len(program.steps))
         self._segments = segment_of(program, layout)
         self._crossing = _crossing_slots(program, self._segments)
@@ -77,11 +78,13 @@ class SegmentedCapture:
         for index, root in enumerate(self.recorded.seen.roots[: len(layout.bindings)]):
             if root >= 0:
                 self._addresses.setdefault(root, set()).add(storage_address(self._slots[index]))
+                self._of_inputs.add(storage_address(self._slots[index]))
         for index, stand_in in stand_ins.items():
             self._bound[index] = self.recorded.stand_ins[index] = stand_in
             if address := storage_address(stand_in):
                 memory.homes.setdefault(address, (index, stand_in))
             self._addresses[self.recorded.seen.roots[index]].add(storage_address(stand_in))
+            self._of_inputs.add(storage_address(stand_in))
             if index in copied:
                 copy_into(stand_in, self._slots[index])
         for index in self._padded:
@@ -205,7 +208,10 @@ class SegmentedCapture:
             recorded.blocks.append(chunk)
             recorded.stand_ins[slot] = self._bound[slot] = bridge
             recorded.memory.homes[storage_address(bridge)] = slot, bridge
-            self._addresses[recorded.seen.roots[slot]].add(storage_address(bridge))
+            root = recorded.seen.roots[slot]
+            self._addresses[root].add(storage_address(bridge))
+            if root < len(recorded.program.inputs):
+                self._of_inputs.add(storage_address(bridge))
 
     def _check_memory(self, slot: int, value: Any) -> None:
         """Values must share memory as they did in the warm-up, because the layout was worked out from that."""
@@ -217,8 +223,7 @@ class SegmentedCapture:
         address = storage_address(value)
         if root == slot:
             self._addresses[slot] = {address}
-            inputs = range(len(self.recorded.program.inputs))
-            fits = not any(address in self._addresses.get(index, ()) for index in inputs)
+            fits = address not in self._of_inputs
         else:
             fits = address in self._addresses[root]
         if address and not fits:

@@ -165,6 +165,16 @@ def add_shape_guard(fake_mode: Any, expression: Any) -> bool:
     return bool(fake_mode.shape_env.evaluate_expr(expression))
 
 
+def bound_symbol(fake_mode: Any, symbol: Any, largest: int) -> bool:
+    """Tell the shape environment that a symbol never exceeds ``largest``. Returns whether it took it."""
+    shape_env = getattr(fake_mode, "shape_env", None)
+    known = getattr(shape_env, "var_to_range", {}).get(symbol)
+    if shape_env is None or known is None or known.lower > largest:
+        return False
+    shape_env.constrain_symbol_range(symbol, compiler_min=int(max(known.lower, 0)), compiler_max=largest)
+    return True
+
+
 def symbol_ranges(fake_mode: Any, symbols: Sequence[Any]) -> tuple[str, ...]:
     """The value range of each symbol, as text: part of what a compiled piece was specialised to."""
     shape_env = getattr(fake_mode, "shape_env", None)

@@ -66,6 +66,7 @@ class Region:
         pieces: one record per piece, in execution order.
         key_sizes: the size symbols in the graph key, with the input that carries each.
         live_sizes: the size symbols outside of it, each with its reason.
+        bounds: the sizes up to which compiled code holds, by symbol.
         no_capture: why no CUDA graphs are captured here (no GPU, mode NONE), ``""`` where they are.
         seconds: how long our part of the compile took.
         device: the name of the device that captures, ``""`` without one.
@@ -85,6 +86,7 @@ class Region:
     pieces: list[PieceRecord] = field(default_factory=list)
     key_sizes: dict[str, str] = field(default_factory=dict)
     live_sizes: dict[str, str] = field(default_factory=dict)
+    bounds: dict[str, int] = field(default_factory=dict)
     no_capture: str = ""
     device: str = ""
     seconds: float = 0.0
@@ -211,6 +213,13 @@ def _warn_near_limit(region: Region) -> None:
             region.function, region.location, int(index) + 1, region.recompiled_because or "unknown",
         )  # fmt: skip
         region.notes.append(f"recompile_limit ({limit}) reached: a further miss runs eager")
+
+
+def went_beyond(region: Region) -> bool:
+    """Whether this trace is there because a call went beyond the bound of an earlier one of the same function."""
+    same = [r for r in all_regions() if r is not region and r.code is region.code is not None]
+    reason = region.recompiled_because or "unknown guard"
+    return any(reason == "unknown guard" or f"<= {b} " in f"{reason} " for r in same for b in r.bounds.values())
 
 
 def close_region(region: Region) -> None:

@@ -217,6 +217,9 @@ class Router:
         limit = self._config.max_capture_size
         if limit is not None and any(real[s] > limit for s in matters if s not in self._padding.fixed):
             return f"above max_capture_size={limit}"
+        beyond = [bound for symbol, bound in self._program.bounds.items() if real.get(symbol, 0) > bound]
+        if beyond:
+            return f"above {beyond[0]} rows the pieces run as they are, uncompiled"
         rung = self._rung(real, matters, length, decision)
         if isinstance(rung, str):
             return rung

@@ -93,3 +93,18 @@ def test_two_sizes_have_no_bound(bounded: list[tuple[str, int]]) -> None:
     x, y = torch.randn(3, 4), torch.randn(5, 4)
     torch.testing.assert_close(compiled(x, y), x @ y.t())
     assert bounded == []
+
+
+def test_inductor_is_told_a_usual_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one it takes a product of rows and columns to be 8192, and chooses kernels for that."""
+    seen: list[dict[Any, int]] = []
+    original = private.bound_symbol
+
+    def bound_symbol(mode: Any, symbol: Any, largest: int) -> bool:
+        seen.append({str(key): hint for key, hint in mode.shape_env.var_to_hint_override.items()})
+        return original(mode, symbol, largest)
+
+    monkeypatch.setattr(private, "bound_symbol", bound_symbol)
+    model = Rows()
+    run(model, graphcap.compile(model, dynamic_arg_dims={"x": 0}, compiler="eager", **SETTINGS), 3)
+    assert [list(hints.values()) for hints in seen] == [[64]]

@@ -20,8 +20,6 @@ from graphcap.config import CUDAGraphMode
 from graphcap.errors import StepError, did_you_mean
 
 if TYPE_CHECKING:
-    import torch
-
     from graphcap.cudagraph.metadata import Serving
 
 #: Modes that one call can have, from less to more.
@@ -107,8 +105,8 @@ class step:
         key: all of these at once, instead.
         dispatch: a decision of :func:`graphcap.dispatch` that the calls follow.
         max_mode: NONE, PIECEWISE or FULL (or their names): the most that these calls may use.
-        inputs: tensors that ops of the model read as ``graphcap.current_step().inputs[name]``. Their dynamic dims are
-            declared on the model, as ``dynamic_arg_dims={"step.seq_lens": {0: "num_reqs"}}``.
+        inputs: tensors that ops of the model read, and never write, as ``graphcap.current_step().inputs[name]``. Their
+            dynamic dims are declared on the model, as ``dynamic_arg_dims={"step.seq_lens": {0: "num_reqs"}}``.
 
     Raises:
         StepError: sizes that no batch has, or arguments that contradict each other.
@@ -163,28 +161,25 @@ class step:
 class StepInputs(Mapping[str, Any]):
     """The tensors of a step. Inside of a call that is padded or captured they are the padded static ones."""
 
-    __slots__ = ("_given",)
+    #: ``given``: the engine's own values.
+    __slots__ = ("given",)
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self._given = dict(given)
+        self.given = dict(given)
 
     def __getitem__(self, name: str) -> Any:
         try:
-            value = self._given[name]
+            value = self.given[name]
         except KeyError:
-            raise StepError(f"this step has no input {name!r}; {did_you_mean(name, self._given)}") from None
+            raise StepError(f"this step has no input {name!r}; {did_you_mean(name, self.given)}") from None
         serving = serving_now.get()
         return value if serving is None else serving.resolve(name, value)
 
-    def given(self, name: str) -> torch.Tensor | None:
-        """The engine's own tensor, ``None`` when there is none of this name."""
-        return self._given.get(name)
-
     def __iter__(self) -> Iterator[str]:
-        return iter(self._given)
+        return iter(self.given)
 
     def __len__(self) -> int:
-        return len(self._given)
+        return len(self.given)
 
 
 _current: ContextVar[step | None] = ContextVar("graphcap_step", default=None)

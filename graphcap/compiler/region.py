@@ -26,6 +26,7 @@ from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.config import CompilationMode, Config
 from graphcap.cudagraph import GraphRunner, PlanStats
+from graphcap.cudagraph.revision import revise
 from graphcap.errors import RecompileError
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,9 @@ class Region:
 
     def attach(self, runner: GraphRunner) -> None:
         """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
-        self._runners.append(weakref.ref(runner))
+        self._runners.append(weakref.ref(runner, lambda _: revise()))
         runner.stats.on_plan = self.on_plan
+        revise()
 
     def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let reports find the region by the parameters and buffers that it uses."""
@@ -191,6 +193,7 @@ def register(region: Region) -> Region:
     """Let :func:`all_regions` find it."""
     with _lock:
         _regions.append(region)
+    revise()
     return region
 
 
@@ -218,6 +221,7 @@ def close_region(region: Region) -> None:
     with _lock:
         if region in _regions:
             _regions.remove(region)
+    revise()
 
 
 def all_regions() -> list[Region]:
@@ -230,3 +234,4 @@ def forget_regions() -> None:
     """Drop all records; the compiled code goes on."""
     with _lock:
         _regions.clear()
+    revise()

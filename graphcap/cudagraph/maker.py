@@ -115,6 +115,13 @@ class PlanMaker:
         self._attempts.demoted |= steps
         self._table.drop_if(lambda plan: bool(steps.keys() - plan.recorded.layout.live.keys()))
 
+    def reconsider(self) -> None:
+        """Try again what was not possible for want of memory."""
+        if symbols := self._padding.reconsider():
+            # Plans for the exact size would be in the place of padded ones.
+            self._table.drop_if(lambda plan: not symbols <= plan.route.rung.keys())
+        self._room.clear()
+
     def clear(self) -> None:
         """Give up the buffers of step inputs, and what is known about the room on the device."""
         self._servings.clear()
@@ -167,7 +174,8 @@ class PlanMaker:
             captured, lambda: serving or contextlib.nullcontext(),
         )  # fmt: skip
         if verdict.reason:
-            self._padding.refuse(route.rung, verdict.reason)
+            refuse = self._padding.put_off if verdict.is_open else self._padding.refuse
+            refuse(route.rung, verdict.reason)
             _log.warning("%s is not padded: %s", self._program.name, verdict.reason)
         else:
             self._proven.add(self._family(route))
@@ -220,7 +228,8 @@ class PlanMaker:
         if route.key not in self._servings:
             self._servings[route.key] = Serving(route.named, self._step_dims, self._config.pad)
         serving = self._servings[route.key]
-        serving.refresh(said.inputs)
+        with torch.no_grad():
+            serving.refresh(said.inputs)
         return serving
 
     def _lay_out(self, known: Observation, route: Route) -> Layout:

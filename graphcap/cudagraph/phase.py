@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from graphcap.cudagraph.revision import revise
+
 
 class Phase(enum.Enum):
     """What a call is made for."""
@@ -99,9 +101,11 @@ class allow_capture:
     def __init__(self, allowed: bool = True) -> None:
         self._before = _Seal.allowed
         _Seal.allowed = bool(allowed)
+        revise()
 
     def __enter__(self) -> allow_capture:
         return self
 
     def __exit__(self, *_: object) -> None:
         _Seal.allowed = self._before
+        revise()

@@ -96,14 +96,21 @@ class GraphRunner:
 
     def dispatch(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> Dispatch:
         """How a batch is going to run: by the first of its routes that has a plan or may get one."""
+        return self.decide(key, max_mode)[0]
+
+    def decide(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> tuple[Dispatch, bool]:
+        """:meth:`dispatch`, and whether that holds until the next :func:`~graphcap.cudagraph.revision.revise`. It does
+        not where the device has no room: that is asked about again after some calls, so calls are counted."""
         routes = self.router.routes_of(key, max_mode)
-        reasons = [routes] if isinstance(routes, str) else []
+        reasons, lasts = [routes] if isinstance(routes, str) else [], True
         for route in () if isinstance(routes, str) else routes:
-            barred = "" if route.key in self._table.plans else self._barred(route)
-            if not barred:
-                return Dispatch(route.mode, *self.router.padded_sizes(route, key), key)
-            reasons.append(barred)
-        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0])
+            barred = "" if route.key in self._table.plans else self._attempts.barred(route, self._table.num_undeclared)
+            no_room = "" if barred or route.key in self._table.plans else self._maker.no_room(route)
+            lasts = lasts and not no_room
+            if not barred and not no_room:
+                return Dispatch(route.mode, *self.router.padded_sizes(route, key), key), lasts
+            reasons.append(barred or no_room)
+        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0]), lasts
 
     def has_plan(self, key: GraphKey) -> bool:
         """Whether a batch finds a plan."""
@@ -113,10 +120,20 @@ class GraphRunner:
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""
         with self.device.lock:
-            if self._table.plans and self.device.enter():
-                self.device.wait()
+            self._wait()
             self._table.drop_if(lambda plan: True)
             self._maker.clear()
+
+    def _wait(self) -> None:
+        """Until the replays that are running have finished: their plans may go."""
+        if self._table.plans and self.device.enter():
+            self.device.wait()
+
+    def reconsider(self) -> None:
+        """Try again what was given up for want of memory: plans, and the proof that padding changes nothing."""
+        with self.device.lock:
+            self._wait()
+            self._maker.reconsider()
 
     @property
     def inspector(self) -> Inspector:

@@ -1,4 +1,4 @@
-"""What an engine asks of a compiled model: how a batch is going to run, and to have its ladder captured beforehand."""
+"""``graphcap.capture``: the ladder of a model captured before its traffic comes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import gc
 import logging
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +14,10 @@ import torch
 
 from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.subject import runners_of
-from graphcap.compiler.region import all_regions
-from graphcap.config import Config, CUDAGraphMode
-from graphcap.cudagraph import Dispatch, GraphKey, GraphRunner, step
+from graphcap.config import Config
+from graphcap.cudagraph import GraphKey, GraphRunner, step
 from graphcap.cudagraph.ladder import default_sizes
 from graphcap.cudagraph.phase import Keeper, Phase, in_phase
-from graphcap.cudagraph.step import RUNTIME_MODES, as_runtime_mode
 from graphcap.errors import StepError
 from graphcap.progress import Progress
 
@@ -52,59 +49,6 @@ class CaptureSummary:
     skipped: Mapping[GraphKey, str] = field(default_factory=dict)
     seconds: float = 0.0
     bytes: int = 0
-
-
-def dispatch(
-    model: Any,
-    *,
-    num_tokens: int,
-    num_reqs: int | None = None,
-    uniform_query_len: int | None = None,
-    tags: Mapping[str, Hashable] | None = None,
-    max_mode: CUDAGraphMode | str | None = None,
-) -> Dispatch:
-    """How a batch is going to run, before it runs: an engine builds its metadata at the padded sizes, and data-parallel
-    ranks can agree on one decision and hand it to :class:`graphcap.step`.
-
-    Args:
-        model: what was compiled.
-        num_tokens: rows of the batch.
-        num_reqs: requests in it.
-        uniform_query_len: the tokens of each request where all have the same number.
-        tags: as for :class:`graphcap.step`.
-        max_mode: the most that this batch may use.
-
-    Returns:
-        The mode and the padded sizes. A model with several graphs runs by the best of their modes.
-
-    Raises:
-        StepError: sizes that no batch has.
-        TypeError: ``model`` is nothing that could have been compiled.
-    """
-    key = GraphKey(num_tokens, num_reqs, uniform_query_len, GraphKey.sorted_tags(tags))
-    limit = as_runtime_mode(max_mode)
-    decisions = [runner.dispatch(key, limit) for runner in _remembered_runners(model)]
-    if not decisions:
-        return Dispatch(CUDAGraphMode.NONE, num_tokens, num_reqs, key, "nothing is compiled yet: call or capture it")
-    return max(decisions, key=lambda each: RUNTIME_MODES.index(each.mode))
-
-
-def _remembered_runners(model: Any) -> list[GraphRunner]:
-    """:func:`runners_of`, which walks all modules of a model, remembered until a region or runner comes or goes."""
-    state = tuple((region.name, len(region.runners)) for region in all_regions())
-    try:
-        known = _runners_of.get(model)
-    except TypeError:  # no weak reference to it is possible
-        return runners_of(model)
-    if known is None or known[0] != state:
-        known = _runners_of[model] = state, [weakref.ref(runner) for runner in runners_of(model)]
-    return [runner for ref in known[1] if (runner := ref()) is not None]
-
-
-#: Per target what there was when its runners were looked for, and what was found.
-_runners_of: weakref.WeakKeyDictionary[Any, tuple[Hashable, list[weakref.ref[GraphRunner]]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def capture(model: Any, make_inputs: MakeInputs) -> CaptureSummary:

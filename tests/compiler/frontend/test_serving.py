@@ -12,7 +12,6 @@ from torch import nn
 
 import graphcap
 from graphcap import GraphKey
-from graphcap.compiler.frontend import serving
 from graphcap.errors import StepError
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}
@@ -127,20 +126,6 @@ def test_what_was_not_captured_says_why() -> None:
     assert {"captures are not allowed (graphcap.allow_capture(False))"} == set(summary.skipped.values())
 
 
-def test_dispatch_before_and_after_the_first_call() -> None:
-    model = compiled()
-    before = graphcap.dispatch(model, num_tokens=4)
-    assert (before.mode.name, before.num_tokens) == ("NONE", 4)
-    assert "nothing is compiled yet" in before.reason
-    with torch.no_grad():
-        graphcap.capture(model, inputs)
-    assert graphcap.dispatch(model, num_tokens=4).mode.name == "FULL"
-    assert graphcap.dispatch(model, num_tokens=4, max_mode="PIECEWISE").mode.name == "PIECEWISE"
-    assert graphcap.dispatch(model, num_tokens=4, max_mode="NONE").reason == "max_mode=NONE"
-    with pytest.raises(StepError, match="num_tokens=-4"):
-        graphcap.dispatch(model, num_tokens=-4)
-
-
 def test_a_vetoed_call_runs_live() -> None:
     model = compiled()
     with torch.no_grad():
@@ -149,22 +134,6 @@ def test_a_vetoed_call_runs_live() -> None:
         with graphcap.step(num_tokens=4, max_mode="NONE"):
             model(torch.randn(4, 4))
     assert sum(plan.replays for plan in plans_of(model)) == before
-
-
-def test_dispatch_looks_for_the_graphs_of_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[nn.Module] = []
-    look = serving.runners_of
-    monkeypatch.setattr(serving, "runners_of", lambda model: looked.append(model) or look(model))
-    first, second = compiled(), compiled()
-    assert graphcap.dispatch(first, num_tokens=4).reason.startswith("nothing is compiled yet")
-    with torch.no_grad():
-        graphcap.capture(first, inputs)
-        looked.clear()
-        assert [graphcap.dispatch(first, num_tokens=4).mode.name for _ in range(3)] == ["FULL"] * 3
-        assert looked == [first]
-        graphcap.capture(second, inputs)
-        assert graphcap.dispatch(first, num_tokens=4).mode.name == "FULL"
-    assert graphcap.dispatch(second, num_tokens=4).mode.name == "FULL"
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])

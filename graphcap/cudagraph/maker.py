@@ -98,7 +98,7 @@ class PlanMaker:
         self._observations: dict[Hashable, Observation] = {}
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
-        self._proven: set[Hashable] = set()
+        self._proven: dict[Hashable, set[str]] = {}  # per family of plans the symbols that have been proven
         self.inspector: Inspector = Checks(self._program, config.verify, stats, self.distrust, self._table.drop)
 
     @contextlib.contextmanager
@@ -139,9 +139,9 @@ class PlanMaker:
 
     def may_serve(self, plan: Plan, args: tuple[Any, ...]) -> bool:
         """Whether a plan serves a call of this size: one that is padded only after the proof."""
-        if not plan.route.rung or not self._is_smaller(plan.route, args):
+        if not (smaller := self._smaller(plan.route, args)):
             return True
-        return self._family(plan.route) in self._proven and not self._padding.why_not_to(plan.route.rung, args)
+        return self._is_proven(plan.route, smaller) and not self._padding.why_not_to(plan.route.rung, args)
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
@@ -150,7 +150,7 @@ class PlanMaker:
             return self._at_size(route, args, args, serving)
         if reason := self._padding.why_not_to(route.rung, args):
             return Made(self._program.run(*args), reason)
-        if self._is_smaller(route, args) and self._family(route) not in self._proven:
+        if not self._is_proven(route, self._smaller(route, args)):
             return Made(self._prove(route, args, serving), _WARM_UP)
         return self._at_size(route, args, tuple(self._padding.pad(args, route.rung)), serving)
 
@@ -158,9 +158,13 @@ class PlanMaker:
         batch = route.batch  # the number of requests goes with the rung, what is proven does not
         return batch.uniform_query_len, batch.tags, frozenset(route.rung)
 
-    def _is_smaller(self, route: Route, args: tuple[Any, ...]) -> bool:
-        real = self._padding.sizes(args)
-        return real is None or any(real[symbol] != size for symbol, size in route.rung.items())
+    def _smaller(self, route: Route, args: tuple[Any, ...]) -> set[str]:
+        """The symbols that a call has to be padded in."""
+        real = self._padding.sizes(args) or {}
+        return {symbol for symbol, size in route.rung.items() if real.get(symbol) != size}
+
+    def _is_proven(self, route: Route, symbols: set[str]) -> bool:
+        return symbols <= self._proven.get(self._family(route), set())
 
     def _prove(self, route: Route, args: tuple[Any, ...], serving: Serving | None) -> tuple[Any, ...]:
         """The first call that would be padded runs at its own size, and shows whether it may be."""
@@ -178,7 +182,7 @@ class PlanMaker:
             refuse(route.rung, verdict.reason)
             _log.warning("%s is not padded: %s", self._program.name, verdict.reason)
         else:
-            self._proven.add(self._family(route))
+            self._proven.setdefault(self._family(route), set()).update(self._smaller(route, args))
             if verdict.seen is not None:
                 self._observations.setdefault(route.key, verdict.seen)
         return verdict.outputs

@@ -7,6 +7,7 @@ runner remembers the outcome.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.bindings import is_captured
 from graphcap.cudagraph.ladder import Ladder, requests_ladder
-from graphcap.cudagraph.ladders import ladders_of
+from graphcap.cudagraph.ladders import Ladders, ladders_of
 from graphcap.cudagraph.metadata import dims_of_step
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.program import Capture, InputKind, Program
@@ -86,9 +87,10 @@ class Router:
     def __init__(self, program: Program, config: Config, padding: Padding) -> None:
         """Work out what does not change from call to call."""
         scalars = [(i, s) for i, s in enumerate(program.inputs) if s.kind is InputKind.SCALAR and s.in_key]
-        self._follows = tuple(padding.told_by.get(index) for index, _ in scalars)
-        pairs = zip(scalars, self._follows, strict=True)
-        self.symbols = tuple(size.symbol if size else spec.symbol or spec.name for (_, spec), size in pairs)
+        followed = [(padding.told_by.get(index), spec) for index, spec in scalars]
+        #: Per scalar of the key its symbol, and how it follows from that.
+        self._told = tuple((size.symbol if size else spec.symbol or spec.name, size) for size, spec in followed)
+        self.symbols = tuple(dict.fromkeys(symbol for symbol, _ in self._told))
         self._names = padding.declared
         by_name = {name: symbol for symbol, name in self._names.items()}
         self.tokens = by_name.get(TOKENS) or (self.symbols[0] if len(self.symbols) == 1 else None)
@@ -113,16 +115,27 @@ class Router:
         full, length = route.mode is FULL, route.batch.uniform_query_len
         return tuple(n for n, each in enumerate(self._program.steps) if is_captured(each, full, length))
 
-    def routes(self, sizes: Any, said: step | None) -> tuple[Route, ...] | str:
+    def sizes_of(self, scalars: Any) -> tuple[int, ...]:
+        """The size of each of :attr:`symbols`.
+
+        Args:
+            scalars: those of the key, of one call: one value or a tuple of them.
+        """
+        return tuple(self._real(scalars).values())
+
+    def _real(self, scalars: Any) -> dict[str, int]:
+        values = scalars if isinstance(scalars, tuple) else (scalars,)
+        told = zip(self._told, values, strict=True)
+        return {symbol: size.symbol_at(value) if size else value for (symbol, size), value in told}
+
+    def routes(self, scalars: Any, said: step | None) -> tuple[Route, ...] | str:
         """The routes of a call, the better one first; or why there is none.
 
         Args:
-            sizes: of the key: one value or a tuple of them.
+            scalars: as for :meth:`sizes_of`.
             said: the step in force.
         """
-        values = sizes if isinstance(sizes, tuple) else (sizes,)
-        told = zip(self.symbols, self._follows, values, strict=True)
-        real = {symbol: size.symbol_at(value) if size else value for symbol, size, value in told}
+        real = self._real(scalars)
         key = said.key if said is not None else None
         decision = said.dispatch if said is not None else None
         limit = said.max_mode if said is not None else None
@@ -130,40 +143,85 @@ class Router:
 
     def routes_of(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> tuple[Route, ...] | str:
         """The routes of a batch that nobody has called with yet."""
-        real = dict.fromkeys(self.symbols, 0)
+        given = dict(key.sizes)
+        real = {symbol: given.get(name, 0) for symbol, name in zip(self.symbols, self.names, strict=True)}
         if self.tokens is not None:
             real[self.tokens] = key.num_tokens
         if self.reqs is not None and key.num_reqs is not None:
             real[self.reqs] = key.num_reqs
         return self._routes(real, self._batch(real, key), max_mode, None)
 
-    def padded_sizes(self, route: Route, key: GraphKey) -> tuple[int, int | None]:
-        """Tokens and requests of a batch on a route; requests follow the tokens where the plan does not fix them."""
+    def dispatch(self, route: Route, key: GraphKey) -> Dispatch:
+        """How a batch runs on a route; requests follow the tokens where the plan does not fix them."""
         sizes = dict(zip(self.symbols, route.sizes, strict=True))
+        at = dict(zip(self.names, route.sizes, strict=True))
+        others = tuple((name, size if at.get(name) is None else at[name]) for name, size in key.sizes)
         tokens = sizes.get(self.tokens or "") or key.num_tokens
+        if self.tokens is None and others:
+            tokens = math.prod(size for _, size in others)
         reqs = sizes.get(self.reqs or "") or route.named.get(REQS)
         length = key.uniform_query_len
         if reqs is None and length is not None and tokens % length == 0:
             reqs = tokens // length
-        return tokens, reqs if reqs is not None else key.num_reqs
+        return Dispatch(route.mode, tokens, key.num_reqs if reqs is None else reqs, key, sizes=others)
 
     def ladder(self) -> list[GraphKey]:
-        """The batches to capture beforehand: mixed ones first, then uniform decode, each the largest first."""
+        """The batches to capture beforehand: mixed ones first, then uniform decode, each the largest first.
+
+        Where several dims have ladders that is their product; of more than ``max_plans`` rungs the smallest stay. A dim
+        without one is not in the key: it has the size that the inputs happen to have.
+        """
         mode, most = self._config.cudagraph_mode, self._config.max_num_reqs
-        ladder = self._ladders.get(self.tokens or "")
-        if ladder is None or mode is NONE:
+        if mode is NONE:
             return []
-        sizes = [size for size in reversed(ladder.sizes) if self._allowed(size)]
-        mixed = mode.mixed_mode() is not NONE
-        keys = [GraphKey(size, min(size, most or size)) for size in sizes if mixed]
+        tokens, mixed = self._ladders.get(self.tokens or ""), mode.mixed_mode() is not NONE
+        if tokens is None:
+            return [self._key_at(sizes) for sizes in self._product(self._ladders) if mixed]
+        others = {symbol: each for symbol, each in self._ladders.items() if symbol not in (self.tokens, self.reqs)}
+        others = {symbol: each for symbol, each in others.items() if each is not None}
+        assert self.tokens is not None
+        rungs = self._product({self.tokens: tokens, **others})
+        keys = [self._key_at(sizes, min(sizes[self.tokens], most or sizes[self.tokens])) for sizes in rungs if mixed]
         if mode.separate_routine() or self._has_uniform:
-            decode = self._decode_ladder(ladder, 1)
-            keys += [GraphKey(reqs, reqs, 1) for reqs in reversed(decode.sizes) if self._allowed(reqs)]
+            rungs = self._product({self.tokens: self._decode_ladder(tokens, 1), **others})
+            keys += [self._key_at(sizes, sizes[self.tokens], 1) for sizes in rungs]
         return keys
 
-    def _allowed(self, size: int) -> bool:
+    def _product(self, ladders: Mapping[str, Ladder | None]) -> list[dict[str, int]]:
+        """The rungs that ladders make together, by symbol, the largest first. One ladder alone is never cut short."""
+        both = Ladders([*ladders], [*ladders.values()])
+        rungs = both.rungs(both.num_rungs if len(ladders) == 1 else self._config.max_plans)
         limit = self._config.max_capture_size
-        return limit is None or size <= limit
+        allowed = [rung for rung in rungs if limit is None or max(rung) <= limit]
+        return [dict(zip(ladders, rung, strict=True)) for rung in allowed]
+
+    def _key_at(self, sizes: Mapping[str, int], reqs: int | None = None, length: int | None = None) -> GraphKey:
+        """The batch with these sizes, by symbol."""
+        named = {name: sizes[symbol] for symbol, name in zip(self.symbols, self.names, strict=True) if symbol in sizes}
+        further = {name: size for name, size in named.items() if name not in (TOKENS, REQS)}
+        reqs = named.get(REQS) if reqs is None else reqs
+        return GraphKey.of_sizes(further, sizes.get(self.tokens or ""), num_reqs=reqs, uniform_query_len=length)
+
+    def short_of(self, key: GraphKey) -> GraphKey | None:
+        """A batch that is padded to a rung of the ladder: a row, or a request, less than it; ``None`` where there is
+        none. A call with it is one in which padding can prove itself, for each dim that may be padded."""
+        symbols = dict(zip(self.names, self.symbols, strict=True))
+        sizes = {
+            name: size - 1 if (ladder := self._ladders.get(symbols.get(name, ""))) and size - 1 not in ladder else size
+            for name, size in key.sizes
+        }
+        sizes = {name: max(size, 1) for name, size in sizes.items()}
+        if self.tokens is None:
+            fewer = GraphKey.of_sizes(sizes, num_reqs=key.num_reqs, tags=key.tags)
+            return None if fewer == key else fewer
+        length = key.uniform_query_len
+        tokens, reqs = key.num_tokens - (length or 1), key.num_reqs
+        if tokens <= 0:
+            return None
+        if reqs is not None:
+            reqs = min(reqs if length is None else reqs - 1, tokens)
+        further = {name: tokens if symbols.get(name) == self.tokens else size for name, size in sizes.items()}
+        return GraphKey.of_sizes(further, tokens, num_reqs=reqs, uniform_query_len=length, tags=key.tags)
 
     def _decode_ladder(self, tokens: Ladder, query_len: int) -> Ladder:
         """Counted in requests of ``query_len`` tokens each."""
@@ -282,4 +340,6 @@ class Router:
     def _given(self, symbol: str, decision: Dispatch | None) -> int | None:
         if decision is None:
             return None
-        return decision.num_tokens if symbol == self.tokens else decision.num_reqs if symbol == self.reqs else None
+        if symbol in (self.tokens, self.reqs):
+            return decision.num_tokens if symbol == self.tokens else decision.num_reqs
+        return dict(decision.sizes).get(self.names[self.symbols.index(symbol)])

@@ -108,9 +108,9 @@ class GraphRunner:
             no_room = "" if barred or route.key in self._table.plans else self._maker.no_room(route)
             lasts = lasts and not no_room
             if not barred and not no_room:
-                return Dispatch(route.mode, *self.router.padded_sizes(route, key), key), lasts
+                return self.router.dispatch(route, key), lasts
             reasons.append(barred or no_room)
-        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0]), lasts
+        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0], key.sizes), lasts
 
     def has_plan(self, key: GraphKey) -> bool:
         """Whether a batch finds a plan."""
@@ -217,8 +217,7 @@ class GraphRunner:
 
     def _size_stats(self, args: tuple[Any, ...], route: Route | None = None) -> SizeStats:
         """The counter of a call: at the sizes of the route that serves it, or else of the rung that would."""
-        found = self._sizes(args)
-        sizes = found if isinstance(found, tuple) else (found,)
+        sizes = self.router.sizes_of(self._sizes(args))
         return self.stats.of_size(sizes, self.router.rung_of(sizes) if route is None else route.computed(sizes))
 
     def _barred(self, route: Route) -> str:

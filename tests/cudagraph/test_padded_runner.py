@@ -157,3 +157,47 @@ def test_rows_that_are_mixed_are_never_tried_again() -> None:
     (reason,) = runner.padding.refused.values()
     runner.reconsider()
     assert runner.padding.refused == {"n": reason}
+
+
+def encoder(mixes_seq: bool = False) -> Program:
+    """``x [batch, seq, WIDTH]``, row-wise in the batch, and along the sequence unless that is asked otherwise."""
+    region = PaddedRegion()
+    region.specs[0] = InputSpec("b", InputKind.SCALAR, symbol="b", in_key=True)
+    region.size("s")
+    batch, seq = Size("b"), Size("s")
+    x = region.rows("x", seq, WIDTH, size=batch, dim_names={0: "batch", 1: "seq"})
+    out = region.step(lambda x: x - x.mean(1, keepdim=True) if mixes_seq else x * 2, x)
+    return region.program(out, sizes=[(batch, seq, WIDTH)])
+
+
+GRID = {"batch": [2, 4], "seq": [8, 16]}
+
+
+def call(runner: Any, program: Program, batch: int, seq: int) -> None:
+    assert_served(runner, program, [batch, seq, rows(batch, seq, WIDTH)])
+
+
+def test_each_padded_dim_has_to_prove_itself() -> None:
+    """A call that is short in one dim shows nothing about the other."""
+    program = encoder(mixes_seq=True)
+    runner = runner_of(program, capture_sizes=GRID)
+    for _ in range(4):
+        call(runner, program, 3, 16)
+    assert not runner.padding.refused
+    for _ in range(3):
+        call(runner, program, 3, 13)
+    assert runner.padding.refused
+
+
+def test_a_grid_of_sizes_serves_every_size_in_it() -> None:
+    program = encoder()
+    runner = runner_of(program, capture_sizes=GRID)
+    for key in runner.router.ladder():
+        for _ in range(3):
+            call(runner, program, key.size("batch"), key.size("seq"))
+    call(runner, program, 3, 13)
+    replays = runner.stats.replays
+    for batch, seq in [(1, 5), (2, 8), (3, 8), (4, 9), (2, 16)]:
+        call(runner, program, batch, seq)
+    assert runner.stats.replays == replays + 5
+    assert {plan.key for plan in runner.stats.plans} == {(2, 8), (2, 16), (4, 8), (4, 16)}

@@ -56,6 +56,9 @@ def test_no_step_is_an_error_where_one_is_needed() -> None:
         ({"num_tokens": 3, "key": GraphKey(3)}, "not both"),
         ({"num_tokens": 3, "tags": {"lora": [1]}}, "lora=.* is not hashable"),
         ({"num_tokens": 3, "tags": {1: 2}}, "1 is no name"),
+        ({"sizes": {"batch": -1}}, "batch=-1"),
+        ({"sizes": {"num_tokens": 2}}, "'num_tokens' is not the name of a further dim"),
+        ({"sizes": {"batch": 2}, "key": GraphKey(3)}, "not both"),
         ({"num_tokens": 3, "max_mode": "AUTO"}, "expected NONE, PIECEWISE or FULL"),
     ],
 )
@@ -75,6 +78,15 @@ def test_a_step_is_used_once_at_a_time() -> None:
 def test_tags_are_compared_by_content() -> None:
     assert step(num_tokens=1, tags={"a": 1, "b": 2}).token == step(num_tokens=1, tags={"b": 2, "a": 1}).token
     assert step(num_tokens=1, tags={"a": 1}).token != step(num_tokens=1, tags={"a": 2}).token
+
+
+def test_named_dims_make_a_batch_without_a_number_of_tokens() -> None:
+    key = step(sizes={"seq": 16, "batch": 3}).key
+    assert key == GraphKey(48, sizes=(("batch", 3), ("seq", 16)))
+    assert (key.size("seq"), key.size("num_tokens"), str(key)) == (16, 48, "batch=3, seq=16")
+    assert step(num_tokens=8, sizes={"blocks": 4}).key == GraphKey(8, sizes=(("blocks", 4),))
+    with pytest.raises(StepError, match="no 'sequence'"):
+        key.size("sequence")
 
 
 def test_a_dispatch_brings_its_batch() -> None:

@@ -14,7 +14,7 @@ from graphcap.compiler.frontend.subject import runners_of
 from graphcap.config import CUDAGraphMode
 from graphcap.cudagraph import Dispatch, GraphKey, GraphRunner
 from graphcap.cudagraph.revision import revision
-from graphcap.cudagraph.step import RUNTIME_MODES, as_runtime_mode
+from graphcap.cudagraph.step import RUNTIME_MODES, as_runtime_mode, key_of
 
 _MAX_ANSWERS = 65536  #: kinds of batches remembered for one model
 
@@ -22,10 +22,11 @@ _MAX_ANSWERS = 65536  #: kinds of batches remembered for one model
 def dispatch(
     model: Any,
     *,
-    num_tokens: int,
+    num_tokens: int | None = None,
     num_reqs: int | None = None,
     uniform_query_len: int | None = None,
     tags: Mapping[str, Hashable] | None = None,
+    sizes: Mapping[str, int] | None = None,
     max_mode: CUDAGraphMode | str | None = None,
 ) -> Dispatch:
     """How a batch is going to run, before it runs: an engine builds its metadata at the padded sizes, and data-parallel
@@ -33,10 +34,11 @@ def dispatch(
 
     Args:
         model: what was compiled.
-        num_tokens: rows of the batch.
+        num_tokens: rows of the batch; may be left out where ``sizes`` has them all.
         num_reqs: requests in it.
         uniform_query_len: the tokens of each request where all have the same number.
         tags: as for :class:`graphcap.step`.
+        sizes: of the dims with other names.
         max_mode: the most that this batch may use.
 
     Returns:
@@ -46,14 +48,15 @@ def dispatch(
         StepError: sizes that no batch has.
         TypeError: ``model`` is nothing that could have been compiled.
     """
-    asked = num_tokens, num_reqs, uniform_query_len, tuple(tags.items()) if tags else None, max_mode
+    tagged, named = tuple(tags.items()) if tags else None, tuple(sizes.items()) if sizes else None
+    asked = num_tokens, num_reqs, uniform_query_len, tagged, named, max_mode
     known = _known_of(model)
     try:
         answer = known.answers.get(asked)
     except TypeError:  # what is not hashable is refused below
         answer = None
     if answer is None:
-        key = GraphKey(num_tokens, num_reqs, uniform_query_len, GraphKey.sorted_tags(tags))
+        key = key_of(num_tokens, num_reqs, uniform_query_len, tags, sizes)
         answer, lasts = known.decide(key, as_runtime_mode(max_mode))
         if lasts and len(known.answers) < _MAX_ANSWERS:
             known.answers[asked] = answer
@@ -75,7 +78,7 @@ class _Known:
         runners: list[GraphRunner] = [runner for ref in self._runners if (runner := ref()) is not None]
         if not runners:
             reason = "nothing is compiled yet: call or capture it"
-            return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reason), True
+            return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reason, key.sizes), True
         decided = [runner.decide(key, limit) for runner in runners]
         best = max(decided, key=lambda each: RUNTIME_MODES.index(each[0].mode))
         return best[0], all(lasts for _, lasts in decided)

@@ -74,6 +74,7 @@ class Region:
         dump_dir: where its dump lies, ``""`` without one.
         notes: one-line remarks for the report.
         on_plan: told of each captured plan.
+        is_captured_ahead: whether :func:`graphcap.capture` has captured its ladder.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Region:
     seconds: float = 0.0
     source: str = ""
     dump_dir: str = ""
+    is_captured_ahead: bool = False
     notes: list[str] = field(default_factory=list)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
     code: CodeType | None = field(default=None, repr=False)
@@ -186,6 +188,7 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
             "PIECEWISE."
         )
     _warn_near_limit(region)
+    _warn_of_unused_ladder(region, earlier)
     return register(region)
 
 
@@ -214,6 +217,16 @@ def _warn_near_limit(region: Region) -> None:
             region.function, region.location, int(index) + 1, region.recompiled_because or "unknown",
         )  # fmt: skip
         region.notes.append(f"recompile_limit ({limit}) reached: a further miss runs eager")
+
+
+def _warn_of_unused_ladder(region: Region, earlier: Sequence[Region]) -> None:
+    if region.recompiled_because and any(each.is_captured_ahead for each in earlier):
+        note = (
+            "a call made another graph than the one whose ladder graphcap.capture() has captured, because of the guard "
+            f"{region.recompiled_because}. Calls like it find none of those plans: capture with inputs like them"
+        )
+        region.notes.append(note)
+        log.warning("%s (%s): %s", region.function, region.location, note)
 
 
 def close_region(region: Region) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from graphcap.config import Config
 from graphcap.cudagraph.bindings import MemoryFacts
-from graphcap.cudagraph.corner import Fill, corner, cut, fill_around
+from graphcap.cudagraph.corner import Fill, corner, cut, declared_fill, fill_around
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.program import DimSize, InputKind, InputSpec, Program, Size
 from graphcap.cudagraph.revision import revise
@@ -205,10 +205,13 @@ class Padding:
         return 0 if given is None else given
 
     def declared_fill(self, index: int) -> Fill | None:
-        """What ``pad`` says about an input, by its path or the path of a container that it is in."""
-        name = self.program.inputs[index].name
-        paths = [path for path in self._config.pad if name == path or name.startswith(f"{path}.")]
-        return self._config.pad[max(paths, key=len)] if paths else None
+        """What ``pad`` says about an input; ``None`` where that is nothing."""
+        return declared_fill(self._config.pad, self.program.inputs[index].name)
+
+    def undeclared_write_indices(self) -> list[str]:
+        """The inputs that say where something is written, and for which no declaration says where padded rows write."""
+        indices = [(index, spec) for index, spec in self._tensors() if spec.is_write_index]
+        return [spec.name for index, spec in indices if self.declared_fill(index) is None or not spec.dim_names]
 
     def _goal(self, real: Mapping[str, int], rung: Mapping[str, int]) -> dict[str, int]:
         return {**real, **{s: size for s, size in rung.items() if s in self.names}, **self.fixed}

@@ -53,6 +53,12 @@ class PlanTable:
             if condition(plan):
                 self.drop(key)
 
+    def forget_ways(self) -> None:
+        """Have the next call of each kind look for its plan again."""
+        for plan in self.plans.values():
+            plan.served.clear()
+        self.served.clear()
+
     @property
     def num_undeclared(self) -> int:
         """How many plans are for shapes that are not on the ladder."""

@@ -64,8 +64,7 @@ class GraphRunner:
         self._maker = PlanMaker(parts, self.stats)
         self._replaced: dict[Hashable, int] = {}
         self._tick = device.account.tick
-        mutated = {slot for each in program.steps for slot in each.mutates}
-        self._state = [i for i, spec in enumerate(program.inputs) if i in mutated and spec.kind is InputKind.STATIC]
+        self._written = sorted({slot for each in program.steps for slot in each.mutates if slot < len(program.inputs)})
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         said = current()
@@ -130,10 +129,12 @@ class GraphRunner:
             self.device.wait()
 
     def reconsider(self) -> None:
-        """Try again what was given up for want of memory: plans, and the proof that padding changes nothing."""
+        """Try again what was given up for want of memory: plans, and the proof that padding changes nothing. The next
+        call of each kind looks for its plan again, so that a :class:`~graphcap.cudagraph.phase.Keeper` sees it."""
         with self.device.lock:
             self._wait()
             self._maker.reconsider()
+            self._table.forget_ways()
 
     @property
     def inspector(self) -> Inspector:
@@ -159,6 +160,10 @@ class GraphRunner:
 
     def _first_of_its_kind(self, key: Hashable, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """No way is known for such a call."""
+        if (keeper := current_purpose().keeper) is not None:
+            inputs = self.program.inputs
+            states = [i for i in self._written if inputs[i].kind is InputKind.STATIC or id(args[i]) in keeper.lent]
+            keeper.keep(args[index] for index in states)
         routes = self.router.routes(self._sizes(args), said)
         if isinstance(routes, str):
             return self._live(args, routes)
@@ -182,13 +187,11 @@ class GraphRunner:
 
     def _approach(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """A route that may be captured: now, or after more sightings."""
-        purpose = current_purpose()
-        if purpose.phase is Phase.TRAFFIC and not self._attempts.is_due(route):
+        phase = current_purpose().phase
+        if phase is Phase.TRAFFIC and not self._attempts.is_due(route):
             return self._live(args, "warm-up")
-        if purpose.phase is Phase.WARM_UP:
+        if phase is Phase.WARM_UP:
             self._maker.forget(route)
-        if purpose.keeper is not None:
-            purpose.keeper.keep(args[index] for index in self._state)
         return self._make(route, args, said)
 
     def _make(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:

@@ -59,10 +59,10 @@ class GraphKey:
             others: fields of the key.
 
         Raises:
-            StepError: as for the class, or a name that is no string.
+            StepError: as for the class, or a name that has an argument of its own.
         """
         for name, size in sizes.items():
-            if not isinstance(name, str) or name in ("num_tokens", "num_reqs"):
+            if name in ("num_tokens", "num_reqs"):
                 raise StepError(f"sizes: {name!r} is not the name of a further dim")
             _check_count(name, size)
         tokens = math.prod(sizes.values()) if num_tokens is None else num_tokens

@@ -258,11 +258,8 @@ def test_a_further_dim_multiplies_the_ladder_of_tokens() -> None:
     found = router(serving_program(), capture_sizes={"num_tokens": [4, 8]}, cudagraph_mode="PIECEWISE")
     mixed = [key for key in found.ladder() if key.uniform_query_len is None]
     assert mixed == [GraphKey(8, 8), GraphKey(4, 4)], "requests follow the tokens"
-    program = replace(
-        grid_program(),
-        inputs=(replace(grid_program().inputs[0], dim_names={0: "num_tokens", 1: "width"}),)
-        + grid_program().inputs[1:],
-    )
+    x, *scalars = grid_program().inputs
+    program = replace(grid_program(), inputs=(replace(x, dim_names={0: "num_tokens", 1: "width"}), *scalars))
     found = router(program, capture_sizes={"num_tokens": [4, 8], "width": [2]}, cudagraph_mode="PIECEWISE")
     assert found.ladder() == [GraphKey(8, 8, sizes=(("width", 2),)), GraphKey(4, 4, sizes=(("width", 2),))]
 

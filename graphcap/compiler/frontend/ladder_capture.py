@@ -180,8 +180,8 @@ class LadderCapture:
         for region in [each for each in self._regions if each not in known and each.recompiled_because]:
             self._summary.warn(
                 f"the inputs for {key} made another graph of {region.function} than earlier calls, because of the "
-                f"guard {region.recompiled_because}. Its plans serve only calls that are alike: give the model here what it "
-                "is given in service"
+                f"guard {region.recompiled_because}. Its plans serve only calls that are alike: give the "
+                "model here what it is given in service"
             )
 
     def _has_graph_of_its_own(self, key: GraphKey) -> bool:

@@ -155,15 +155,16 @@ def test_the_capture_proves_padding_for_every_rung(mode: str) -> None:
 @pytest.mark.filterwarnings("error")
 def test_a_grid_is_captured_with_the_names_of_its_dims() -> None:
     settings = {**SETTINGS, "capture_sizes": {"batch": [2, 4], "seq": [8, 16]}}
-    model = graphcap.compile(nn.Linear(4, 4), dynamic_arg_dims={"input": {0: "batch", 1: "seq"}}, **settings)
+    torch.manual_seed(0)
+    model = graphcap.compile(Counting(), dynamic_arg_dims={"x": {0: "batch", 1: "seq"}}, **settings)
     with torch.no_grad():
         summary = graphcap.capture(model, lambda key: ((torch.randn(key.size("batch"), key.size("seq"), 4),), {}))
         assert [key.num_tokens for key in summary.captured] == [64, 32, 32, 16]
         with graphcap.allow_capture(False):
             x = torch.randn(3, 13, 4)
-            assert torch.allclose(model(x), nn.functional.linear(x, model.weight, model.bias), atol=1e-6)
-    assert sum(plan.replays for plan in plans_of(model)) >= 1
-    assert graphcap.explain(model).regions[0].live_calls["warm-up"] > 0
+            before = sum(plan.replays for plan in plans_of(model))
+            assert torch.allclose(model(x), model.linear(x), atol=1e-6)
+    assert sum(plan.replays for plan in plans_of(model)) == before + 1
 
 
 class Paired(nn.Module):

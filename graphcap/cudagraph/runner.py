@@ -18,12 +18,14 @@ from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.alerts import warn_once
 from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.device import GraphDevice
-from graphcap.cudagraph.maker import ELSEWHERE, Parts, PlanMaker
+from graphcap.cudagraph.maker import PlanMaker
 from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.moves import MoveRecord
 from graphcap.cudagraph.padding import Padding
+from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.phase import Phase, current_purpose
 from graphcap.cudagraph.plan import Plan, Served, Unfit
+from graphcap.cudagraph.plan_capture import ELSEWHERE
 from graphcap.cudagraph.plan_table import PlanTable
 from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.routes import Route, Router
@@ -60,8 +62,10 @@ class GraphRunner:
         self._table = PlanTable(self.stats)
         self._attempts = Attempts(program, config, self.stats)
         self._moves = MoveRecord(program, config)
-        parts = Parts(program, device, config, self.padding, self.router, self._table, self._attempts, self._moves)
-        self._maker = PlanMaker(parts, self.stats)
+        parts = Parts(
+            program, device, config, self.padding, self.router, self._table, self._attempts, self._moves, self.stats
+        )
+        self._maker = PlanMaker(parts)
         self._replaced: dict[Hashable, int] = {}
         self._tick = device.account.tick
         self._written = sorted({slot for each in program.steps for slot in each.mutates if slot < len(program.inputs)})
@@ -139,13 +143,13 @@ class GraphRunner:
     @property
     def inspector(self) -> Inspector:
         """Looks into the replays of every plan that is captured from now on."""
-        return self._maker.inspector
+        return self._maker.capture.inspector
 
     @contextlib.contextmanager
     def inspected(self, inspector: Inspector) -> Iterator[None]:
         """Within this block calls make plans of their own, for ``inspector`` to look into; the others return at its
         end."""
-        with self._table.set_aside(), self._maker.inspected(inspector):
+        with self._table.set_aside(), self._maker.capture.inspected(inspector):
             yield
 
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:

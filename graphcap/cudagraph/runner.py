@@ -57,7 +57,7 @@ class GraphRunner:
         self.stats = RunnerStats()
         self.padding = Padding(program, config)
         self.router = Router(program, config, self.padding)
-        self.stats.dim_names = self.router.names
+        self.stats.dim_names = self.router.dims.names
         self._sizes = _size_reader(program)
         self._table = PlanTable(self.stats)
         self._attempts = Attempts(program, config, self.stats)
@@ -224,8 +224,8 @@ class GraphRunner:
 
     def _size_stats(self, args: tuple[Any, ...], route: Route | None = None) -> SizeStats:
         """The counter of a call: at the sizes of the route that serves it, or else of the rung that would."""
-        sizes = self.router.sizes_of(self._sizes(args))
-        return self.stats.of_size(sizes, self.router.rung_of(sizes) if route is None else route.computed(sizes))
+        sizes = tuple(self.router.dims.sizes(self._sizes(args)).values())
+        return self.stats.of_size(sizes, self.router.dims.rung_of(sizes) if route is None else route.computed(sizes))
 
     def _barred(self, route: Route) -> str:
         return self._attempts.barred(route, self._table.num_undeclared) or self._maker.no_room(route)

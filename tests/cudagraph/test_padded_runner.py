@@ -192,7 +192,7 @@ def test_each_padded_dim_has_to_prove_itself() -> None:
 def test_a_grid_of_sizes_serves_every_size_in_it() -> None:
     program = encoder()
     runner = runner_of(program, capture_sizes=GRID)
-    for key in runner.router.ladder():
+    for key in runner.router.ladder.batches():
         for _ in range(3):
             call(runner, program, key.size("batch"), key.size("seq"))
     call(runner, program, 3, 13)

@@ -239,7 +239,7 @@ def router(program: Program, **settings: Any) -> Router:
 
 
 def test_the_ladder_of_several_dims_is_the_product_with_their_names() -> None:
-    keys = router(grid_program(), capture_sizes={"batch": [1, 4], "seq": [8, 16]}).ladder()
+    keys = router(grid_program(), capture_sizes={"batch": [1, 4], "seq": [8, 16]}).ladder.batches()
     assert [(key.size("batch"), key.size("seq")) for key in keys] == [(4, 16), (4, 8), (1, 16), (1, 8)]
     assert [key.num_tokens for key in keys] == [64, 32, 16, 8]
     assert {key.num_reqs for key in keys} == {None}
@@ -247,37 +247,37 @@ def test_the_ladder_of_several_dims_is_the_product_with_their_names() -> None:
 
 def test_of_a_large_product_the_smallest_stay() -> None:
     found = router(grid_program(), capture_sizes={"batch": [1, 4], "seq": [8, 16]}, max_plans=2)
-    assert [key.sizes for key in found.ladder()] == [(("batch", 1), ("seq", 16)), (("batch", 1), ("seq", 8))]
+    assert [key.sizes for key in found.ladder.batches()] == [(("batch", 1), ("seq", 16)), (("batch", 1), ("seq", 8))]
 
 
 def test_a_dim_without_a_ladder_leaves_a_grid_without_one() -> None:
-    assert router(grid_program(), capture_sizes={"batch": [1, 4]}).ladder() == []
+    assert router(grid_program(), capture_sizes={"batch": [1, 4]}).ladder.batches() == []
 
 
 def test_a_further_dim_multiplies_the_ladder_of_tokens() -> None:
     found = router(serving_program(), capture_sizes={"num_tokens": [4, 8]}, cudagraph_mode="PIECEWISE")
-    mixed = [key for key in found.ladder() if key.uniform_query_len is None]
+    mixed = [key for key in found.ladder.batches() if key.uniform_query_len is None]
     assert mixed == [GraphKey(8, 8), GraphKey(4, 4)], "requests follow the tokens"
     x, *scalars = grid_program().inputs
     program = replace(grid_program(), inputs=(replace(x, dim_names={0: "num_tokens", 1: "width"}), *scalars))
     found = router(program, capture_sizes={"num_tokens": [4, 8], "width": [2]}, cudagraph_mode="PIECEWISE")
-    assert found.ladder() == [GraphKey(8, 8, sizes=(("width", 2),)), GraphKey(4, 4, sizes=(("width", 2),))]
+    assert found.ladder.batches() == [GraphKey(8, 8, sizes=(("width", 2),)), GraphKey(4, 4, sizes=(("width", 2),))]
 
 
 def test_a_batch_short_of_a_rung_is_short_in_every_padded_dim() -> None:
     found = router(grid_program(), capture_sizes={"batch": [3, 4], "seq": [8, 16]})
-    short = found.short_of(GraphKey.of_sizes({"batch": 4, "seq": 16}))
+    short = found.ladder.short_of(GraphKey.of_sizes({"batch": 4, "seq": 16}))
     assert short == GraphKey.of_sizes({"batch": 4, "seq": 15}), "a batch of 3 has a rung of its own"
     assert (
-        router(grid_program(), capture_sizes={"batch": [1], "seq": [1]}).short_of(
+        router(grid_program(), capture_sizes={"batch": [1], "seq": [1]}).ladder.short_of(
             GraphKey.of_sizes({"batch": 1, "seq": 1})
         )
         is None
     )
     tokens = router(serving_program(), capture_sizes={"num_tokens": [4, 8]})
-    assert tokens.short_of(GraphKey(8, 8)) == GraphKey(7, 7)
-    assert tokens.short_of(GraphKey(8, 4, 2)) == GraphKey(6, 3, 2)
-    assert tokens.short_of(GraphKey(1, 1)) is None
+    assert tokens.ladder.short_of(GraphKey(8, 8)) == GraphKey(7, 7)
+    assert tokens.ladder.short_of(GraphKey(8, 4, 2)) == GraphKey(6, 3, 2)
+    assert tokens.ladder.short_of(GraphKey(1, 1)) is None
 
 
 def test_dispatch_pads_named_dims() -> None:
@@ -311,8 +311,8 @@ def test_two_numbers_that_follow_one_symbol_are_one_dim() -> None:
 
     program = Program("two", inputs, (piece,), (4,), run, ((Size("r"), 4),))
     runner = runner_of(program, capture_sizes={"num_reqs": [4, 8]}, pad={"starts": "edge"})
-    assert (runner.router.symbols, runner.router.names) == (("r",), ("num_reqs",))
-    assert runner.router.sizes_of((3, 4)) == (3,)
+    assert (runner.router.dims.symbols, runner.router.dims.names) == (("r",), ("num_reqs",))
+    assert runner.router.dims.sizes((3, 4)) == {"r": 3}
     for reqs in (3, 3, 3, 3, 2, 4):
         x, starts = randn(reqs, 4), torch.arange(reqs + 1)
         (out,) = runner(x, starts, reqs, reqs + 1)

@@ -137,7 +137,7 @@ class LadderCapture:
         if not self._runners():
             self._call(_first_key(self._config), Phase.WARM_UP)
         self._regions = regions_of(self._model)
-        keys = dict.fromkeys(key for runner in self._runners() for key in runner.router.ladder())
+        keys = dict.fromkeys(key for runner in self._runners() for key in runner.router.ladder.batches())
         if not keys:
             raise StepError(
                 "there is no ladder to capture: give capture_sizes=, or dynamic_arg_dims= whose dims may be padded"
@@ -162,7 +162,7 @@ class LadderCapture:
     def _prove_padding(self, key: GraphKey) -> None:
         """The first padded call of its kind, which is where padding has to prove itself."""
         for runner in self._runners():
-            if (short := runner.router.short_of(key)) is not None:
+            if (short := runner.router.ladder.short_of(key)) is not None:
                 self._call(short, Phase.WARM_UP)
                 return
 

@@ -255,6 +255,7 @@ def test_state_is_put_back_where_everything_was_captured_before() -> None:
     with torch.no_grad():
         graphcap.capture(model, inputs)
         for num_tokens in (8, 4, 2):
-            model(torch.randn(num_tokens, 4))
+            with graphcap.step(num_tokens=num_tokens, num_reqs=num_tokens):
+                model(torch.randn(num_tokens, 4))
         graphcap.capture(model, inputs)
     assert model.calls.item() == 3

@@ -303,3 +303,21 @@ def test_what_brings_no_inputs_is_refused() -> None:
     for model in (nn.Linear(2, 2), graphcap.compile(nn.Linear(2, 2), enforce_eager=True)):
         with pytest.raises(StepError, match="give make_inputs"):
             graphcap.capture(model)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_on_a_gpu() -> None:
+    """The served call, the padded ones after it, and the cache."""
+    torch.manual_seed(0)
+    settings = {**SETTINGS, "simulate": False}
+    model = graphcap.compile(Cached().cuda(), dynamic_arg_dims=DIMS, pad={"slots": -1}, **settings)
+    summary = graphcap.capture(model)
+    for n in (3, 4, 7, 2, 8):
+        x = torch.randn(n, 4, device="cuda")
+        torch.testing.assert_close(model(x, torch.arange(n, device="cuda")), expected(model, x))
+        assert torch.equal(model.cache[:n], x)
+    assert_captured(summary)
+    assert model.calls.item() == 5
+    assert not model.cache[8:].any()
+    assert replays(model) >= 4

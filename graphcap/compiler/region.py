@@ -26,6 +26,7 @@ from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.config import CompilationMode, Config
 from graphcap.cudagraph import GraphRunner, PlanStats
+from graphcap.cudagraph.revision import revise
 from graphcap.errors import RecompileError
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Region:
         dump_dir: where its dump lies, ``""`` without one.
         notes: one-line remarks for the report.
         on_plan: told of each captured plan.
+        is_captured_ahead: whether :func:`graphcap.capture` has captured its ladder.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Region:
     seconds: float = 0.0
     source: str = ""
     dump_dir: str = ""
+    is_captured_ahead: bool = False
     notes: list[str] = field(default_factory=list)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
     code: CodeType | None = field(default=None, repr=False)
@@ -111,8 +114,9 @@ class Region:
 
     def attach(self, runner: GraphRunner) -> None:
         """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
-        self._runners.append(weakref.ref(runner))
+        self._runners.append(weakref.ref(runner, lambda _: revise()))
         runner.stats.on_plan = self.on_plan
+        revise()
 
     def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let reports find the region by the parameters and buffers that it uses."""
@@ -186,6 +190,7 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
             "PIECEWISE."
         )
     _warn_near_limit(region)
+    _warn_of_unused_ladder(region, earlier)
     return register(region)
 
 
@@ -193,6 +198,7 @@ def register(region: Region) -> Region:
     """Let :func:`all_regions` find it."""
     with _lock:
         _regions.append(region)
+    revise()
     return region
 
 
@@ -222,11 +228,22 @@ def went_beyond(region: Region) -> bool:
     return any(reason == "unknown guard" or f"<= {b} " in f"{reason} " for r in same for b in r.bounds.values())
 
 
+def _warn_of_unused_ladder(region: Region, earlier: Sequence[Region]) -> None:
+    if region.recompiled_because and any(each.is_captured_ahead for each in earlier):
+        note = (
+            "a call made another graph than the one whose ladder graphcap.capture() has captured, because of the guard "
+            f"{region.recompiled_because}. Calls like it find none of those plans: capture with inputs like them"
+        )
+        region.notes.append(note)
+        log.warning("%s (%s): %s", region.function, region.location, note)
+
+
 def close_region(region: Region) -> None:
     """Forget a region whose trace Dynamo begins anew."""
     with _lock:
         if region in _regions:
             _regions.remove(region)
+    revise()
 
 
 def all_regions() -> list[Region]:
@@ -239,3 +256,4 @@ def forget_regions() -> None:
     """Drop all records; the compiled code goes on."""
     with _lock:
         _regions.clear()
+    revise()

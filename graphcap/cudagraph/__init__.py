@@ -31,6 +31,25 @@ what a step costs                       ``profile.py``, ``cost.py``, ``annotate.
 ======================================  ===========================================================================
 
 ``private.py`` holds what is private to torch.
+In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the compiler),
+:mod:`~graphcap.cudagraph.runner` (what happens on a call), :mod:`~graphcap.cudagraph.routes` (what it leads to),
+:mod:`~graphcap.cudagraph.maker` and :mod:`~graphcap.cudagraph.plan_capture` (the calls that lead to a plan),
+:mod:`~graphcap.cudagraph.observe` (what a warm-up learns),
+:mod:`~graphcap.cudagraph.layout` and :mod:`~graphcap.cudagraph.bindings` (what is captured, and how inputs get in),
+:mod:`~graphcap.cudagraph.capture` (the segmented capture), :mod:`~graphcap.cudagraph.recorded` (what it leaves behind),
+:mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.padding`, :mod:`~graphcap.cudagraph.proof` and :mod:`~graphcap.cudagraph.fitted` (which sizes
+may be padded, the proof that it changes nothing, one plan for many sizes),
+:mod:`~graphcap.cudagraph.outputs` and :mod:`~graphcap.cudagraph.handout` (how outputs leave,
+:mod:`~graphcap.cudagraph.generations` how long they last), :mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.device` (what a device must do; :mod:`~graphcap.cudagraph.cuda` and
+:mod:`~graphcap.cudagraph.simulated` do it).
+
+Which sizes are captured: :mod:`~graphcap.cudagraph.ladder`, :mod:`~graphcap.cudagraph.ladders`,
+:mod:`~graphcap.cudagraph.key_dims` and :mod:`~graphcap.cudagraph.key_ladder`. How long a decision holds:
+:mod:`~graphcap.cudagraph.revision`. What is learnt from
+the calls: :mod:`~graphcap.cudagraph.stats`, :mod:`~graphcap.cudagraph.traffic`, :mod:`~graphcap.cudagraph.suggest` and
+:mod:`~graphcap.cudagraph.alerts`. What a step costs and why: :mod:`~graphcap.cudagraph.cost`.
 """
 
 from graphcap.cudagraph.bindings import Binding

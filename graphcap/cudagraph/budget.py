@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.revision import revise
 
 RECENT_USES = 64  #: a plan that was among the last so many uses of the device is not dropped for another one
 _FIRST_PAUSE = 4  #: calls of a key that was refused, until it may ask again; twice as many each time
@@ -248,8 +249,10 @@ class Room:
     def clear(self) -> None:
         """Forget what was refused."""
         self._refusals.clear()
+        revise()
 
     def _refuse(self, key: Any, reason: str, needed: int, num_closed: int) -> None:
         before = self._refusals.get(key)
         num_calls = _FIRST_PAUSE if before is None else before.num_calls
         self._refusals[key] = _Refusal(reason, needed, num_calls, num_closed)
+        revise()

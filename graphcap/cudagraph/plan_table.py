@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator
 
 from graphcap.cudagraph.plan import Plan, Served
+from graphcap.cudagraph.revision import revise
 from graphcap.cudagraph.stats import RunnerStats
 
 _MAX_SERVED = 65536  #: kinds of calls remembered
@@ -28,6 +29,7 @@ class PlanTable:
         """A plan can be replayed from now on."""
         self.plans[plan.route.key] = plan
         self._stats.add(plan.stats)
+        revise()
 
     def lead(self, served: Served) -> None:
         """A kind of call leads to its plan from now on."""
@@ -43,12 +45,19 @@ class PlanTable:
             for served in plan.served:
                 self.served.pop(served, None)
             self._stats.retire(plan.stats)
+            revise()
 
     def drop_if(self, condition: Callable[[Plan], bool]) -> None:
         """Give up the plans for which a condition holds."""
         for key, plan in list(self.plans.items()):
             if condition(plan):
                 self.drop(key)
+
+    def forget_ways(self) -> None:
+        """Have the next call of each kind look for its plan again."""
+        for plan in self.plans.values():
+            plan.served.clear()
+        self.served.clear()
 
     @property
     def num_undeclared(self) -> int:
@@ -60,8 +69,10 @@ class PlanTable:
         """An empty table within this block; what was in it comes back at its end."""
         before = self.plans, self.served
         self.plans, self.served = {}, {}
+        revise()
         try:
             yield
         finally:
             self.drop_if(lambda plan: True)
             self.plans, self.served = before
+            revise()

@@ -21,7 +21,7 @@ from graphcap.cudagraph.observe import Observation, observe
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import Program
-from graphcap.cudagraph.recorded import describe
+from graphcap.cudagraph.recorded import describe, is_out_of_memory
 from graphcap.cudagraph.scratch import Scratch, generator_states, same_random_numbers, state_bytes
 
 _COPIES = 3  #: of what a call writes: as it was before, and after each of the two runs that are compared
@@ -39,12 +39,14 @@ class Verdict:
     Attributes:
         outputs: of the call, run once at its exact sizes: the caller's.
         reason: why the program must not be padded, in one line; ``""`` where it may.
+        is_open: whether the reason is a lack of memory for the proof, which says nothing about the program.
         seen: where it may, what a warm-up at the size of the rung shows.
     """
 
     outputs: tuple[Any, ...]
     reason: str
     seen: Observation | None = None
+    is_open: bool = False
 
 
 @dataclass(slots=True)
@@ -90,19 +92,22 @@ def prove(
         scratch = Scratch(program, seen, args) if needed <= max_state_bytes else None
         generators = generator_states(device)
     except Exception as error:  # nothing has run yet
-        return Verdict(program.run(*args), f"its state cannot be copied: {describe(error)}")
+        reason = f"its state cannot be copied: {describe(error)}"
+        return Verdict(program.run(*args), reason, is_open=is_out_of_memory(error))
     outputs = tuple(program.run(*args))
     if scratch is None:
         return Verdict(
             outputs,
             f"the proof needs {needed} bytes for copies of what the call writes, {max_state_bytes} are allowed; "
-            "graphcap.capture() at start-up, while caches are small, proves it once",
+            "graphcap.capture() tries again: call it at start-up, while caches are small",
+            is_open=True,
         )
     proof = _Proof(program, args, padding, rung, scratch, device, generators, captured, beside)
     try:
         reason = proof.reason(outputs)
     except Exception as error:
         reason = f"the padded call fails: {describe(error)}"
+        return Verdict(outputs, reason, is_open=is_out_of_memory(error))
     return Verdict(outputs, reason, None if reason else proof.seen)
 
 

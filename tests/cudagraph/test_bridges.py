@@ -135,7 +135,7 @@ def layers(count, keep=False):
 
 
 def bytes_of_bridges(runner):
-    return sum(chunk.numel() for chunk in runner._maker._bridges.chunks())
+    return sum(chunk.numel() for chunk in runner._maker.capture._bridges.chunks())
 
 
 def call(runner, n):

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
     from graphcap.compiler.frontend.dims import Dim
+    from graphcap.compiler.frontend.dispatch import dispatch
+    from graphcap.compiler.frontend.ladder_capture import CaptureSummary
     from graphcap.compiler.frontend.lifecycle import release, reset
-    from graphcap.compiler.frontend.serving import CaptureSummary, capture, dispatch
+    from graphcap.compiler.frontend.serving import capture
     from graphcap.compiler.rules import eager, register_op
     from graphcap.cudagraph import hooks
     from graphcap.cudagraph.choose import set_graph_pool
@@ -84,13 +86,13 @@ __all__ = [
 
 #: Where the names that need torch live.
 _LAZY = {
-    "CaptureSummary": "graphcap.compiler.frontend.serving",
+    "CaptureSummary": "graphcap.compiler.frontend.ladder_capture",
     "Dispatch": "graphcap.cudagraph.step",
     "GraphKey": "graphcap.cudagraph.step",
     "allow_capture": "graphcap.cudagraph.phase",
     "capture": "graphcap.compiler.frontend.serving",
     "current_step": "graphcap.cudagraph.step",
-    "dispatch": "graphcap.compiler.frontend.serving",
+    "dispatch": "graphcap.compiler.frontend.dispatch",
     "step": "graphcap.cudagraph.step",
     "Dim": "graphcap.compiler.frontend.dims",
     "compile": "graphcap.compiler.frontend.api",

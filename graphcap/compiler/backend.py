@@ -28,9 +28,10 @@ from graphcap.compiler.debug import dump
 from graphcap.compiler.dims import GraphDims, read_dims
 from graphcap.compiler.frontend.target import will_retry
 from graphcap.compiler.inputs import name_inputs
+from graphcap.compiler.limits import bound_sizes
 from graphcap.compiler.partition import partition
 from graphcap.compiler.pieces import compile_pieces
-from graphcap.compiler.region import Region, close_region, open_region
+from graphcap.compiler.region import Region, close_region, open_region, went_beyond
 from graphcap.compiler.rules import SplitRules
 from graphcap.compiler.specialise import by_size, position_of, specialisable_symbol
 from graphcap.compiler.split import Piece, split
@@ -104,6 +105,7 @@ def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Re
     devices = devices_of(gm.graph)
     device, region.no_capture = capture_device(devices, config)
     sizes = analyse_sizes(gm.graph)
+    region.bounds = {} if went_beyond(region) else bound_sizes(gm.graph, sizes)
     rules = SplitRules.of(config.splitting_ops, config.splitting_rules)
     groups = partition(gm.graph, rules, sizes, home_device(devices))
     pieces = split(gm, groups, sizes)
@@ -113,7 +115,9 @@ def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Re
     region.record_pieces(pieces, compiled, sizes)
 
     dims = read_dims(gm.graph, example_inputs, config.dynamic_arg_dims)
-    program, region.source = build_program(region.name, gm.graph, pieces, compiled, example_inputs, sizes, dims)
+    program, region.source = build_program(
+        region.name, gm.graph, pieces, compiled, example_inputs, sizes, dims, region.bounds
+    )
     run = capturing(program, device, region)
     run = with_special_sizes(run, gm.graph, pieces, example_inputs, sizes, region, device)
 
@@ -143,7 +147,7 @@ def with_special_sizes(
     for size in config.compile_sizes:
         compiled = compile_pieces(pieces, config, home_device(devices_of(graph)), at=(symbol, size))
         name, dims = f"{region.name}_at_{size}", GraphDims()  # no dim is declared: this code is for one size
-        program, _ = build_program(name, graph, pieces, compiled, example_inputs, sizes, dims)
+        program, _ = build_program(name, graph, pieces, compiled, example_inputs, sizes, dims, {})
         special[size] = capturing(program, device, region)
         region.notes.append(f"compiled for {symbol} = {size} too")
     return by_size(general, special, position_of(symbol, [n for n in graph.nodes if n.op == "placeholder"]))

@@ -165,6 +165,16 @@ def add_shape_guard(fake_mode: Any, expression: Any) -> bool:
     return bool(fake_mode.shape_env.evaluate_expr(expression))
 
 
+def bound_symbol(fake_mode: Any, symbol: Any, largest: int) -> bool:
+    """Tell the shape environment that a symbol never exceeds ``largest``. Returns whether it took it."""
+    shape_env = getattr(fake_mode, "shape_env", None)
+    known = getattr(shape_env, "var_to_range", {}).get(symbol)
+    if shape_env is None or known is None or known.lower > largest:
+        return False
+    shape_env.constrain_symbol_range(symbol, compiler_min=int(max(known.lower, 0)), compiler_max=largest)
+    return True
+
+
 def symbol_ranges(fake_mode: Any, symbols: Sequence[Any]) -> tuple[str, ...]:
     """The value range of each symbol, as text: part of what a compiled piece was specialised to."""
     shape_env = getattr(fake_mode, "shape_env", None)
@@ -217,6 +227,15 @@ def schemas_of(target: Any) -> list[Any]:
     if isinstance(target, torch._ops.OpOverloadPacket):
         return [getattr(target, overload)._schema for overload in target.overloads()]
     return []
+
+
+def returns_tensors_and_sizes(target: Any) -> bool:
+    """Whether an aten operator returns tensors and numbers of which its schema says that they follow from sizes alone.
+
+    Kernels of attention do: the longest query and key.
+    """
+    kinds = {each.real_type.kind() for schema in schemas_of(target) for each in schema.returns}
+    return kinds == {"TensorType", "SymIntType"} and target.namespace == "aten"
 
 
 def triton_kernel_name(node: fx.Node) -> str | None:

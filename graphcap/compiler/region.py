@@ -26,6 +26,7 @@ from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.config import CompilationMode, Config
 from graphcap.cudagraph import GraphRunner, PlanStats
+from graphcap.cudagraph.revision import revise
 from graphcap.errors import RecompileError
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Region:
         pieces: one record per piece, in execution order.
         key_sizes: the size symbols in the graph key, with the input that carries each.
         live_sizes: the size symbols outside of it, each with its reason.
+        bounds: the sizes up to which compiled code holds, by symbol.
         no_capture: why no CUDA graphs are captured here (no GPU, mode NONE), ``""`` where they are.
         seconds: how long our part of the compile took.
         device: the name of the device that captures, ``""`` without one.
@@ -73,6 +75,7 @@ class Region:
         dump_dir: where its dump lies, ``""`` without one.
         notes: one-line remarks for the report.
         on_plan: told of each captured plan.
+        is_captured_ahead: whether :func:`graphcap.capture` has captured its ladder.
     """
 
     name: str
@@ -85,11 +88,13 @@ class Region:
     pieces: list[PieceRecord] = field(default_factory=list)
     key_sizes: dict[str, str] = field(default_factory=dict)
     live_sizes: dict[str, str] = field(default_factory=dict)
+    bounds: dict[str, int] = field(default_factory=dict)
     no_capture: str = ""
     device: str = ""
     seconds: float = 0.0
     source: str = ""
     dump_dir: str = ""
+    is_captured_ahead: bool = False
     notes: list[str] = field(default_factory=list)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
     code: CodeType | None = field(default=None, repr=False)
@@ -109,8 +114,9 @@ class Region:
 
     def attach(self, runner: GraphRunner) -> None:
         """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
-        self._runners.append(weakref.ref(runner))
+        self._runners.append(weakref.ref(runner, lambda _: revise()))
         runner.stats.on_plan = self.on_plan
+        revise()
 
     def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let reports find the region by the parameters and buffers that it uses."""
@@ -184,6 +190,7 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
             "PIECEWISE."
         )
     _warn_near_limit(region)
+    _warn_of_unused_ladder(region, earlier)
     return register(region)
 
 
@@ -191,6 +198,7 @@ def register(region: Region) -> Region:
     """Let :func:`all_regions` find it."""
     with _lock:
         _regions.append(region)
+    revise()
     return region
 
 
@@ -213,11 +221,29 @@ def _warn_near_limit(region: Region) -> None:
         region.notes.append(f"recompile_limit ({limit}) reached: a further miss runs eager")
 
 
+def went_beyond(region: Region) -> bool:
+    """Whether this trace is there because a call went beyond the bound of an earlier one of the same function."""
+    same = [r for r in all_regions() if r is not region and r.code is region.code is not None]
+    reason = region.recompiled_because or "unknown guard"
+    return any(reason == "unknown guard" or f"<= {b} " in f"{reason} " for r in same for b in r.bounds.values())
+
+
+def _warn_of_unused_ladder(region: Region, earlier: Sequence[Region]) -> None:
+    if region.recompiled_because and any(each.is_captured_ahead for each in earlier):
+        note = (
+            "a call made another graph than the one whose ladder graphcap.capture() has captured, because of the guard "
+            f"{region.recompiled_because}. Calls like it find none of those plans: capture with inputs like them"
+        )
+        region.notes.append(note)
+        log.warning("%s (%s): %s", region.function, region.location, note)
+
+
 def close_region(region: Region) -> None:
     """Forget a region whose trace Dynamo begins anew."""
     with _lock:
         if region in _regions:
             _regions.remove(region)
+    revise()
 
 
 def all_regions() -> list[Region]:
@@ -230,3 +256,4 @@ def forget_regions() -> None:
     """Drop all records; the compiled code goes on."""
     with _lock:
         _regions.clear()
+    revise()

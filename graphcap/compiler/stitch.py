@@ -9,7 +9,7 @@ from __future__ import annotations
 import keyword
 import linecache
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx
 from graphcap.compiler import nodes, private
 from graphcap.compiler.dims import GraphDims
 from graphcap.compiler.inputs import input_name
+from graphcap.compiler.limits import within_bounds
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.rules import unproven
 from graphcap.compiler.split import Piece
@@ -34,6 +35,7 @@ def build_program(
     examples: Sequence[Any],
     sizes: SizeSymbols,
     dims: GraphDims,
+    bounds: Mapping[str, int],
 ) -> tuple[Program, str]:
     """Number every value that crosses a border, and generate the live function.
 
@@ -45,6 +47,7 @@ def build_program(
         examples: the first call's value of each placeholder.
         sizes: tells which scalars are part of the graph key.
         dims: what each size follows, and the dims that the user declared.
+        bounds: the sizes up to which compiled code holds, by symbol.
 
     Returns:
         The program and the source of ``program.run``.
@@ -81,9 +84,9 @@ def build_program(
     )
     comments = [f"{p.verdict.kind}{', ' + p.module_path if p.module_path else ''}" for p in pieces]
     source = live_source(name, inputs, steps, outputs, comments)
-    run = compile_live(name, source, steps, outputs)
+    run = within_bounds(compile_live(name, source, steps, outputs), bounds, inputs, steps, outputs)
     output_sizes = tuple(map(dims.sizes, values))
-    return Program(name, inputs, tuple(steps), outputs, run, output_sizes, dims.largest), source
+    return Program(name, inputs, tuple(steps), outputs, run, output_sizes, dims.largest, bounds), source
 
 
 def _flat(returned: Any) -> Sequence[Any]:

@@ -10,6 +10,7 @@ from graphcap.config import Config
 from graphcap.cudagraph.phase import captures_allowed
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recorded import Failure
+from graphcap.cudagraph.revision import revise
 from graphcap.cudagraph.routes import Route
 from graphcap.cudagraph.stats import RunnerStats
 
@@ -58,6 +59,7 @@ class Attempts:
     def refuse(self, route: Route, reason: str) -> None:
         """Never capture a route."""
         self._refused[route.key] = reason
+        revise()
 
     def note_no_memory(self, failure: Failure, reason: str) -> None:
         """A capture ran out of memory: nothing is wrong with its steps."""
@@ -78,6 +80,7 @@ class Attempts:
             _log.info("%s: capture failed, these steps run live from now on: %s", self._program.name, reason)
             return
         self._failed = f"capture failed: {reason}"
+        revise()
         warnings.warn(
             f"graphcap: {self._program.name} runs compiled, without further CUDA graphs: captures failed "
             f"{self._num_failures} times, last in {reason}",

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.revision import revise
 
 RECENT_USES = 64  #: a plan that was among the last so many uses of the device is not dropped for another one
 _FIRST_PAUSE = 4  #: calls of a key that was refused, until it may ask again; twice as many each time
@@ -283,6 +284,7 @@ class Room:
     def clear(self) -> None:
         """Forget what was refused."""
         self._refusals.clear()
+        revise()
 
     def _make_room(self, key: Any, needed: int, standing: str = "") -> str:
         limit, account, agreement = self._limit, self._account, self._agreement
@@ -302,3 +304,4 @@ class Room:
         before = self._refusals.get(key)
         num_calls = _FIRST_PAUSE if before is None else before.num_calls
         self._refusals[key] = _Refusal(reason, needed, num_calls, num_closed)
+        revise()

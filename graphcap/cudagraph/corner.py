@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,12 @@ from graphcap.cudagraph.arena import overlaps_itself, span
 
 #: A number, "edge" (repeat the last row), or a function of the tensor and the size of its corner that fills the rest.
 Fill = int | float | bool | str | Callable[[torch.Tensor, torch.Size], Any]
+
+
+def declared_fill(fills: Mapping[str, Fill], path: str) -> Fill | None:
+    """What ``pad`` says about an input, by its path or the path of a container that it is in."""
+    paths = [each for each in fills if path == each or path.startswith(f"{each}.")]
+    return fills[max(paths, key=len)] if paths else None
 
 
 def corner(tensor: torch.Tensor, size: Sequence[int | None]) -> torch.Tensor:

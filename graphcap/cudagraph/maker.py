@@ -1,4 +1,4 @@
-"""The calls that lead to a plan: the warm-up, the proof that padding changes nothing, and the capture itself.
+"""The calls that lead to a plan: the warm-up, the proof that padding changes nothing, and the capture.
 
 Each of them serves its call: what it returns is what a live run returns, and its effects happen once. In a process
 group all ranks do the same of these, and what one of them cannot do none does.
@@ -8,125 +8,53 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import time
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 
-from graphcap import native
-from graphcap.cache_root import cache_root
-from graphcap.config import Config
-from graphcap.cudagraph.agreement import Agreement
-from graphcap.cudagraph.annotate import annotate
-from graphcap.cudagraph.arena import Arena
-from graphcap.cudagraph.attempts import Attempts
-from graphcap.cudagraph.bindings import Choice
-from graphcap.cudagraph.budget import Room, Usage
-from graphcap.cudagraph.capture import SegmentedCapture
-from graphcap.cudagraph.device import GraphDevice
-from graphcap.cudagraph.fitted import Fitter
-from graphcap.cudagraph.handout import Policy
-from graphcap.cudagraph.layout import Layout, lay_out
 from graphcap.cudagraph.metadata import Serving, dims_of_step
-from graphcap.cudagraph.moves import MoveRecord
 from graphcap.cudagraph.observe import Observation, observe, signature_of
-from graphcap.cudagraph.padding import Padding
-from graphcap.cudagraph.plan import Plan, static_addresses
-from graphcap.cudagraph.plan_table import PlanTable
-from graphcap.cudagraph.program import Program
+from graphcap.cudagraph.parts import Parts
+from graphcap.cudagraph.plan import Plan
+from graphcap.cudagraph.plan_capture import Made, PlanCapture
 from graphcap.cudagraph.proof import prove
-from graphcap.cudagraph.recorded import Failure, Recorded
-from graphcap.cudagraph.replay import generate
-from graphcap.cudagraph.routes import FULL, Route, Router
-from graphcap.cudagraph.stats import PlanStats, RunnerStats
+from graphcap.cudagraph.routes import Route
 from graphcap.cudagraph.step import step
-from graphcap.cudagraph.verify import Checks, Inspector
-from graphcap.environment import check_outputs_wanted
-from graphcap.progress import Progress
 
 _log = logging.getLogger("graphcap.cudagraph")
 
 _WARM_UP = "warm-up"
 
 
-ELSEWHERE = "inside another capture or replay"  #: why a plan cannot run, where the device is in use further up
-
-
-class Made(NamedTuple):
-    """A call on the way to a plan.
-
-    Attributes:
-        outputs: what it returns.
-        reason: why it ran without a graph; ``""`` for the one that was captured.
-    """
-
-    outputs: tuple[Any, ...]
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a runner consists of."""
-
-    program: Program
-    device: GraphDevice
-    config: Config
-    padding: Padding
-    router: Router
-    table: PlanTable
-    attempts: Attempts
-    moves: MoveRecord
-    agreement: Agreement
-
-
 class PlanMaker:
-    """Makes the plans of one runner.
+    """Leads the calls of one runner to plans.
 
     Attributes:
-        inspector: looks into the replays of every plan that is made from now on.
+        capture: the last step on the way.
     """
 
-    def __init__(self, parts: Parts, stats: RunnerStats) -> None:
+    def __init__(self, parts: Parts) -> None:
+        self.capture = PlanCapture(parts)
         self._program, self._device, self._config = parts.program, parts.device, parts.config
         self._padding, self._router, self._table = parts.padding, parts.router, parts.table
-        self._attempts, self._moves, self._stats = parts.attempts, parts.moves, stats
-        self._agreement = parts.agreement
-        config = parts.config
-        self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
-        self._room = Room(self._device, config.max_graph_bytes, self._agreement)
-        self._arena = Arena(self._device)
+        self._agreement, self._question = parts.agreement, parts.question
         self._observations: dict[Hashable, Observation] = {}
         self._servings: dict[Hashable, Serving] = {}
-        self._step_dims = dims_of_step(config.dynamic_arg_dims)
-        self._proven: set[Hashable] = set()
-        # A comparison runs steps once more, and whether there is one depends on values: ranks would lose step.
-        why_not = "replays are not compared in a process group" if self._agreement.is_group else ""
-        self.inspector: Inspector = Checks(
-            self._program, config.verify, stats, self.distrust, self._table.drop, why_not
-        )
+        self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
+        self._proven: dict[Hashable, set[str]] = {}  # per family of plans the symbols that have been proven
 
-    @contextlib.contextmanager
-    def inspected(self, inspector: Inspector) -> Iterator[None]:
-        """Have ``inspector`` look into the plans that are made within this block."""
-        before, self.inspector = self.inspector, inspector
-        try:
-            yield
-        finally:
-            self.inspector = before
-
-    def distrust(self, steps: Mapping[int, str]) -> None:
-        """These steps run live from now on; plans that hold them are captured again."""
-        self._attempts.demoted |= steps
-        self._table.drop_if(lambda plan: bool(steps.keys() - plan.recorded.layout.live.keys()))
+    def reconsider(self) -> None:
+        """Try again what was not possible for want of memory."""
+        if symbols := self._padding.reconsider():
+            # Plans for the exact size would be in the place of padded ones.
+            self._table.drop_if(lambda plan: not symbols <= plan.route.rung.keys())
+        self.capture.room.clear()
 
     def clear(self) -> None:
         """Give up the buffers of step inputs, and what is known about the room on the device."""
         self._servings.clear()
-        self._room.clear()
+        self.capture.room.clear()
 
     def forget(self, route: Route) -> None:
         """Let the next call be a warm-up again."""
@@ -136,7 +64,7 @@ class PlanMaker:
 
     def no_room(self, route: Route) -> str:
         """Why the device has no room for a plan, ``""`` where it may."""
-        return self._room.closed(route.key)
+        return self.capture.room.closed(route.key)
 
     def why_not_together(self, route: Route, said: step | None) -> str:
         """Why a call that follows one decision for several ranks is not captured; ``""`` where it may be."""
@@ -147,9 +75,10 @@ class PlanMaker:
     def may_serve(self, plan: Plan, args: tuple[Any, ...], said: step | None) -> bool:
         """Whether a plan serves a call of this size: one that is padded only after the proof. One that is not may be
         padded on another rank, where their sizes follow one decision."""
-        if not plan.route.rung or not (self._is_smaller(plan.route, args) or self._decided_together(said)):
+        smaller = set(plan.route.rung) if self._decided_together(said) else self._smaller(plan.route, args)
+        if not smaller:
             return True
-        return self._family(plan.route) in self._proven and not self._padding.why_not_to(plan.route.rung, args)
+        return self._is_proven(plan.route, smaller) and not self._padding.why_not_to(plan.route.rung, args)
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
@@ -158,41 +87,41 @@ class PlanMaker:
         reason = self._agreement.reason(self._question("may it be captured", route), reason)
         if reason:
             return Made(self._program.run(*args), reason)
-        if self._must_prove(route, args):
-            return Made(self._prove(route, args, serving), _WARM_UP)
+        smaller = self._smaller_anywhere(route, args)
+        if not self._is_proven(route, smaller):
+            return Made(self._prove(route, smaller, args, serving), _WARM_UP)
         padded = tuple(self._padding.pad(args, route.rung)) if route.rung else args
         return self._at_size(route, args, padded, serving)
-
-    def _question(self, what: str, route: Route) -> str:
-        return f"{self._program.name}: {what}, {route.mode.name} {route.sizes}" if self._agreement.is_group else ""
 
     def _decided_together(self, said: step | None) -> bool:
         """Whether the sizes of this call may be others on other ranks, with one decision for all."""
         return self._agreement.is_group and said is not None and said.dispatch is not None
 
-    def _must_prove(self, route: Route, args: tuple[Any, ...]) -> bool:
-        """Whether padding has to prove itself in this call, on any rank."""
-        if not route.rung or self._family(route) in self._proven:
-            return False
-        return any(
-            self._agreement.gather(self._question("is it padded", route), self._is_smaller(route, args), usual=False)
-        )
+    def _smaller_anywhere(self, route: Route, args: tuple[Any, ...]) -> set[str]:
+        """The symbols that a call has to be padded in on any rank."""
+        mine = self._smaller(route, args)
+        return set[str]().union(*self._agreement.gather(self._question("what is padded", route), mine, usual=set()))
 
     def _family(self, route: Route) -> Hashable:
         batch = route.batch  # the number of requests goes with the rung, what is proven does not
         return batch.uniform_query_len, batch.tags, frozenset(route.rung)
 
-    def _is_smaller(self, route: Route, args: tuple[Any, ...]) -> bool:
-        real = self._padding.sizes(args)
-        return real is None or any(real[symbol] != size for symbol, size in route.rung.items())
+    def _smaller(self, route: Route, args: tuple[Any, ...]) -> set[str]:
+        """The symbols that a call has to be padded in."""
+        real = self._padding.sizes(args) or {}
+        return {symbol for symbol, size in route.rung.items() if real.get(symbol) != size}
 
-    def _prove(self, route: Route, args: tuple[Any, ...], serving: Serving | None) -> tuple[Any, ...]:
+    def _is_proven(self, route: Route, symbols: set[str]) -> bool:
+        return symbols <= self._proven.get(self._family(route), set())
+
+    def _prove(
+        self, route: Route, smaller: set[str], args: tuple[Any, ...], serving: Serving | None
+    ) -> tuple[Any, ...]:
         """The first call that would be padded runs at its own size, and shows whether it may be."""
         captured = self._router.captured(route)
         seen = next(iter(self._observations.values()), None)
-        all_seen = all(
-            self._agreement.gather(self._question("was there a call before", route), seen is not None, usual=True)
-        )
+        question = self._question("was there a call before", route)
+        all_seen = all(self._agreement.gather(question, seen is not None, usual=True))
         if seen is None or not all_seen:
             self._observations[None], outputs = observe(self._program, args, self._device.device, captured)
             return outputs
@@ -201,10 +130,11 @@ class PlanMaker:
             captured, lambda: serving or contextlib.nullcontext(), self._agreement,
         )  # fmt: skip
         if verdict.reason:
-            self._padding.refuse(route.rung, verdict.reason)
+            refuse = self._padding.put_off if verdict.is_open else self._padding.refuse
+            refuse(route.rung, verdict.reason)
             _log.warning("%s is not padded: %s", self._program.name, verdict.reason)
         else:
-            self._proven.add(self._family(route))
+            self._proven.setdefault(self._family(route), set()).update(smaller)
             if verdict.seen is not None:
                 self._observations.setdefault(route.key, verdict.seen)
         return verdict.outputs
@@ -222,53 +152,10 @@ class PlanMaker:
                 self._observations[route.key] = known
                 made = Made(outputs, _WARM_UP)
             else:
-                made = self._capture_if_possible(route, known, padded, serving)
+                made = self.capture.serve(route, known, padded, serving)
         if route.rung:
             return made._replace(outputs=self._padding.hand_back(args, padded, made.outputs, known))
         return made
-
-    def _capture_if_possible(
-        self, route: Route, known: Observation, args: tuple[Any, ...], serving: Serving | None
-    ) -> Made:
-        device = self._device
-        with device.lock:
-            reason = self._agreement.reason(self._question("may it begin", route), self._why_not_now(route))
-            if reason:
-                return Made(self._program.run(*args), reason)
-            layout = self._same_on_all_ranks(self._lay_out(known, route), known, route)
-            if len(layout.live) == len(self._program.steps):
-                reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
-                self._attempts.refuse(route, reason)
-                return Made(self._program.run(*args), reason)
-            if reason := self._room.make(route.key):
-                return Made(self._program.run(*args), reason)
-            device.busy = True
-            try:
-                outputs = self._capture(route, known, layout, args, serving)
-            finally:
-                device.busy = False
-            return Made(self._program.run(*args), "a capture could not begin") if outputs is None else Made(outputs)
-
-    def _why_not_now(self, route: Route) -> str:
-        if self._device.busy or not self._device.enter():
-            return self._device.unusable or ELSEWHERE
-        if route.key in self._table.plans:  # of a group: at its own size on every rank, but that was not known before
-            return "padding is not proven" if self._agreement.is_group else "another thread was faster"
-        return ""
-
-    def _same_on_all_ranks(self, layout: Layout, known: Observation, route: Route) -> Layout:
-        """What runs live on one rank runs live on all of them."""
-        everywhere = self._agreement.gather(self._question("what runs live", route), dict(layout.live))
-        others = {
-            number: f"runs live on rank {rank}: {reason}"
-            for rank, live in enumerate(everywhere)
-            for number, reason in live.items()
-            if number not in layout.live
-        }
-        if not others:
-            return layout
-        self._attempts.demoted |= others
-        return self._lay_out(known, route)
 
     def _serving_of(self, route: Route, said: step | None) -> Serving | None:
         if said is None or not said.inputs:
@@ -276,143 +163,6 @@ class PlanMaker:
         if route.key not in self._servings:
             self._servings[route.key] = Serving(route.named, self._step_dims, self._config.pad)
         serving = self._servings[route.key]
-        serving.refresh(said.inputs)
+        with torch.no_grad():
+            serving.refresh(said.inputs)
         return serving
-
-    def _lay_out(self, known: Observation, route: Route) -> Layout:
-        return lay_out(
-            self._program,
-            known,
-            Choice(
-                full=route.mode is FULL,
-                demoted=self._attempts.demoted,
-                unstable=self._moves.unstable,
-                static_args=self._config.static_args,
-                max_copy_bytes=self._config.max_copy_bytes,
-                uniform_query_len=route.batch.uniform_query_len,
-                padded=self._padding.inputs_of(route.rung),
-                apart=self.inspector.apart(route.key),
-            ),
-        )
-
-    def _capture(
-        self, route: Route, known: Observation, layout: Layout, args: tuple[Any, ...], serving: Serving | None
-    ) -> tuple[Any, ...] | None:
-        """Record the call; its outputs, or ``None`` when nothing has run."""
-        started = time.perf_counter()
-        with contextlib.ExitStack() as session:
-            try:
-                before = self._device.usage()
-                # Nobody but the capture may hold the pool: it gives it back when the device turns out to be full.
-                entered = self._device.session()
-                capture = SegmentedCapture(
-                    self._program, known, layout, self._device, session.enter_context(entered), args, self._agreement
-                )
-                capture.bind_inputs(self._arena)
-                failure = None
-            except Exception as error:
-                failure = Failure.of(error)
-            if (failure := self._first_failure("is it ready", route, failure)) is not None:
-                self._note_failure(route, failure)
-                return None
-            label = f"capturing {self._program.name}"
-            bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
-            session.enter_context(_frozen(serving))
-            with torch.no_grad():
-                outputs, failure = capture.run(bar, self._policy)
-        failure = self._first_failure("was it captured", route, failure)
-        if failure is not None:
-            self._note_failure(route, failure)
-            return outputs
-        grown = self._device.usage().since(before)
-        holding = self._room.take(route.key, grown, _dropper(self._table, route.key))
-        if isinstance(holding, str):
-            _log.info("%s: the plan for %s was given up: %s", self._program.name, route.sizes, holding)
-            return outputs
-        recorded = capture.recorded
-        stats = _plan_stats(route, recorded, grown, time.perf_counter() - started)
-        replay, fitter = self._replay(route, recorded, stats)
-        addresses = static_addresses(recorded)
-        self._table.add(Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter))
-        return outputs
-
-    def _first_failure(self, what: str, route: Route, failure: Failure | None) -> Failure | None:
-        """What went wrong on any rank."""
-        if not self._agreement.is_group:
-            return failure
-        return Failure.of_ranks(self._agreement.gather(self._question(what, route), failure, usual=None))
-
-    def _replay(
-        self, route: Route, recorded: Recorded, stats: PlanStats
-    ) -> tuple[Callable[[tuple[Any, ...]], Any], Fitter | None]:
-        """Write the replay of what was recorded."""
-        at_end = self._device.at_end(recorded.segments, recorded.outputs.lent())
-        if at_end is not None:
-            at_end()
-        itself = weakref.ref(self)  # so that a runner that nobody calls any more goes at once, its plans with it
-
-        def mismatch(reason: str) -> None:
-            if (maker := itself()) is not None:
-                maker._give_up(route, reason)
-
-        fitter = Fitter(self._padding, route.rung, recorded, self._arena) if route.rung else None
-        replay, stats.source = generate(recorded, at_end, mismatch, self._arena if self._padding else None, fitter)
-        self.inspector.attach(route.key, recorded, replay)
-        if self._config.annotate:
-            annotate(replay, recorded, self._device.device.type == "cuda")
-        bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
-        self._stats.bindings = {spec.name: binding.value for spec, binding in bound}
-        if self._device.device.type == "cuda" and self._config.cache:
-            native.prepare(cache_root(self._config.cache_dir))
-        return replay, fitter
-
-    def _give_up(self, route: Route, reason: str) -> None:
-        """A live step gave what the graphs of a plan cannot take: a plan for this route is of no use."""
-        self._stats.live_calls[reason] += 1
-        self._attempts.refuse(route, reason)
-        self._table.drop(route.key)
-
-    def _note_failure(self, route: Route, failure: Failure) -> None:
-        if failure.out_of_memory:
-            self._attempts.note_no_memory(failure, self._room.out_of_memory(route.key))
-        else:
-            self._attempts.note_failure(failure)
-
-
-@contextlib.contextmanager
-def _frozen(serving: Serving | None) -> Iterator[None]:
-    """No new buffers while recording."""
-    if serving is None:
-        yield
-        return
-    serving.is_recording = True
-    try:
-        yield
-    finally:
-        serving.is_recording = False
-
-
-def _dropper(table: PlanTable, key: Hashable) -> Callable[[], None]:
-    """How the account gives up a plan; it does not keep the table alive."""
-    reference = weakref.ref(table)
-
-    def drop() -> None:
-        if (table := reference()) is not None:
-            table.drop(key)
-
-    return drop
-
-
-def _plan_stats(route: Route, recorded: Recorded, grown: Usage, seconds: float) -> PlanStats:
-    steps, live = recorded.program.steps, recorded.layout.live
-    return PlanStats(
-        key=route.sizes,
-        mode=route.mode.name,
-        num_segments=len(recorded.segments),
-        captured=[each.name for number, each in enumerate(steps) if number not in live],
-        live={each.name: live[number] for number, each in enumerate(steps) if number in live},
-        bytes=grown.exclusive + grown.shared,
-        seconds=seconds,
-        exclusive_bytes=grown.exclusive,
-        shared_bytes=grown.shared,
-    )

@@ -7,17 +7,38 @@ every replay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from graphcap.cudagraph.corner import fill_around
+from graphcap.cudagraph.corner import Fill, corner, fill_around
 from graphcap.cudagraph.step import StepInputs, serving_now
 from graphcap.errors import StepError
 
 #: How a step's input is named among declared dims and fills: ``"step.seq_lens"``.
 PREFIX = "step."
+
+_MAX_FITS = 1024  #: sets of sizes that are remembered for one plan
+
+#: Size and dtype of each input that has a buffer, in the order of the buffers.
+_Form = tuple[tuple[torch.Size, torch.dtype], ...]
+#: A buffer, the size of the part that a step fills, and what lies around it.
+_FillAround = tuple[torch.Tensor, torch.Size, Fill]
+
+
+class _Fit(NamedTuple):
+    """What brings inputs of one set of sizes into the buffers.
+
+    Attributes:
+        copies: for each dtype the parts of the buffers, and which of the inputs go there.
+        fills: those to be written on every call.
+        all_fills: those, and the constant ones, which last while the sizes stay.
+    """
+
+    copies: Sequence[tuple[list[torch.Tensor], list[int]]]
+    fills: Sequence[_FillAround]
+    all_fills: Sequence[_FillAround]
 
 
 def dims_of_step(declared: Mapping[str, Any] | None) -> dict[str, dict[int, str]]:
@@ -48,6 +69,8 @@ class Serving:
         self._dims = dims
         self._fills = fills
         self._buffers: dict[str, torch.Tensor] = {}
+        self._fits: dict[_Form, _Fit] = {}
+        self._latest: _Fit | None = None  # whose constant fills are in the buffers
         self._token: Any = None
 
     def __enter__(self) -> None:
@@ -67,30 +90,81 @@ class Serving:
         What is no tensor, and what has a dim that the plan does not depend on, is the engine's own.
 
         Raises:
-            StepError: another dtype or another size than the buffer's, or a first use while recording.
+            StepError: a size above the padded one, or a first use while recording.
         """
+        buffer = self._buffers.get(name)
+        if buffer is not None:
+            return buffer
         if not isinstance(given, torch.Tensor) or any(each not in self._named for each in self._names(name).values()):
             return given
-        if name not in self._buffers:
-            if self.is_recording:
-                raise StepError(f"step input {name!r} is read in a capture and was not read in the warm-up before it")
-            with torch.inference_mode(False):
-                size = self._padded_size(name, given)
-                self._buffers[name] = torch.empty(size, dtype=given.dtype, device=given.device)
-            self._copy(name, given)
-        return self._buffers[name]
+        if self.is_recording:
+            raise StepError(f"step input {name!r} is read in a capture and was not read in the warm-up before it")
+        with torch.inference_mode(False), torch.no_grad():
+            buffer = torch.empty(self._padded_size(name, given), dtype=given.dtype, device=given.device)
+            corner(buffer, given.shape).copy_(given, non_blocking=True)
+            fill_around(buffer, given.shape, self._fill(name))
+        self._buffers[name] = buffer
+        self._fits.clear()
+        return buffer
 
     def refresh(self, inputs: StepInputs) -> None:
-        """Copy what the step brings into the buffers that exist.
+        """Copy what the step brings into the buffers that exist. To be called without grad.
+
+        What is known for a set of sizes is worked out at its first call: later ones are a look-up and one copy for
+        each dtype, and constant fills are written where the call before had other sizes.
 
         Raises:
             StepError: an input is missing or has changed its form.
         """
+        if not self._buffers:
+            return
+        try:
+            given = [inputs.given[name] for name in self._buffers]
+            form = tuple([(each.shape, each.dtype) for each in given])
+        except (KeyError, AttributeError):
+            raise self._missing(inputs) from None
+        fit = self._fits.get(form)
+        if fit is None:
+            fit = self._fit(form)
+        fills = fit.fills if fit is self._latest else fit.all_fills
+        self._latest = None  # until everything is written: a fill of the user's may raise
+        for targets, order in fit.copies:
+            torch._foreach_copy_(targets, [given[position] for position in order], non_blocking=True)
+        for buffer, size, fill in fills:
+            fill_around(buffer, size, fill)
+        self._latest = fit
+
+    def _fit(self, form: _Form) -> _Fit:
+        """How inputs of these sizes and dtypes get into the buffers."""
+        copies: dict[torch.dtype, tuple[list[torch.Tensor], list[int]]] = {}
+        fills: list[_FillAround] = []
+        for position, ((name, buffer), (size, dtype)) in enumerate(zip(self._buffers.items(), form, strict=True)):
+            if dtype is not buffer.dtype or len(size) != buffer.dim():
+                raise StepError(
+                    f"step input {name!r} is {dtype} {tuple(size)}; the graph was captured with "
+                    f"{buffer.dtype} {tuple(buffer.shape)}"
+                )
+            if any(real > padded for real, padded in zip(size, buffer.shape, strict=True)):
+                raise StepError(f"step input {name!r} has size {tuple(size)}, the graph {tuple(buffer.shape)}")
+            if size.numel():
+                targets, order = copies.setdefault(dtype, ([], []))
+                targets.append(corner(buffer, size))
+                order.append(position)
+            if size != buffer.shape:
+                fills.append((buffer, size, self._fill(name)))
+        if len(self._fits) >= _MAX_FITS:
+            self._fits.clear()
+        changing = [each for each in fills if not isinstance(each[2], (bool, int, float))]
+        fit = self._fits[form] = _Fit(list(copies.values()), changing, fills)
+        return fit
+
+    def _missing(self, inputs: StepInputs) -> StepError:
         for name in self._buffers:
-            given = inputs.given(name)
-            if given is None:
-                raise StepError(f"the graph reads step input {name!r}, which this step does not bring")
-            self._copy(name, given)
+            if name not in inputs.given:
+                return StepError(f"the graph reads step input {name!r}, which this step does not bring")
+        odd = next(name for name in self._buffers if not isinstance(inputs.given[name], torch.Tensor))
+        kind = type(inputs.given[odd]).__name__
+        return StepError(f"step input {odd!r} is a {kind}; the graph was captured with a tensor")
 
     def _padded_size(self, name: str, given: torch.Tensor) -> tuple[int, ...]:
         names = self._names(name)
@@ -102,18 +176,6 @@ class Serving:
     def _names(self, name: str) -> Mapping[int, str]:
         return self._dims.get(PREFIX + name, {})
 
-    def _copy(self, name: str, given: torch.Tensor) -> None:
-        buffer = self._buffers[name]
-        if given.dtype is not buffer.dtype or given.dim() != buffer.dim():
-            raise StepError(
-                f"step input {name!r} is {given.dtype} {tuple(given.shape)}; the graph was captured with "
-                f"{buffer.dtype} {tuple(buffer.shape)}"
-            )
-        real = buffer
-        for dim, size in enumerate(given.shape):
-            if size > buffer.shape[dim]:
-                raise StepError(f"step input {name!r} has size {tuple(given.shape)}, the graph {tuple(buffer.shape)}")
-            real = real.narrow(dim, 0, size)
-        with torch.no_grad():
-            real.copy_(given, non_blocking=True)
-            fill_around(buffer, given.shape, self._fills.get(PREFIX + name, 0))
+    def _fill(self, name: str) -> Fill:
+        fill: Fill = self._fills.get(PREFIX + name, 0)
+        return fill

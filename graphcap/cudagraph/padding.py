@@ -20,9 +20,10 @@ import torch
 
 from graphcap.config import Config
 from graphcap.cudagraph.bindings import MemoryFacts
-from graphcap.cudagraph.corner import Fill, corner, cut, fill_around
+from graphcap.cudagraph.corner import Fill, corner, cut, declared_fill, fill_around
 from graphcap.cudagraph.observe import Observation
 from graphcap.cudagraph.program import DimSize, InputKind, InputSpec, Program, Size
+from graphcap.cudagraph.revision import revise
 
 
 class Padding:
@@ -36,7 +37,6 @@ class Padding:
         inputs: the tensor inputs that carry a symbol of ``names``. They never reach a graph by reference.
         scalars: the scalar inputs that depend on a symbol of ``names``, each with how.
         told_by: the scalar inputs that tell the value of a symbol, each with how it follows from it.
-        notes: one line for each thing that a user who wants padding should know.
     """
 
     def __init__(self, program: Program, config: Config) -> None:
@@ -54,8 +54,13 @@ class Padding:
             for index, spec in self._specs
             if spec.kind is InputKind.SCALAR and isinstance(size := _held(spec), Size) and size.symbol in self.names
         }
-        self.notes = tuple(self._notes(declared))
+        self._put_off: set[str] = set()
         self._output_sizes = dict(zip(program.outputs, program.output_sizes, strict=bool(self.names)))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line for each thing that a user who wants padding should know."""
+        return tuple(self._notes(self.declared))
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -170,12 +175,29 @@ class Padding:
         return frozenset(index for index, symbols in carried.items() if not symbols.isdisjoint(rung))
 
     def refuse(self, symbols: Iterable[str], reason: str) -> None:
-        """Never pad these again: what a proof found."""
+        """Never pad these again: a fact that a proof found, such as rows that are mixed."""
         for symbol in symbols:
-            if (name := self.names.pop(symbol, None)) is not None:
+            if self.names.pop(symbol, None) is not None:
                 self.refused[symbol] = reason
                 self.fixed.pop(symbol, None)
-                self.notes = (*self.notes, f"{name} is not padded: {reason}")
+        revise()
+
+    def put_off(self, symbols: Iterable[str], reason: str) -> None:
+        """Do not pad these for now: a proof was not possible as things are, and nothing is known against it."""
+        symbols = [symbol for symbol in symbols if symbol in self.names]
+        self.refuse(symbols, reason)
+        self._put_off.update(symbols)
+
+    def reconsider(self) -> set[str]:
+        """Let what was put off be proven. Returns the symbols, which may be padded from now on."""
+        symbols, self._put_off = self._put_off, set()
+        for symbol in symbols:
+            del self.refused[symbol]
+            self.names[symbol] = self.declared[symbol]
+            if symbol in self.program.largest:
+                self.fixed[symbol] = self.program.largest[symbol]
+        revise()
+        return symbols
 
     def fill(self, index: int) -> Fill:
         """What the padded rows of an input hold; 0 where nothing is declared."""
@@ -183,10 +205,13 @@ class Padding:
         return 0 if given is None else given
 
     def declared_fill(self, index: int) -> Fill | None:
-        """What ``pad`` says about an input, by its path or the path of a container that it is in."""
-        name = self.program.inputs[index].name
-        paths = [path for path in self._config.pad if name == path or name.startswith(f"{path}.")]
-        return self._config.pad[max(paths, key=len)] if paths else None
+        """What ``pad`` says about an input; ``None`` where that is nothing."""
+        return declared_fill(self._config.pad, self.program.inputs[index].name)
+
+    def undeclared_write_indices(self) -> list[str]:
+        """The inputs that say where something is written, and for which no declaration says where padded rows write."""
+        indices = [(index, spec) for index, spec in self._tensors() if spec.is_write_index]
+        return [spec.name for index, spec in indices if self.declared_fill(index) is None or not spec.dim_names]
 
     def _goal(self, real: Mapping[str, int], rung: Mapping[str, int]) -> dict[str, int]:
         return {**real, **{s: size for s, size in rung.items() if s in self.names}, **self.fixed}

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from graphcap.cudagraph.revision import revise
+from graphcap.errors import StepError
+
 
 class Phase(enum.Enum):
     """What a call is made for."""
@@ -19,25 +22,46 @@ class Phase(enum.Enum):
 
 
 class Keeper:
-    """The state of a model as it was before it was called for the sake of a capture."""
+    """The state of a model as it was before it was called for the sake of a capture.
 
-    def __init__(self, max_bytes: int) -> None:
-        """Keep copies of up to ``max_bytes`` in all."""
-        self._left = max_bytes
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        #: Bytes of state that was too large to keep.
+    Attributes:
+        lent: tensors of a caller that calls are made with, and that may be written. They are kept like buffers.
+        not_kept: bytes of state that was too large to keep.
+    """
+
+    def __init__(self, max_bytes: int, lent: Iterable[torch.Tensor] = (), must_keep: str = "") -> None:
+        """Keep copies of up to ``max_bytes`` in all.
+
+        Args:
+            max_bytes: what copies may take.
+            lent: see the class.
+            must_keep: why no state may be written that is too large to keep; ``""`` where it may.
+        """
+        self.lent = {id(tensor) for tensor in lent}
         self.not_kept = 0
+        self._left = max_bytes
+        self._must_keep = must_keep
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._too_large: set[int] = set()
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy what the calls that follow are going to write into."""
+        """Copy what the calls that follow are going to write into.
+
+        Raises:
+            StepError: it is too large, and must be kept.
+        """
         for tensor in tensors:
-            if id(tensor) in self._kept:
+            if id(tensor) in self._kept or id(tensor) in self._too_large:
                 continue
             nbytes = tensor.numel() * tensor.element_size()
             if nbytes > self._left:
+                if self._must_keep:
+                    raise StepError(f"{nbytes} bytes of state are too large to be put back, and {self._must_keep}")
                 self.not_kept += nbytes
+                self._too_large.add(id(tensor))
                 continue
             self._left -= nbytes
+            # In inference mode a copy would be an inference tensor.
             with torch.inference_mode(False), torch.no_grad():
                 self._kept[id(tensor)] = tensor, tensor.detach().clone()
 
@@ -99,9 +123,11 @@ class allow_capture:
     def __init__(self, allowed: bool = True) -> None:
         self._before = _Seal.allowed
         _Seal.allowed = bool(allowed)
+        revise()
 
     def __enter__(self) -> allow_capture:
         return self
 
     def __exit__(self, *_: object) -> None:
         _Seal.allowed = self._before
+        revise()

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator
 
 from graphcap.cudagraph.plan import Plan, Served
+from graphcap.cudagraph.revision import revise
 from graphcap.cudagraph.stats import RunnerStats
 
 _MAX_SERVED = 65536  #: kinds of calls remembered
@@ -28,29 +29,36 @@ class PlanTable:
         """A plan can be replayed from now on."""
         self.plans[plan.route.key] = plan
         self._stats.add(plan.stats)
+        revise()
 
     def lead(self, served: Served) -> None:
         """A kind of call leads to its plan from now on."""
         if len(self.served) >= _MAX_SERVED:
             self.served.clear()
         self.served[served.key] = served
-        served.plan.served.append(served)
+        served.plan.served.append(served.key)  # the key alone: no cycle that would wait for the collector
 
     def drop(self, key: Hashable) -> None:
         """Give up a plan and every way to it."""
         plan = self.plans.pop(key, None)
         if plan is not None:
-            for each in plan.served:
-                self.served.pop(each.key, None)
-            plan.served.clear()  # they refer to it: its memory must not wait for the collector
+            for served in plan.served:
+                self.served.pop(served, None)
             plan.holding.is_dropped = True
             self._stats.retire(plan.stats)
+            revise()
 
     def drop_if(self, condition: Callable[[Plan], bool]) -> None:
         """Give up the plans for which a condition holds."""
         for key, plan in list(self.plans.items()):
             if condition(plan):
                 self.drop(key)
+
+    def forget_ways(self) -> None:
+        """Have the next call of each kind look for its plan again."""
+        for plan in self.plans.values():
+            plan.served.clear()
+        self.served.clear()
 
     @property
     def num_undeclared(self) -> int:
@@ -62,8 +70,10 @@ class PlanTable:
         """An empty table within this block; what was in it comes back at its end."""
         before = self.plans, self.served
         self.plans, self.served = {}, {}
+        revise()
         try:
             yield
         finally:
             self.drop_if(lambda plan: True)
             self.plans, self.served = before
+            revise()

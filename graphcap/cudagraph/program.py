@@ -132,6 +132,7 @@ class Program:
         run: the stitched function: ``run(*args) -> tuple`` executes every step live, without any graph.
         output_sizes: per output the sizes of its dims as in :attr:`InputSpec.sizes`.
         largest: the symbols of dims that live in a buffer of the largest size and are not in the key, each with it.
+        bounds: the symbols with a value beyond which the steps' functions do not hold, each with it; ``run`` does.
     """
 
     name: str
@@ -141,3 +142,4 @@ class Program:
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
     output_sizes: tuple[tuple[DimSize, ...], ...] = ()
     largest: Mapping[str, int] = field(default_factory=dict)
+    bounds: Mapping[str, int] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from graphcap.cudagraph.observe import Observation, observe
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import Program
-from graphcap.cudagraph.recorded import describe
+from graphcap.cudagraph.recorded import describe, is_out_of_memory
 from graphcap.cudagraph.scratch import Scratch, generator_states, same_random_numbers, state_bytes
 
 _COPIES = 3  #: of what a call writes: as it was before, and after each of the two runs that are compared
@@ -43,12 +43,14 @@ class Verdict:
     Attributes:
         outputs: of the call, run once at its exact sizes: the caller's.
         reason: why the program must not be padded, in one line; ``""`` where it may.
+        is_open: whether the reason is a lack of memory for the proof, which says nothing about the program.
         seen: where it may, what a warm-up at the size of the rung shows.
     """
 
     outputs: tuple[Any, ...]
     reason: str
     seen: Observation | None = None
+    is_open: bool = False
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ def prove(
     Raises:
         Exception: what the call itself raises, as it would without padding.
     """
-    scratch, generators, reason = None, list[torch.Tensor](), ""
+    scratch, generators, reason, is_open = None, list[torch.Tensor](), "", False
     try:
         needed = _COPIES * state_bytes(program, seen, args)
         if needed <= max_state_bytes:
@@ -100,17 +102,26 @@ def prove(
         else:
             reason = (
                 f"the proof needs {needed} bytes for copies of what the call writes, {max_state_bytes} are allowed; "
-                "graphcap.capture() at start-up, while caches are small, proves it once"
+                "graphcap.capture() tries again: call it at start-up, while caches are small"
             )
+            is_open = True
     except Exception as error:  # nothing has run yet
-        reason = f"its state cannot be copied: {describe(error)}"
-    reason = agreement.reason(f"{program.name}: may the proof begin", reason)
+        reason, is_open = f"its state cannot be copied: {describe(error)}", is_out_of_memory(error)
+    reason, is_open = in_common(agreement, f"{program.name}: may the proof begin", reason, is_open)
     outputs = tuple(program.run(*args))
     if reason or scratch is None:
-        return Verdict(outputs, reason)
+        return Verdict(outputs, reason, is_open=is_open)
     proof = _Proof(program, args, padding, rung, scratch, device, generators, captured, beside, agreement)
     reason = proof.reason(outputs)
-    return Verdict(outputs, reason, None if reason else proof.seen)
+    if reason:
+        return Verdict(outputs, reason, is_open=proof.is_open)
+    return Verdict(outputs, "", proof.seen)
+
+
+def in_common(agreement: Agreement, question: str, reason: str, is_open: bool) -> tuple[str, bool]:
+    """The first reason of any rank, and whether all that have one lack memory and no more."""
+    common = agreement.reason(question, reason)
+    return common, bool(common) and all(agreement.gather(question, is_open or not reason, usual=True))
 
 
 def warm_up_padded(
@@ -159,6 +170,7 @@ class _Proof:
         self._program, self._args, self._padding, self._rung = program, args, padding, rung
         self._scratch, self._device, self._generators = scratch, device, generators
         self.seen: Observation | None = None
+        self.is_open = False  # whether only memory was missing
         self._padded = _Result({})
         self._found: dict[str, float] = {}  # what padded rows have an influence on, and how much
 
@@ -180,11 +192,14 @@ class _Proof:
 
     def _round(self, run: Callable[[], str]) -> str:
         """One more padded run on every rank: what speaks against padding on any of them."""
+        is_open = False
         try:
             mine = run()
         except Exception as error:
-            mine = f"the padded call fails: {describe(error)}"
-        return self._agreement.reason(f"{self._program.name}: is padding right", mine)
+            mine, is_open = f"the padded call fails: {describe(error)}", is_out_of_memory(error)
+        question = f"{self._program.name}: is padding right"
+        reason, self.is_open = in_common(self._agreement, question, mine, is_open)
+        return reason
 
     def _compare_sizes(self, outputs: Sequence[Any]) -> str:
         truth = self._result(self._args, outputs)

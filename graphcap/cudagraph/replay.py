@@ -9,6 +9,7 @@ that depend on the real size are bound anew for each (:mod:`~graphcap.cudagraph.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -355,7 +356,8 @@ class _Writer:
         return name
 
     def finish(self) -> tuple[Callable[[tuple[Any, ...]], Any], str]:
-        prelude = [f"a{index} = args[{index}]" for index in self._used]
+        named = set(re.findall(r"\ba(\d+)\b", "\n".join(self._lines)))  # some were asked for and then not needed
+        prelude = [f"a{index} = args[{index}]" for index in self._used if str(index) in named]
         source = "\n    ".join(["def replay(args):", *prelude, *self._lines]) + "\n"
         exec(compile(source, f"<graphcap replay of {self._recorded.program.name}>", "exec"), self._names)
         replay = self._names.pop("replay")  # not in its own globals: a dropped plan must not wait for the collector

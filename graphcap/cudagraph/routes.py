@@ -7,23 +7,23 @@ runner remembers the outcome.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import math
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.bindings import is_captured
-from graphcap.cudagraph.ladder import Ladder, requests_ladder
-from graphcap.cudagraph.ladders import ladders_of
+from graphcap.cudagraph.key_dims import REQS, KeyDims
+from graphcap.cudagraph.key_ladder import KeyLadder
 from graphcap.cudagraph.metadata import dims_of_step
 from graphcap.cudagraph.padding import Padding
-from graphcap.cudagraph.program import Capture, InputKind, Program
+from graphcap.cudagraph.program import Capture, Program
 from graphcap.cudagraph.step import RUNTIME_MODES, Dispatch, GraphKey, step
 
 NONE, PIECEWISE, FULL, AUTO = (
     CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL, CUDAGraphMode.AUTO,
 )  # fmt: skip
-TOKENS, REQS = "num_tokens", "num_reqs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,54 +75,33 @@ class Router:
     """Routes for the calls of one program.
 
     Attributes:
-        symbols: what the sizes of a key are values of, in the order of the key.
-        tokens: the symbol that counts tokens, ``None`` where there is none.
-        reqs: the symbol that counts requests, ``None`` where there is none.
-        names: per symbol what the user calls it.
-        notes: what of the settings could not be used.
-        rung_of: takes sizes, returns those of the rung that covers them, ``None`` where the ladder does not.
+        dims: those of its key.
+        ladder: the batches to capture beforehand.
     """
 
     def __init__(self, program: Program, config: Config, padding: Padding) -> None:
         """Work out what does not change from call to call."""
-        scalars = [(i, s) for i, s in enumerate(program.inputs) if s.kind is InputKind.SCALAR and s.in_key]
-        self._follows = tuple(padding.told_by.get(index) for index, _ in scalars)
-        pairs = zip(scalars, self._follows, strict=True)
-        self.symbols = tuple(size.symbol if size else spec.symbol or spec.name for (_, spec), size in pairs)
-        self._names = padding.declared
-        by_name = {name: symbol for symbol, name in self._names.items()}
-        self.tokens = by_name.get(TOKENS) or (self.symbols[0] if len(self.symbols) == 1 else None)
-        self.reqs = by_name.get(REQS)
-        self._program = program
-        self._config = config
-        self._padding = padding
-        self.names = tuple(self._names.get(each, TOKENS if each == self.tokens else each) for each in self.symbols)
-        padded = [name for name, symbol in zip(self.names, self.symbols, strict=True) if symbol in padding.names]
-        found = ladders_of(self.names, padded, config)
-        self.notes = found.notes
-        self.rung_of = found.rung_of
-        self._ladders = dict(zip(self.symbols, found.ladders, strict=True))
-        self._decode_ladders: dict[int, Ladder] = {}
-        # Where no argument carries the requests, inputs of the step may.
-        self._counts_reqs = any(REQS in dims.values() for dims in dims_of_step(config.dynamic_arg_dims).values())
+        self._program, self._config, self._padding = program, config, padding
         kinds = {each.capture for each in program.steps}
         self._has_uniform = not kinds.isdisjoint({Capture.UNIFORM, Capture.UNIFORM_SINGLE})
+        # Where no argument carries the requests, inputs of the step may.
+        self._counts_reqs = any(REQS in dims.values() for dims in dims_of_step(config.dynamic_arg_dims).values())
+        self.dims = KeyDims(program, config, padding)
+        self.ladder = KeyLadder(self.dims, config, self._has_uniform)
 
     def captured(self, route: Route) -> tuple[int, ...]:
         """The steps that may be captured on a route."""
         full, length = route.mode is FULL, route.batch.uniform_query_len
         return tuple(n for n, each in enumerate(self._program.steps) if is_captured(each, full, length))
 
-    def routes(self, sizes: Any, said: step | None) -> tuple[Route, ...] | str:
+    def routes(self, scalars: Any, said: step | None) -> tuple[Route, ...] | str:
         """The routes of a call, the better one first; or why there is none.
 
         Args:
-            sizes: of the key: one value or a tuple of them.
+            scalars: the numbers of the key: one value or a tuple of them.
             said: the step in force.
         """
-        values = sizes if isinstance(sizes, tuple) else (sizes,)
-        told = zip(self.symbols, self._follows, values, strict=True)
-        real = {symbol: size.symbol_at(value) if size else value for symbol, size, value in told}
+        real = self.dims.sizes(scalars)
         key = said.key if said is not None else None
         decision = said.dispatch if said is not None else None
         limit = said.max_mode if said is not None else None
@@ -130,50 +109,26 @@ class Router:
 
     def routes_of(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> tuple[Route, ...] | str:
         """The routes of a batch that nobody has called with yet."""
-        real = dict.fromkeys(self.symbols, 0)
-        if self.tokens is not None:
-            real[self.tokens] = key.num_tokens
-        if self.reqs is not None and key.num_reqs is not None:
-            real[self.reqs] = key.num_reqs
+        real = self.dims.sizes_of(key)
         return self._routes(real, self._batch(real, key), max_mode, None)
 
-    def padded_sizes(self, route: Route, key: GraphKey) -> tuple[int, int | None]:
-        """Tokens and requests of a batch on a route; requests follow the tokens where the plan does not fix them."""
-        sizes = dict(zip(self.symbols, route.sizes, strict=True))
-        tokens = sizes.get(self.tokens or "") or key.num_tokens
-        reqs = sizes.get(self.reqs or "") or route.named.get(REQS)
+    def dispatch(self, route: Route, key: GraphKey) -> Dispatch:
+        """How a batch runs on a route; requests follow the tokens where the plan does not fix them."""
+        sizes = dict(zip(self.dims.symbols, route.sizes, strict=True))
+        at = dict(zip(self.dims.names, route.sizes, strict=True))
+        others = tuple((name, size if at.get(name) is None else at[name]) for name, size in key.sizes)
+        tokens = sizes.get(self.dims.tokens or "") or key.num_tokens
+        if self.dims.tokens is None and others:
+            tokens = math.prod(size for _, size in others)
+        reqs = sizes.get(self.dims.reqs or "") or route.named.get(REQS)
         length = key.uniform_query_len
         if reqs is None and length is not None and tokens % length == 0:
             reqs = tokens // length
-        return tokens, reqs if reqs is not None else key.num_reqs
-
-    def ladder(self) -> list[GraphKey]:
-        """The batches to capture beforehand: mixed ones first, then uniform decode, each the largest first."""
-        mode, most = self._config.cudagraph_mode, self._config.max_num_reqs
-        ladder = self._ladders.get(self.tokens or "")
-        if ladder is None or mode is NONE:
-            return []
-        sizes = [size for size in reversed(ladder.sizes) if self._allowed(size)]
-        mixed = mode.mixed_mode() is not NONE
-        keys = [GraphKey(size, min(size, most or size)) for size in sizes if mixed]
-        if mode.separate_routine() or self._has_uniform:
-            decode = self._decode_ladder(ladder, 1)
-            keys += [GraphKey(reqs, reqs, 1) for reqs in reversed(decode.sizes) if self._allowed(reqs)]
-        return keys
-
-    def _allowed(self, size: int) -> bool:
-        limit = self._config.max_capture_size
-        return limit is None or size <= limit
-
-    def _decode_ladder(self, tokens: Ladder, query_len: int) -> Ladder:
-        """Counted in requests of ``query_len`` tokens each."""
-        if query_len not in self._decode_ladders:
-            self._decode_ladders[query_len] = requests_ladder(tokens, query_len, self._config.max_num_reqs)
-        return self._decode_ladders[query_len]
+        return Dispatch(route.mode, tokens, key.num_reqs if reqs is None else reqs, key, sizes=others)
 
     def _batch(self, real: Mapping[str, int], key: GraphKey | None) -> Batch:
         if key is None:
-            tokens, reqs = real.get(self.tokens or ""), real.get(self.reqs or "")
+            tokens, reqs = real.get(self.dims.tokens or ""), real.get(self.dims.reqs or "")
             # Every request brings at least one token: as many tokens as requests is one for each.
             return Batch(1 if tokens is not None and tokens == reqs else None)
         wanted = self._config.specialize_tags
@@ -217,42 +172,45 @@ class Router:
         limit = self._config.max_capture_size
         if limit is not None and any(real[s] > limit for s in matters if s not in self._padding.fixed):
             return f"above max_capture_size={limit}"
+        beyond = [bound for symbol, bound in self._program.bounds.items() if real.get(symbol, 0) > bound]
+        if beyond:
+            return f"above {beyond[0]} rows the pieces run as they are, uncompiled"
         rung = self._rung(real, matters, length, decision)
         if isinstance(rung, str):
             return rung
         declared = rung is not None
-        sizes = {symbol: (rung or {}).get(symbol, real[symbol]) for symbol in self.symbols if symbol in matters}
+        sizes = {symbol: (rung or {}).get(symbol, real[symbol]) for symbol in self.dims.symbols if symbol in matters}
         padded = {symbol: size for symbol, size in (rung or {}).items() if symbol in self._padding.names}
         padded |= {symbol: size for symbol, size in self._padding.fixed.items() if symbol in matters}
         sizes |= padded
-        named = {name: sizes[symbol] for symbol, name in self._names.items() if symbol in sizes}
-        said = batch.num_reqs if full and self._counts_reqs and self.reqs not in sizes else None
+        named = {name: sizes[symbol] for symbol, name in self._padding.declared.items() if symbol in sizes}
+        said = batch.num_reqs if full and self._counts_reqs and self.dims.reqs not in sizes else None
         if said is not None:
-            tokens = sizes.get(self.tokens or "")
+            tokens = sizes.get(self.dims.tokens or "")
             said = tokens // length if length and tokens is not None else said
         named |= {} if said is None else {REQS: said}
         depends = Batch(length if self._has_uniform else None, said, batch.tags)
-        return Route(mode, depends, tuple(sizes.get(each) for each in self.symbols), padded, named, declared)
+        return Route(mode, depends, tuple(sizes.get(each) for each in self.dims.symbols), padded, named, declared)
 
     def _matters(self, full: bool, length: int | None) -> frozenset[str]:
         """The symbols that the captured steps depend on; all of them where the program does not say."""
         steps = self._program.steps
         if not any(each.symbols for each in steps):
-            return frozenset(self.symbols)
+            return frozenset(self.dims.symbols)
         captured = (each.symbols for each in steps if is_captured(each, full, length))
-        return frozenset(self.symbols).intersection(frozenset().union(*captured))
+        return frozenset(self.dims.symbols).intersection(frozenset().union(*captured))
 
     def _rung(
         self, real: Mapping[str, int], matters: frozenset[str], length: int | None, decision: Dispatch | None
     ) -> dict[str, int] | str | None:
         """The declared sizes that serve these; ``None`` when one of them is not declared; or why the call runs live."""
         rung: dict[str, int] = {}
-        for symbol in self.symbols:
+        for symbol in self.dims.symbols:
             if symbol not in matters or symbol in self._padding.fixed:
                 continue
-            size, ladder, given = real[symbol], self._ladder(symbol, length), self._given(symbol, decision)
-            found = given if given is not None and given >= size else ladder(size)
-            if symbol not in self._padding.names and found != size:
+            size, given, is_padded = real[symbol], self.dims.decided(symbol, decision), symbol in self._padding.names
+            found = given if given is not None and given >= size else self.dims.rung(symbol, size, length, is_padded)
+            if not is_padded and found != size:
                 return None
             if isinstance(found, str):
                 return found
@@ -260,26 +218,3 @@ class Router:
                 return None
             rung[symbol] = found
         return rung or None
-
-    def _ladder(self, symbol: str, length: int | None) -> Callable[[int], int | str | None]:
-        """What looks a size up: the rung, ``None`` where it is no declared size, or why it runs live."""
-        ladder, tokens = self._ladders[symbol], self._ladders.get(self.tokens or "")
-        unit = 1
-        if length is not None and tokens is not None and symbol in (self.tokens, self.reqs):
-            ladder = self._decode_ladder(tokens, length)
-            unit = length if symbol == self.tokens else 1
-
-        def find(size: int) -> int | str | None:
-            if ladder is None:
-                return None
-            found = ladder.rung_of(size // unit)
-            if found is None and symbol in self._padding.names and size // unit > ladder.largest:
-                return ladder.why_uncovered(size // unit)
-            return None if found is None else found * unit
-
-        return find
-
-    def _given(self, symbol: str, decision: Dispatch | None) -> int | None:
-        if decision is None:
-            return None
-        return decision.num_tokens if symbol == self.tokens else decision.num_reqs if symbol == self.reqs else None

@@ -19,12 +19,14 @@ from graphcap.cudagraph.agreement import agreement_of
 from graphcap.cudagraph.alerts import warn_once
 from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.device import GraphDevice
-from graphcap.cudagraph.maker import ELSEWHERE, Parts, PlanMaker
+from graphcap.cudagraph.maker import PlanMaker
 from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.moves import MoveRecord
 from graphcap.cudagraph.padding import Padding
+from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.phase import Phase, current_purpose
 from graphcap.cudagraph.plan import Plan, Served, Unfit
+from graphcap.cudagraph.plan_capture import ELSEWHERE
 from graphcap.cudagraph.plan_table import PlanTable
 from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.routes import Route, Router
@@ -57,7 +59,7 @@ class GraphRunner:
         self.stats = RunnerStats()
         self.padding = Padding(program, config)
         self.router = Router(program, config, self.padding)
-        self.stats.dim_names = self.router.names
+        self.stats.dim_names = self.router.dims.names
         self._sizes = _size_reader(program)
         self._table = PlanTable(self.stats)
         self._attempts = Attempts(program, config, self.stats)
@@ -65,15 +67,13 @@ class GraphRunner:
         self.agreement = agreement_of(config.process_group)
         self._maker = PlanMaker(
             Parts(
-                program, device, config, self.padding, self.router,
-                self._table, self._attempts, self._moves, self.agreement,
-            ),
-            self.stats,
+                program, device, config, self.padding, self.router, self._table, self._attempts, self._moves,
+                self.stats, self.agreement,
+            )
         )  # fmt: skip
         self._replaced: dict[Hashable, int] = {}
         self._tick = device.account.tick
-        mutated = {slot for each in program.steps for slot in each.mutates}
-        self._state = [i for i, spec in enumerate(program.inputs) if i in mutated and spec.kind is InputKind.STATIC]
+        self._written = sorted({slot for each in program.steps for slot in each.mutates if slot < len(program.inputs)})
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         said = current()
@@ -104,14 +104,21 @@ class GraphRunner:
 
     def dispatch(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> Dispatch:
         """How a batch is going to run: by the first of its routes that has a plan or may get one."""
+        return self.decide(key, max_mode)[0]
+
+    def decide(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> tuple[Dispatch, bool]:
+        """:meth:`dispatch`, and whether that holds until the next :func:`~graphcap.cudagraph.revision.revise`. It does
+        not where the device has no room: that is asked about again after some calls, so calls are counted."""
         routes = self.router.routes_of(key, max_mode)
-        reasons = [routes] if isinstance(routes, str) else []
+        reasons, lasts = [routes] if isinstance(routes, str) else [], True
         for route in () if isinstance(routes, str) else routes:
-            barred = "" if route.key in self._table.plans else self._barred(route)
-            if not barred:
-                return Dispatch(route.mode, *self.router.padded_sizes(route, key), key)
-            reasons.append(barred)
-        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0])
+            barred = "" if route.key in self._table.plans else self._attempts.barred(route, self._table.num_undeclared)
+            no_room = "" if barred or route.key in self._table.plans else self._maker.no_room(route)
+            lasts = lasts and not no_room
+            if not barred and not no_room:
+                return self.router.dispatch(route, key), lasts
+            reasons.append(barred or no_room)
+        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0], key.sizes), lasts
 
     def has_plan(self, key: GraphKey) -> bool:
         """Whether a batch finds a plan."""
@@ -121,21 +128,33 @@ class GraphRunner:
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""
         with self.device.lock:
-            if self._table.plans and self.device.enter():
-                self.device.wait()
+            self._wait()
             self._table.drop_if(lambda plan: True)
             self._maker.clear()
+
+    def _wait(self) -> None:
+        """Until the replays that are running have finished: their plans may go."""
+        if self._table.plans and self.device.enter():
+            self.device.wait()
+
+    def reconsider(self) -> None:
+        """Try again what was given up for want of memory: plans, and the proof that padding changes nothing. The next
+        call of each kind looks for its plan again, so that a :class:`~graphcap.cudagraph.phase.Keeper` sees it."""
+        with self.device.lock:
+            self._wait()
+            self._maker.reconsider()
+            self._table.forget_ways()
 
     @property
     def inspector(self) -> Inspector:
         """Looks into the replays of every plan that is captured from now on."""
-        return self._maker.inspector
+        return self._maker.capture.inspector
 
     @contextlib.contextmanager
     def inspected(self, inspector: Inspector) -> Iterator[None]:
         """Within this block calls make plans of their own, for ``inspector`` to look into; the others return at its
         end."""
-        with self._table.set_aside(), self._maker.inspected(inspector):
+        with self._table.set_aside(), self._maker.capture.inspected(inspector):
             yield
 
     def _live(self, args: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
@@ -150,6 +169,10 @@ class GraphRunner:
 
     def _first_of_its_kind(self, key: Hashable, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """No way is known for such a call."""
+        if (keeper := current_purpose().keeper) is not None:
+            inputs = self.program.inputs
+            states = [i for i in self._written if inputs[i].kind is InputKind.STATIC or id(args[i]) in keeper.lent]
+            keeper.keep(args[index] for index in states)
         routes = self.router.routes(self._sizes(args), said)
         if isinstance(routes, str):
             return self._live(args, routes)
@@ -173,13 +196,11 @@ class GraphRunner:
 
     def _approach(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """A route that may be captured: now, or after more sightings."""
-        purpose = current_purpose()
-        if purpose.phase is Phase.TRAFFIC and not self._attempts.is_due(route):
+        phase = current_purpose().phase
+        if phase is Phase.TRAFFIC and not self._attempts.is_due(route):
             return self._live(args, "warm-up")
-        if purpose.phase is Phase.WARM_UP:
+        if phase is Phase.WARM_UP:
             self._maker.forget(route)
-        if purpose.keeper is not None:
-            purpose.keeper.keep(args[index] for index in self._state)
         return self._make(route, args, said)
 
     def _make(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
@@ -212,9 +233,8 @@ class GraphRunner:
 
     def _size_stats(self, args: tuple[Any, ...], route: Route | None = None) -> SizeStats:
         """The counter of a call: at the sizes of the route that serves it, or else of the rung that would."""
-        found = self._sizes(args)
-        sizes = found if isinstance(found, tuple) else (found,)
-        return self.stats.of_size(sizes, self.router.rung_of(sizes) if route is None else route.computed(sizes))
+        sizes = tuple(self.router.dims.sizes(self._sizes(args)).values())
+        return self.stats.of_size(sizes, self.router.dims.rung_of(sizes) if route is None else route.computed(sizes))
 
     def _barred(self, route: Route, said: step | None = None) -> str:
         return (

@@ -11,6 +11,7 @@ A step holds for its thread or task; steps nest, the innermost counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -20,8 +21,6 @@ from graphcap.config import CUDAGraphMode
 from graphcap.errors import StepError, did_you_mean
 
 if TYPE_CHECKING:
-    import torch
-
     from graphcap.cudagraph.metadata import Serving
 
 #: Modes that one call can have, from less to more.
@@ -33,11 +32,12 @@ class GraphKey:
     """A batch, as far as a graph depends on it.
 
     Attributes:
-        num_tokens: rows of the batch.
+        num_tokens: rows of the batch; the product of ``sizes`` where no dim is called so.
         num_reqs: requests in it; ``None`` where nobody counts them.
         uniform_query_len: the tokens of each request where all have the same number (1 in plain decode, more in
             speculative decoding); ``None`` for a mixed batch.
         tags: what else distinguishes the batch, sorted by name.
+        sizes: of the dims with other names, sorted by name: ``(("batch", 8), ("seq", 128))``. :meth:`size` reads them.
 
     Raises:
         StepError: sizes that no batch has.
@@ -47,12 +47,51 @@ class GraphKey:
     num_reqs: int | None = None
     uniform_query_len: int | None = None
     tags: tuple[tuple[str, Hashable], ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    @staticmethod
+    def of_sizes(sizes: Mapping[str, int], num_tokens: int | None = None, **others: Any) -> GraphKey:
+        """The key of a batch by the names of its dims.
+
+        Args:
+            sizes: by name.
+            num_tokens: where that is no name of a dim; otherwise the product of ``sizes``.
+            others: fields of the key.
+
+        Raises:
+            StepError: as for the class, or a name that has an argument of its own.
+        """
+        for name, size in sizes.items():
+            if name in ("num_tokens", "num_reqs"):
+                raise StepError(f"sizes: {name!r} is not the name of a further dim")
+            _check_count(name, size)
+        tokens = math.prod(sizes.values()) if num_tokens is None else num_tokens
+        return GraphKey(tokens, sizes=tuple(sorted(sizes.items())), **others)
+
+    def size(self, name: str) -> int:
+        """The size of a named dim, ``"num_tokens"`` and ``"num_reqs"`` included.
+
+        Raises:
+            StepError: the key does not have it.
+        """
+        found = {"num_tokens": self.num_tokens, "num_reqs": self.num_reqs, **dict(self.sizes)}
+        size = found.get(name)
+        if size is None:
+            raise StepError(f"this batch has no {name!r}; {did_you_mean(name, found)}")
+        return size
+
+    def __str__(self) -> str:
+        if self.sizes:
+            tokens = "" if self.num_tokens == math.prod(n for _, n in self.sizes) else f"{self.num_tokens} tokens, "
+            return tokens + ", ".join(f"{name}={size}" for name, size in self.sizes)
+        if self.uniform_query_len is not None:
+            return f"{self.num_tokens} tokens, {self.uniform_query_len} for each request"
+        return f"{self.num_tokens} tokens"
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "num_reqs", "uniform_query_len"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise StepError(f"{name}={value!r}: expected a number of at least 0")
+            if (value := getattr(self, name)) is not None:
+                _check_count(name, value)
         length, reqs = self.uniform_query_len, self.num_reqs
         if length is not None and (length == 0 or self.num_tokens % length):
             raise StepError(f"num_tokens={self.num_tokens} is no multiple of uniform_query_len={length}")
@@ -76,6 +115,11 @@ class GraphKey:
         return tuple(sorted((tags or {}).items(), key=lambda item: item[0]))
 
 
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise StepError(f"{name}={value!r}: expected a number of at least 0")
+
+
 @dataclass(frozen=True, slots=True)
 class Dispatch:
     """How a call is going to run, decided before it, so that metadata can be built at the padded sizes.
@@ -86,6 +130,7 @@ class Dispatch:
         num_reqs: requests of the padded batch; ``None`` where nobody counts them.
         key: the real batch.
         reason: for NONE, why.
+        sizes: of the padded batch, for the dims with other names.
     """
 
     mode: CUDAGraphMode
@@ -93,6 +138,28 @@ class Dispatch:
     num_reqs: int | None
     key: GraphKey
     reason: str = ""
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+def key_of(
+    num_tokens: int | None,
+    num_reqs: int | None,
+    uniform_query_len: int | None,
+    tags: Mapping[str, Hashable] | None,
+    sizes: Mapping[str, int] | None,
+) -> GraphKey:
+    """The key of a batch as a user describes it.
+
+    Raises:
+        StepError: sizes that no batch has, or too few of them.
+    """
+    sorted_tags = GraphKey.sorted_tags(tags)
+    if sizes:
+        others = {"num_reqs": num_reqs, "uniform_query_len": uniform_query_len, "tags": sorted_tags}
+        return GraphKey.of_sizes(sizes, num_tokens, **others)
+    if num_tokens is None:
+        raise StepError("num_tokens is missing: a batch is known by its number of tokens first")
+    return GraphKey(num_tokens, num_reqs, uniform_query_len, sorted_tags)
 
 
 class step:
@@ -104,11 +171,12 @@ class step:
         uniform_query_len: the tokens of each request where all have the same number. It is a promise: ops declared with
             ``register_op(capture="uniform_batch")`` are captured on the strength of it.
         tags: what else distinguishes the batch. Tags named in ``specialize_tags`` have plans of their own.
+        sizes: of the dims with other names; with them ``num_tokens`` may be left out, and is their product.
         key: all of these at once, instead.
         dispatch: a decision of :func:`graphcap.dispatch` that the calls follow.
         max_mode: NONE, PIECEWISE or FULL (or their names): the most that these calls may use.
-        inputs: tensors that ops of the model read as ``graphcap.current_step().inputs[name]``. Their dynamic dims are
-            declared on the model, as ``dynamic_arg_dims={"step.seq_lens": {0: "num_reqs"}}``.
+        inputs: tensors that ops of the model read, and never write, as ``graphcap.current_step().inputs[name]``. Their
+            dynamic dims are declared on the model, as ``dynamic_arg_dims={"step.seq_lens": {0: "num_reqs"}}``.
 
     Raises:
         StepError: sizes that no batch has, or arguments that contradict each other.
@@ -123,16 +191,17 @@ class step:
         uniform_query_len: int | None = None,
         tags: Mapping[str, Hashable] | None = None,
         *,
+        sizes: Mapping[str, int] | None = None,
         key: GraphKey | None = None,
         dispatch: Dispatch | None = None,
         max_mode: CUDAGraphMode | str | None = None,
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        given = any(each is not None for each in (num_tokens, num_reqs, uniform_query_len, tags))
+        given = any(each is not None for each in (num_tokens, num_reqs, uniform_query_len, tags, sizes))
         if key is not None and given:
             raise StepError("give key= or the sizes one by one, not both")
-        if key is None and num_tokens is not None:
-            key = GraphKey(num_tokens, num_reqs, uniform_query_len, GraphKey.sorted_tags(tags))
+        if key is None and (num_tokens is not None or sizes):
+            key = key_of(num_tokens, num_reqs, uniform_query_len, tags, sizes)
         elif key is None and given:
             raise StepError("num_tokens is missing: a batch is known by its number of tokens first")
         if key is None and dispatch is not None:
@@ -141,7 +210,7 @@ class step:
         self.dispatch = dispatch
         self.max_mode = as_runtime_mode(max_mode)
         self.inputs = StepInputs(inputs or {})
-        decided = None if dispatch is None else (dispatch.mode, dispatch.num_tokens, dispatch.num_reqs)
+        decided = dispatch and (dispatch.mode, dispatch.num_tokens, dispatch.num_reqs, dispatch.sizes)
         #: What a table of plans must tell apart besides the sizes of the arguments.
         self.token: Hashable = (
             key and (key.num_reqs, key.uniform_query_len, key.tags), decided, self.max_mode, bool(self.inputs)
@@ -163,28 +232,25 @@ class step:
 class StepInputs(Mapping[str, Any]):
     """The tensors of a step. Inside of a call that is padded or captured they are the padded static ones."""
 
-    __slots__ = ("_given",)
+    #: ``given``: the engine's own values.
+    __slots__ = ("given",)
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self._given = dict(given)
+        self.given = dict(given)
 
     def __getitem__(self, name: str) -> Any:
         try:
-            value = self._given[name]
+            value = self.given[name]
         except KeyError:
-            raise StepError(f"this step has no input {name!r}; {did_you_mean(name, self._given)}") from None
+            raise StepError(f"this step has no input {name!r}; {did_you_mean(name, self.given)}") from None
         serving = serving_now.get()
         return value if serving is None else serving.resolve(name, value)
 
-    def given(self, name: str) -> torch.Tensor | None:
-        """The engine's own tensor, ``None`` when there is none of this name."""
-        return self._given.get(name)
-
     def __iter__(self) -> Iterator[str]:
-        return iter(self._given)
+        return iter(self.given)
 
     def __len__(self) -> int:
-        return len(self._given)
+        return len(self.given)
 
 
 _current: ContextVar[step | None] = ContextVar("graphcap_step", default=None)

@@ -77,7 +77,7 @@ def stitched(
     pieces = pieces_of(gm, rules=rules)
     compiled = [CompiledPiece(p.module.forward, mutated_inputs(p.module), "eager") for p in pieces]
     dims = read_dims(gm.graph, example_inputs, declared)
-    return build_program("f_0", gm.graph, pieces, compiled, example_inputs, sizes, dims)
+    return build_program("f_0", gm.graph, pieces, compiled, example_inputs, sizes, dims, {})
 
 
 def kinds(groups_or_pieces: Sequence[Group | Piece]) -> list[str]:

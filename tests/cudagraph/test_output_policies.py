@@ -165,7 +165,7 @@ def test_static_output_is_what_the_graph_writes():
 def test_the_capturing_call_follows_the_policy_and_live_calls_give_fresh_tensors(outputs):
     runner, x = runner_of(doubling(), outputs=outputs), randn(4)
     calls = [runner(x)[0] for _ in range(3)]
-    lifetime = runner._maker._policy.lifetime
+    lifetime = runner._maker.capture._policy.lifetime
     assert len({each.data_ptr() for each in calls}) == 3, "two live ones and the captured one"
     later = [runner(x)[0] for _ in range(lifetime)]
     assert later[-1].data_ptr() == calls[-1].data_ptr()

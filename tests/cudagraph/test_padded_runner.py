@@ -93,3 +93,111 @@ def test_a_live_result_whose_other_size_varies_is_cut_in_the_padded_dim_only() -
     for n, w in [(3, 1)] * 4 + [(3, 2), (2, 3), (4, 2), (2, 1), (3, 5)]:
         assert_served(runner, program, [n, rows(n), torch.tensor([w])])
     assert runner.stats.replays >= 4, runner.stats
+
+
+def counting(mixes: bool = False) -> Program:
+    """Counts its calls in a tensor, which a proof has to copy."""
+    region = PaddedRegion()
+    x, calls = region.rows("x", WIDTH), region.state("calls", 1, kind=InputKind.STATIC)
+
+    def count(x: Tensor, calls: Tensor) -> Tensor:
+        calls += 1
+        return x - x.mean(0) if mixes else x * 2
+
+    return region.program(region.step(count, x, calls, mutates=[calls]), sizes=[(N, WIDTH)])
+
+
+def test_a_proof_for_which_there_was_no_memory_is_tried_again_when_asked_for() -> None:
+    program, calls = counting(), torch.zeros(1)
+    runner = runner_of(program, capture_sizes=LADDER)
+    spare, runner.device.spare_bytes = runner.device.spare_bytes, lambda: 0
+    for n in (3, 3, 3, 3, 3, 4, 4, 4, 4):
+        assert_served(runner, program, [n, rows(n), calls])
+    (note,) = runner.padding.notes
+    assert "n is not padded: the proof needs 12 bytes" in note
+    assert {plan.key for plan in runner.stats.plans} == {(3,), (4,)}
+    runner.reconsider()
+    assert_served(runner, program, [3, rows(3), calls])
+    assert runner.padding.refused, "there is no more memory than before"
+    runner.device.spare_bytes = spare
+    runner.reconsider()
+    assert (runner.padding.notes, runner.stats.plans) == ((), [])
+    for n in (3, 3, 3, 3, 2):
+        assert_served(runner, program, [n, rows(n), calls])
+    assert {plan.key for plan in runner.stats.plans} == {(4,)}
+    assert runner.stats.replays >= 2
+
+
+def test_a_proof_that_ran_out_of_memory_is_tried_again_when_asked_for() -> None:
+    full = True
+
+    def add(x: Tensor) -> Tensor:
+        if full and len(x) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x + 1
+
+    region = PaddedRegion()
+    program = region.program(region.step(add, region.rows("x", WIDTH)), sizes=[(N, WIDTH)])
+    runner = runner_of(program, capture_sizes=LADDER)
+    for _ in range(2):
+        assert_served(runner, program, [3, rows(3)])
+    assert "out of memory" in runner.padding.refused["n"]
+    full = False
+    runner.reconsider()
+    for _ in range(4):
+        assert_served(runner, program, [3, rows(3)])
+    assert {plan.key for plan in runner.stats.plans} == {(4,)}
+
+
+def test_rows_that_are_mixed_are_never_tried_again() -> None:
+    program, calls = counting(mixes=True), torch.zeros(1)
+    runner = runner_of(program, capture_sizes=LADDER)
+    for _ in range(3):
+        assert_served(runner, program, [3, rows(3), calls])
+    (reason,) = runner.padding.refused.values()
+    runner.reconsider()
+    assert runner.padding.refused == {"n": reason}
+
+
+def encoder(mixes_seq: bool = False) -> Program:
+    """``x [batch, seq, WIDTH]``, row-wise in the batch, and along the sequence unless that is asked otherwise."""
+    region = PaddedRegion()
+    region.specs[0] = InputSpec("b", InputKind.SCALAR, symbol="b", in_key=True)
+    region.size("s")
+    batch, seq = Size("b"), Size("s")
+    x = region.rows("x", seq, WIDTH, size=batch, dim_names={0: "batch", 1: "seq"})
+    out = region.step(lambda x: x - x.mean(1, keepdim=True) if mixes_seq else x * 2, x)
+    return region.program(out, sizes=[(batch, seq, WIDTH)])
+
+
+GRID = {"batch": [2, 4], "seq": [8, 16]}
+
+
+def call(runner: Any, program: Program, batch: int, seq: int) -> None:
+    assert_served(runner, program, [batch, seq, rows(batch, seq, WIDTH)])
+
+
+def test_each_padded_dim_has_to_prove_itself() -> None:
+    """A call that is short in one dim shows nothing about the other."""
+    program = encoder(mixes_seq=True)
+    runner = runner_of(program, capture_sizes=GRID)
+    for _ in range(4):
+        call(runner, program, 3, 16)
+    assert not runner.padding.refused
+    for _ in range(3):
+        call(runner, program, 3, 13)
+    assert runner.padding.refused
+
+
+def test_a_grid_of_sizes_serves_every_size_in_it() -> None:
+    program = encoder()
+    runner = runner_of(program, capture_sizes=GRID)
+    for key in runner.router.ladder.batches():
+        for _ in range(3):
+            call(runner, program, key.size("batch"), key.size("seq"))
+    call(runner, program, 3, 13)
+    replays = runner.stats.replays
+    for batch, seq in [(1, 5), (2, 8), (3, 8), (4, 9), (2, 16)]:
+        call(runner, program, batch, seq)
+    assert runner.stats.replays == replays + 5
+    assert {plan.key for plan in runner.stats.plans} == {(2, 8), (2, 16), (4, 8), (4, 16)}

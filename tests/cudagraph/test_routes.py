@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,3 +223,100 @@ def test_state_too_large_to_keep_is_counted() -> None:
     keeper = Keeper(max_bytes=8)
     keeper.keep([torch.zeros(1), torch.zeros(100)])
     assert keeper.not_kept == 400
+
+
+def grid_program() -> Program:
+    """An encoder: a batch of sequences, no dim called num_tokens."""
+    x = InputSpec("x", InputKind.TENSOR, sizes=(Size("b"), Size("s"), 4), dim_names={0: "batch", 1: "seq"})
+    scalars = [InputSpec(symbol, InputKind.SCALAR, symbol=symbol, in_key=True) for symbol in ("b", "s")]
+    piece = Step("piece_0", lambda x: (x * 2,), (0,), (3,), symbols=frozenset("bs"))
+    return Program("grid", (x, *scalars), (piece,), (3,), lambda x, b, s: (x * 2,), ((Size("b"), Size("s"), 4),))
+
+
+def router(program: Program, **settings: Any) -> Router:
+    config = Config(**settings)
+    return Router(program, config, Padding(program, config))
+
+
+def test_the_ladder_of_several_dims_is_the_product_with_their_names() -> None:
+    keys = router(grid_program(), capture_sizes={"batch": [1, 4], "seq": [8, 16]}).ladder.batches()
+    assert [(key.size("batch"), key.size("seq")) for key in keys] == [(4, 16), (4, 8), (1, 16), (1, 8)]
+    assert [key.num_tokens for key in keys] == [64, 32, 16, 8]
+    assert {key.num_reqs for key in keys} == {None}
+
+
+def test_of_a_large_product_the_smallest_stay() -> None:
+    found = router(grid_program(), capture_sizes={"batch": [1, 4], "seq": [8, 16]}, max_plans=2)
+    assert [key.sizes for key in found.ladder.batches()] == [(("batch", 1), ("seq", 16)), (("batch", 1), ("seq", 8))]
+
+
+def test_a_dim_without_a_ladder_leaves_a_grid_without_one() -> None:
+    assert router(grid_program(), capture_sizes={"batch": [1, 4]}).ladder.batches() == []
+
+
+def test_a_further_dim_multiplies_the_ladder_of_tokens() -> None:
+    found = router(serving_program(), capture_sizes={"num_tokens": [4, 8]}, cudagraph_mode="PIECEWISE")
+    mixed = [key for key in found.ladder.batches() if key.uniform_query_len is None]
+    assert mixed == [GraphKey(8, 8), GraphKey(4, 4)], "requests follow the tokens"
+    x, *scalars = grid_program().inputs
+    program = replace(grid_program(), inputs=(replace(x, dim_names={0: "num_tokens", 1: "width"}), *scalars))
+    found = router(program, capture_sizes={"num_tokens": [4, 8], "width": [2]}, cudagraph_mode="PIECEWISE")
+    assert found.ladder.batches() == [GraphKey(8, 8, sizes=(("width", 2),)), GraphKey(4, 4, sizes=(("width", 2),))]
+
+
+def test_a_batch_short_of_a_rung_is_short_in_every_padded_dim() -> None:
+    found = router(grid_program(), capture_sizes={"batch": [3, 4], "seq": [8, 16]})
+    short = found.ladder.short_of(GraphKey.of_sizes({"batch": 4, "seq": 16}))
+    assert short == GraphKey.of_sizes({"batch": 4, "seq": 15}), "a batch of 3 has a rung of its own"
+    assert (
+        router(grid_program(), capture_sizes={"batch": [1], "seq": [1]}).ladder.short_of(
+            GraphKey.of_sizes({"batch": 1, "seq": 1})
+        )
+        is None
+    )
+    tokens = router(serving_program(), capture_sizes={"num_tokens": [4, 8]})
+    assert tokens.ladder.short_of(GraphKey(8, 8)) == GraphKey(7, 7)
+    assert tokens.ladder.short_of(GraphKey(8, 4, 2)) == GraphKey(6, 3, 2)
+    assert tokens.ladder.short_of(GraphKey(1, 1)) is None
+
+
+def test_dispatch_pads_named_dims() -> None:
+    runner = runner_of(grid_program(), capture_sizes={"batch": [1, 4], "seq": [8, 16]})
+    decision = runner.dispatch(GraphKey.of_sizes({"batch": 3, "seq": 11}), None)
+    assert (decision.mode, decision.num_tokens, decision.sizes) == (FULL, 64, (("batch", 4), ("seq", 16)))
+    beyond = runner.dispatch(GraphKey.of_sizes({"batch": 5, "seq": 11}), None)
+    assert (beyond.mode, beyond.sizes) == (NONE, (("batch", 5), ("seq", 11)))
+    assert "above the ladder" in beyond.reason
+
+
+def test_a_decision_on_named_dims_is_followed() -> None:
+    found = router(grid_program(), capture_sizes={"batch": [1, 4, 8], "seq": [8, 16]})
+    decided = Dispatch(FULL, 128, None, GraphKey.of_sizes({"batch": 3, "seq": 11}), sizes=(("batch", 8), ("seq", 16)))
+    (route,) = found.routes((3, 11), step(dispatch=decided))
+    assert route.sizes == (8, 16)
+
+
+def test_two_numbers_that_follow_one_symbol_are_one_dim() -> None:
+    """``starts`` is one longer than the batch, and both lengths reach the graph as numbers."""
+    inputs = (
+        InputSpec("x", InputKind.TENSOR, sizes=(Size("r"), 4), dim_names={0: "num_reqs"}),
+        InputSpec("starts", InputKind.TENSOR, sizes=(Size("r", 1, 1),), dim_names={0: "num_reqs+1"}),
+        InputSpec("r", InputKind.SCALAR, symbol="r", in_key=True),
+        InputSpec("r1", InputKind.SCALAR, symbol="r + 1", in_key=True, sizes=(Size("r", 1, 1),)),
+    )
+    piece = Step("piece_0", lambda x, starts: (x + starts[1:, None],), (0, 1), (4,), symbols=frozenset("r"))
+
+    def run(x: Any, starts: Any, r: int, r1: int) -> tuple[Any, ...]:
+        return (x + starts[1:, None],)
+
+    program = Program("two", inputs, (piece,), (4,), run, ((Size("r"), 4),))
+    runner = runner_of(program, capture_sizes={"num_reqs": [4, 8]}, pad={"starts": "edge"})
+    assert (runner.router.dims.symbols, runner.router.dims.names) == (("r",), ("num_reqs",))
+    assert runner.router.dims.sizes((3, 4)) == {"r": 3}
+    for reqs in (3, 3, 3, 3, 2, 4):
+        x, starts = randn(reqs, 4), torch.arange(reqs + 1)
+        (out,) = runner(x, starts, reqs, reqs + 1)
+        assert torch.equal(out, x + starts[1:, None])
+    assert {plan.key for plan in runner.stats.plans} == {(4,)}
+    assert {each.size for each in runner.stats.sizes.values()} == {(2,), (3,), (4,)}
+    assert {each.rung for each in runner.stats.sizes.values()} == {(4,)}

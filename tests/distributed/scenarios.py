@@ -23,6 +23,7 @@ from tests.cudagraph.regions import LIVE, Region, runner_of
 from tests.distributed.two_ranks import Rank
 
 WIDTH = 4
+BRIDGES = 2**20  #: bytes that the results of live steps have together
 
 
 class OwnTensor(Tensor):
@@ -178,7 +179,7 @@ def sums_before_a_failure(rank: Rank) -> dict[str, Any]:
 
 
 def no_room_on_one_rank(rank: Rank) -> dict[str, Any]:
-    limit = 2**20 if rank.rank == 0 else 1
+    limit = 2**24 if rank.rank == 0 else 1
     runner = runner_of(layered(rank), process_group=rank.group, max_graph_bytes=limit)
     right = [call(runner, rank, 3, seed) for seed in range(9)]
     return report(runner, rank, right)
@@ -194,12 +195,12 @@ def out_of_memory_on_one_rank(rank: Rank) -> dict[str, Any]:
 def eviction_on_one_rank(rank: Rank) -> dict[str, Any]:
     """Rank 1 has room for two plans, rank 0 for any number."""
     device = SimulatedDevice()
-    limit = 2**20
+    limit = 2**24
     sizes = [16, 16, 16, 24, 24, 24]
     runner = runner_of(layered(rank), device, process_group=rank.group, max_graph_bytes=limit)
     right = [call(runner, rank, n, seed) for seed, n in enumerate(sizes)]
     if rank.rank == 1:
-        runner._maker._room._limit = device.account.exclusive_bytes() + device.account.shared_bytes() + 700
+        runner._maker.capture.room._limit = device.account.exclusive_bytes() + device.account.shared_bytes() + 700
     right += [call(runner, rank, 24, seed) for seed in range(RECENT_USES + 2)]  # 16 was used long ago
     right += [call(runner, rank, 20, seed) for seed in range(5)]
     right += [call(runner, rank, n, seed) for seed, n in enumerate([16, 24, 20])]
@@ -211,9 +212,9 @@ def misfortunes(rank: Rank) -> list[dict[str, Any]]:
     found = []
     for seed in range(6):
         common, own = random.Random(seed), random.Random(100 * seed + rank.rank)
-        device = SimulatedDevice(capacity=own.choice([None, None, None, 4000]))
+        device = SimulatedDevice(capacity=own.choice([None, None, None, BRIDGES + 3000]))
         program = layered(rank, fails_in=own.choice([-1, 0, 1, 2]), collective=LIVE)
-        limit = own.choice([None, 2500, 3500, 4500])
+        limit = own.choice([None, BRIDGES + 2000, BRIDGES + 2800, BRIDGES + 3600])
         runner = runner_of(program, device, process_group=rank.group, max_graph_bytes=limit)
         sizes = [common.choice([4, 8, 12, 16, 20]) for _ in range(40)] + [4] * RECENT_USES
         sizes += [common.choice([8, 12, 24]) for _ in range(20)]

@@ -52,7 +52,7 @@ def snapshot(region: Region) -> RegionReport:
 
 def _notes(region: Region) -> tuple[str, ...]:
     """Remarks on the region, and on the sizes that its runners pad or do not."""
-    of_runners = [note for each in region.runners for note in (*each.router.notes, *each.padding.notes)]
+    of_runners = [note for each in region.runners for note in (*each.router.dims.notes, *each.padding.notes)]
     return tuple(dict.fromkeys([*region.notes, *of_runners]))
 
 

@@ -86,6 +86,13 @@ def record_of(obj: object) -> CompiledTarget | None:
     return found if isinstance(found, CompiledTarget) else None
 
 
+def target_of(obj: object) -> CompiledTarget | None:
+    """:func:`record_of`, where an instance of a decorated class is compiled now if that has not happened yet."""
+    if isinstance(obj, nn.Module) and COMPILED_CALL not in vars(obj):
+        getattr(obj, COMPILED_CALL, None)
+    return record_of(obj)
+
+
 def settings_of(config: Config | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """``config=`` and keywords in one; keywords win."""
     return {**(config.to_dict() if config is not None else {}), **options}

@@ -128,13 +128,13 @@ class CallDims:
             DimError: as for :meth:`check`, except for sizes, which are not compared.
         """
         found: dict[int, TensorDims] = {}
-        for _, tensor, dim, declared in self._resolved(args, kwargs):
+        for _, tensor, dim, declared in self.resolved(args, kwargs):
             found.setdefault(id(tensor), TensorDims(tensor, {})).names[dim] = declared.name
         return list(found.values())
 
     def _check_thoroughly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen: dict[str, list[tuple[str, torch.Tensor, int, DynamicDim, float]]] = {}
-        for path, tensor, dim, declared in self._resolved(args, kwargs):
+        for path, tensor, dim, declared in self.resolved(args, kwargs):
             name, scale, offset = _base(declared)
             base = (tensor.shape[dim] - offset) / scale
             seen.setdefault(name, []).append((path, tensor, dim, declared, base))
@@ -150,16 +150,20 @@ class CallDims:
                     f"where they are independent give them different names: {{{path!r}: {{{dim}: 'other'}}}}"
                 )
 
-    def _resolved(
+    def resolved(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[tuple[str, torch.Tensor, int, DynamicDim]]:
-        """Every declared dim that this call has: path, tensor, non-negative dim, what was declared."""
+        """Every declared dim that this call has: path, tensor, non-negative dim, what was declared.
+
+        Raises:
+            DimError: a tensor has too few dims, or is none.
+        """
         for place in self._places:
             declared = place.dim
             value = _fetch(place, args, kwargs)
             if not isinstance(value, (torch.Tensor, type(None))) and not _is_container(value) and not self.inferred:
                 raise DimError(f"{declared.path}: expected a tensor, got {type(value).__name__} ({value!r})")
-            for path, tensor in _leaves(declared.path, value):
+            for path, tensor in leaves(declared.path, value):
                 rank = tensor.dim()
                 if -rank <= declared.dim < rank:
                     yield path, tensor, declared.dim % rank, declared
@@ -224,16 +228,16 @@ def _is_container(value: object) -> bool:
     return isinstance(value, (Mapping, list, tuple)) or (is_dataclass(value) and not isinstance(value, type))
 
 
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in a value, each with its dotted path."""
+def leaves(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a value (itself, or in mappings, lists, tuples and dataclasses), each with its dotted path."""
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(f"{path}.{key}", inner)
+            yield from leaves(f"{path}.{key}", inner)
     elif isinstance(value, (list, tuple)):
         for index, inner in enumerate(value):
-            yield from _leaves(f"{path}.{index}", inner)
+            yield from leaves(f"{path}.{index}", inner)
     elif is_dataclass(value):
         for each in fields(value):
-            yield from _leaves(f"{path}.{each.name}", getattr(value, each.name))
+            yield from leaves(f"{path}.{each.name}", getattr(value, each.name))

@@ -30,6 +30,9 @@ _MARKS = (
     "_specialize_on",
 )
 
+#: What Inductor takes a declared size to be where it chooses kernels: a batch that a graph is worth it for.
+_USUAL_SIZE = 64
+
 #: Per tensor, what the attributes of ``_MARKS`` were before.
 Saved = list[tuple[torch.Tensor, dict[str, Any]]]
 
@@ -68,10 +71,10 @@ def _mark_one(tensor: torch.Tensor, dim: int, name: str, marking: str) -> None:
     if marking == "dynamic":
         # maybe_: a size that the code fixes is specialised, where mark_dynamic would log a page and raise.
         maybe_mark_dynamic(tensor, dim)
-    elif "shape_id" in inspect.signature(mark_unbacked).parameters:
-        mark_unbacked(tensor, dim, shape_id=name)
     else:
-        mark_unbacked(tensor, dim)
+        offered = inspect.signature(mark_unbacked).parameters
+        wanted = {"shape_id": name, "hint_override": _USUAL_SIZE}
+        mark_unbacked(tensor, dim, **{key: value for key, value in wanted.items() if key in offered})
 
 
 def _copy(value: Any) -> Any:

@@ -55,9 +55,11 @@ def subject_of(target: Any) -> Subject:
     Raises:
         TypeError: it is none of these.
     """
-    record = record_of(target)
+    record = target if isinstance(target, CompiledTarget) else record_of(target)
     if record is not None and record.kind != "module":
         return Subject(record.name, codes=[record.entry.__code__], record=record)
+    if isinstance(target, CompiledTarget):
+        target = target.original
     original, compiled = private.original_of(target)
     if isinstance(original, torch.nn.Module):
         return _module_subject(original, record, compiled)

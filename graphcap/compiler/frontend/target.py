@@ -207,6 +207,14 @@ class CompiledTarget:
             call.unmark()
         return self._retry(failure, bound, args, kwargs)
 
+    def call_instead(self, other: Callable[..., Any]) -> None:
+        """Have calls go to ``other(bound, args, kwargs)`` until :meth:`call_again`. Without it a call pays nothing."""
+        vars(self)["call"] = other
+
+    def call_again(self, other: Callable[..., Any]) -> bool:
+        """End :meth:`call_instead`. Returns whether ``other`` was called until now: of several threads, one ends it."""
+        return vars(self).pop("call", None) is other
+
     def unchecked_guards(self) -> list[str]:
         """The guards that are not evaluated on every call, as Dynamo words them; none with ``guards="full"``."""
         return self.direct.unchecked_guards()

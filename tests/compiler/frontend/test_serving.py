@@ -12,7 +12,7 @@ from torch import nn
 
 import graphcap
 from graphcap import GraphKey
-from graphcap.compiler.frontend import serving
+from graphcap.compiler.frontend.subject import runners_of
 from graphcap.errors import StepError
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}
@@ -127,20 +127,6 @@ def test_what_was_not_captured_says_why() -> None:
     assert {"captures are not allowed (graphcap.allow_capture(False))"} == set(summary.skipped.values())
 
 
-def test_dispatch_before_and_after_the_first_call() -> None:
-    model = compiled()
-    before = graphcap.dispatch(model, num_tokens=4)
-    assert (before.mode.name, before.num_tokens) == ("NONE", 4)
-    assert "nothing is compiled yet" in before.reason
-    with torch.no_grad():
-        graphcap.capture(model, inputs)
-    assert graphcap.dispatch(model, num_tokens=4).mode.name == "FULL"
-    assert graphcap.dispatch(model, num_tokens=4, max_mode="PIECEWISE").mode.name == "PIECEWISE"
-    assert graphcap.dispatch(model, num_tokens=4, max_mode="NONE").reason == "max_mode=NONE"
-    with pytest.raises(StepError, match="num_tokens=-4"):
-        graphcap.dispatch(model, num_tokens=-4)
-
-
 def test_a_vetoed_call_runs_live() -> None:
     model = compiled()
     with torch.no_grad():
@@ -149,22 +135,6 @@ def test_a_vetoed_call_runs_live() -> None:
         with graphcap.step(num_tokens=4, max_mode="NONE"):
             model(torch.randn(4, 4))
     assert sum(plan.replays for plan in plans_of(model)) == before
-
-
-def test_dispatch_looks_for_the_graphs_of_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[nn.Module] = []
-    look = serving.runners_of
-    monkeypatch.setattr(serving, "runners_of", lambda model: looked.append(model) or look(model))
-    first, second = compiled(), compiled()
-    assert graphcap.dispatch(first, num_tokens=4).reason.startswith("nothing is compiled yet")
-    with torch.no_grad():
-        graphcap.capture(first, inputs)
-        looked.clear()
-        assert [graphcap.dispatch(first, num_tokens=4).mode.name for _ in range(3)] == ["FULL"] * 3
-        assert looked == [first]
-        graphcap.capture(second, inputs)
-        assert graphcap.dispatch(first, num_tokens=4).mode.name == "FULL"
-    assert graphcap.dispatch(second, num_tokens=4).mode.name == "FULL"
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
@@ -180,3 +150,112 @@ def test_the_capture_proves_padding_for_every_rung(mode: str) -> None:
                     assert torch.allclose(model(x), model.linear(x), atol=1e-6)
     (after,) = graphcap.explain(model).regions
     assert (after.replays - before.replays, after.live_calls) == (4, before.live_calls)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_grid_is_captured_with_the_names_of_its_dims() -> None:
+    settings = {**SETTINGS, "capture_sizes": {"batch": [2, 4], "seq": [8, 16]}}
+    torch.manual_seed(0)
+    model = graphcap.compile(Counting(), dynamic_arg_dims={"x": {0: "batch", 1: "seq"}}, **settings)
+    with torch.no_grad():
+        summary = graphcap.capture(model, lambda key: ((torch.randn(key.size("batch"), key.size("seq"), 4),), {}))
+        assert [key.num_tokens for key in summary.captured] == [64, 32, 32, 16]
+        with graphcap.allow_capture(False):
+            x = torch.randn(3, 13, 4)
+            before = sum(plan.replays for plan in plans_of(model))
+            assert torch.allclose(model(x), model.linear(x), atol=1e-6)
+    assert sum(plan.replays for plan in plans_of(model)) == before + 1
+
+
+class Paired(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * 2 + b
+
+
+def paired() -> nn.Module:
+    return graphcap.compile(Paired(), dynamic_arg_dims={"a": 0, "b": 0}, **SETTINGS)
+
+
+def twice(key: GraphKey) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x = torch.randn(key.num_tokens, 4)
+    return (x, x), {}
+
+
+def test_inputs_that_make_another_graph_than_traffic_are_named() -> None:
+    model = paired()
+    with torch.no_grad():
+        model(torch.randn(3, 4), torch.randn(3, 4))
+        with pytest.warns(UserWarning, match="made another graph of .* because of the guard"):
+            summary = graphcap.capture(model, twice)
+    (warning,) = summary.warnings
+    assert "a" in warning.split("guard")[1]
+    assert "warning: the inputs for 8 tokens made another graph" in str(summary)
+
+
+def test_traffic_that_makes_another_graph_than_the_captured_one_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = paired()
+    with torch.no_grad():
+        assert not graphcap.capture(model, twice).warnings
+        with caplog.at_level("WARNING", logger="graphcap"):
+            model(torch.randn(3, 4), torch.randn(3, 4))
+    (record,) = [each for each in caplog.records if "graphcap.capture()" in each.getMessage()]
+    assert "because of the guard" in record.getMessage()
+    assert any("find none of those plans" in note for note in graphcap.explain(model).regions[-1].notes)
+
+
+def test_inputs_like_those_of_traffic_are_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    model = paired()
+    with torch.no_grad():
+        model(torch.randn(3, 4), torch.randn(3, 4))
+        summary = graphcap.capture(model, lambda key: (tuple(torch.randn(2, key.num_tokens, 4)), {}))
+        model(torch.randn(4, 4), torch.randn(4, 4))
+    assert not summary.warnings
+    assert not [each for each in recwarn if "another graph" in str(each.message)]
+
+
+def test_a_summary_reads_well() -> None:
+    skipped = {GraphKey(tokens): "no room" for tokens in (64, 56, 48, 40)} | {GraphKey(2, 2, 1): "mixed rows"}
+    captured = (GraphKey(8, 8), GraphKey.of_sizes({"batch": 2, "seq": 16}))
+    assert str(graphcap.CaptureSummary(captured, skipped, 1.234, 3 * 2**19, ["look here"])).splitlines() == [
+        "2 graphs, 1.23 s, 1.5 MiB",
+        "not captured: 64 tokens; 56 tokens; 48 tokens; and 1 more: no room",
+        "not captured: 2 tokens, 1 for each request: mixed rows",
+        "warning: look here",
+    ]
+
+
+def test_a_capture_retries_the_proof_that_found_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compiled()
+    with torch.no_grad():
+        model(torch.randn(3, 4))
+        (runner,) = runners_of(model)
+        monkeypatch.setattr(type(runner.device), "spare_bytes", lambda self: 0)
+        for _ in range(3):
+            model(torch.randn(3, 4))
+        assert runner.padding.refused
+        monkeypatch.undo()
+        graphcap.capture(model, inputs)
+        assert not runner.padding.refused
+        with graphcap.allow_capture(False):
+            replays = runner.stats.replays
+            x = torch.randn(3, 4)
+            assert torch.allclose(model(x), model.linear(x), atol=1e-6)
+        assert runner.stats.replays == replays + 1
+
+
+def test_state_is_put_back_where_nothing_is_captured() -> None:
+    model = compiled()
+    with torch.no_grad(), graphcap.allow_capture(False):
+        graphcap.capture(model, inputs)
+    assert model.calls.item() == 0
+
+
+def test_state_is_put_back_where_everything_was_captured_before() -> None:
+    model = compiled()
+    with torch.no_grad():
+        graphcap.capture(model, inputs)
+        for num_tokens in (8, 4, 2):
+            with graphcap.step(num_tokens=num_tokens, num_reqs=num_tokens):
+                model(torch.randn(num_tokens, 4))
+        graphcap.capture(model, inputs)
+    assert model.calls.item() == 3

@@ -1,0 +1,219 @@
+"""A ladder captured on purpose: which calls that takes, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from graphcap.compiler.frontend.subject import regions_of, runners_of, subject_of
+from graphcap.compiler.frontend.target import DYNAMIC
+from graphcap.compiler.region import Region
+from graphcap.config import Config
+from graphcap.cudagraph import GraphKey, GraphRunner, step
+from graphcap.cudagraph.ladder import default_sizes
+from graphcap.cudagraph.phase import Keeper, Phase, in_phase
+from graphcap.errors import StepError
+from graphcap.progress import Progress
+
+log = logging.getLogger(__name__)
+
+#: Takes a batch, returns the positional and keyword arguments of a call with such a batch, and the inputs of its step
+#: where ops of the model read any.
+MakeInputs = Callable[
+    [GraphKey],
+    tuple[Sequence[Any], Mapping[str, Any]] | tuple[Sequence[Any], Mapping[str, Any], Mapping[str, Any]],
+]
+
+
+@dataclass
+class CaptureSummary:
+    """What :func:`graphcap.capture` did. ``print`` it.
+
+    Attributes:
+        captured: the batches that have a graph now.
+        skipped: those that have none, each with the reason.
+        seconds: how long it took, warm-ups included.
+        bytes: growth of device memory, graphs, pool and static buffers together.
+        warnings: what should be looked at, one line each.
+        waits_for: the model whose next call brings the inputs, after which the rest is filled in; ``""`` afterwards.
+    """
+
+    captured: tuple[GraphKey, ...] = ()
+    skipped: Mapping[GraphKey, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    waits_for: str = ""
+
+    def __str__(self) -> str:
+        if self.waits_for:
+            return f"waiting for the next call of {self.waits_for}"
+        graphs = "1 graph" if len(self.captured) == 1 else f"{len(self.captured)} graphs"
+        lines = [f"{graphs}, {self.seconds:.2f} s, {self.bytes / 2**20:.1f} MiB"]
+        for reason in dict.fromkeys(self.skipped.values()):
+            batches = [str(key) for key, each in self.skipped.items() if each == reason]
+            shown = "; ".join(batches[:3]) + (f"; and {len(batches) - 3} more" if len(batches) > 3 else "")
+            lines.append(f"not captured: {shown}: {reason}")
+        return "\n".join([*lines, *(f"warning: {each}" for each in self.warnings)])
+
+    def warn(self, warning: str) -> None:
+        """Say so now, and keep it."""
+        self.warnings.append(warning)
+        warnings.warn(f"graphcap.capture: {warning}", stacklevel=3)
+
+
+class LadderCapture:
+    """The calls of one model for the sake of its ladder."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: Config,
+        call: Callable[..., Any],
+        make_inputs: MakeInputs,
+        keeper: Keeper,
+        summary: CaptureSummary,
+        tags: tuple[tuple[str, Hashable], ...] = (),
+    ) -> None:
+        """Do nothing yet.
+
+        Args:
+            model: what was compiled.
+            config: its settings.
+            call: takes what ``make_inputs`` gives, and calls the model with it.
+            make_inputs: see :data:`MakeInputs`.
+            keeper: of the state that the calls write into.
+            summary: is filled in.
+            tags: of every batch.
+        """
+        self._tags = tags
+        self._model, self._config, self._call_model = model, config, call
+        self._make_inputs, self._keeper, self._summary = make_inputs, keeper, summary
+        self._regions: list[Region] = []
+
+    def run(self) -> None:
+        """Capture: mixed batches first, then uniform decode, each the largest first.
+
+        Raises:
+            StepError: no size is declared.
+            Exception: what ``make_inputs`` or the model raises.
+        """
+        started, summary = time.perf_counter(), self._summary
+        with contextlib.ExitStack() as session:
+            session.enter_context(_without_collector())
+            if torch.is_grad_enabled():
+                session.enter_context(torch.no_grad())
+            session.callback(self._keeper.restore)
+            keys = self._prepare()
+            used = _used_bytes(self._runners())
+            bar = session.enter_context(Progress("capturing", len(keys), enabled=self._config.progress))
+            before: GraphKey | None = None
+            for key in keys:
+                self._capture(key)
+                if before is None or before.uniform_query_len != key.uniform_query_len:
+                    self._prove_padding(key)
+                self._look_for_other_graphs(key)
+                before = key
+                summary.seconds = time.perf_counter() - started
+                summary.bytes = max(0, _used_bytes(self._runners()) - used)
+                bar.advance(f"{key}, {summary.bytes / 2**20:.0f} MiB")
+        for region in self._regions:
+            region.is_captured_ahead |= any(runner.stats.plans for runner in region.runners)
+        if self._keeper.not_kept:
+            log.info("%.0f MiB of state were too large to be put back after the capture", self._keeper.not_kept / 2**20)
+
+    def _prepare(self) -> list[GraphKey]:
+        """Have something to capture: the batches, in order."""
+        for runner in self._runners():
+            runner.reconsider()
+        if not self._runners():
+            self._call(_first_key(self._config), Phase.WARM_UP)
+        self._regions = regions_of(self._model)
+        keys = dict.fromkeys(key for runner in self._runners() for key in runner.router.ladder.batches())
+        if not keys:
+            raise StepError(
+                "there is no ladder to capture: give capture_sizes=, or dynamic_arg_dims= whose dims may be padded"
+            )
+        return [replace(key, tags=self._tags) for key in keys]
+
+    def _runners(self) -> list[GraphRunner]:
+        return runners_of(self._model)
+
+    def _capture(self, key: GraphKey) -> None:
+        """Warm up and record."""
+        for _ in range(self._config.num_warmups):
+            self._call(key, Phase.WARM_UP)
+        self._call(key, Phase.RECORD)
+        runners, summary = self._runners(), self._summary
+        if any(runner.has_plan(key) for runner in runners):
+            summary.captured = (*summary.captured, key)
+            return
+        reasons = [reason for runner in runners if (reason := runner.dispatch(key, None).reason)]
+        summary.skipped = {**summary.skipped, key: reasons[0] if reasons else "not captured"}
+
+    def _prove_padding(self, key: GraphKey) -> None:
+        """The first padded call of its kind, which is where padding has to prove itself."""
+        for runner in self._runners():
+            if (short := runner.router.ladder.short_of(key)) is not None:
+                self._call(short, Phase.WARM_UP)
+                return
+
+    def _call(self, key: GraphKey, phase: Phase) -> None:
+        with step(key=key):
+            args, kwargs, *rest = self._make_inputs(key)
+        with step(key=key, inputs=rest[0] if rest else None), in_phase(phase, self._keeper):
+            self._call_model(*args, **kwargs)
+
+    def _look_for_other_graphs(self, key: GraphKey) -> None:
+        """Warn where the inputs of a batch were traced anew: the plans that they get are not those that serve."""
+        known, self._regions = self._regions, regions_of(self._model)
+        if self._has_graph_of_its_own(key):
+            return
+        for region in [each for each in self._regions if each not in known and each.recompiled_because]:
+            self._summary.warn(
+                f"the inputs for {key} made another graph of {region.function} than earlier calls, because of the "
+                f"guard {region.recompiled_because}. Its plans serve only calls that are alike: give the "
+                "model here what it is given in service"
+            )
+
+    def _has_graph_of_its_own(self, key: GraphKey) -> bool:
+        """Where dims could not be left open, size 1 has one by right."""
+        record = subject_of(self._model).record
+        sizes = (key.num_tokens, key.num_reqs, *(size for _, size in key.sizes))
+        return record is not None and record.marking == DYNAMIC and 1 in sizes
+
+
+def _used_bytes(runners: Sequence[GraphRunner]) -> int:
+    return max((runner.device.used_bytes() for runner in runners), default=0)
+
+
+def _first_key(config: Config) -> GraphKey:
+    """The batch that a model is compiled with: the largest declared one, so that its memory is seen first."""
+    declared = config.capture_sizes
+    largest = {name: max(sizes) for name, sizes in declared.items()} if isinstance(declared, Mapping) else {}
+    further = {name: size for name, size in largest.items() if name not in ("num_tokens", "num_reqs")}
+    if further and "num_tokens" not in largest:
+        return GraphKey.of_sizes(further, num_reqs=largest.get("num_reqs"))
+    sizes = None if isinstance(declared, Mapping) else declared
+    tokens = largest.get("num_tokens") or max(sizes or default_sizes(config.max_capture_size))
+    return GraphKey.of_sizes(further, tokens, num_reqs=min(tokens, config.max_num_reqs or tokens))
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """No automatic garbage collection; whether it was on, and what is frozen, is as before afterwards."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

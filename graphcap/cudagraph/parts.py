@@ -1,0 +1,37 @@
+"""What a runner consists of, for those that do its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphcap.config import Config
+from graphcap.cudagraph.agreement import Agreement
+from graphcap.cudagraph.attempts import Attempts
+from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.moves import MoveRecord
+from graphcap.cudagraph.padding import Padding
+from graphcap.cudagraph.plan_table import PlanTable
+from graphcap.cudagraph.program import Program
+from graphcap.cudagraph.routes import Route, Router
+from graphcap.cudagraph.stats import RunnerStats
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of one runner, each described where it is defined."""
+
+    program: Program
+    device: GraphDevice
+    config: Config
+    padding: Padding
+    router: Router
+    table: PlanTable
+    attempts: Attempts
+    moves: MoveRecord
+    stats: RunnerStats
+    agreement: Agreement
+
+    def question(self, what: str, route: Route) -> str:
+        """What the ranks of a group are asked about a route; the same on all of them."""
+        group = self.agreement.is_group
+        return f"{self.program.name}: {what}, {route.mode.name} {route.sizes}" if group else ""

@@ -1,0 +1,282 @@
+"""The capture of a plan: a call is recorded while it is served, and from then on the plan can be replayed.
+
+The call returns what a live run returns, and its effects happen once, whatever becomes of the capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from graphcap import native
+from graphcap.cache_root import cache_root
+from graphcap.cudagraph.annotate import annotate
+from graphcap.cudagraph.arena import Arena
+from graphcap.cudagraph.bindings import Choice
+from graphcap.cudagraph.bridges import BridgeSpace
+from graphcap.cudagraph.budget import Room, Usage
+from graphcap.cudagraph.capture import SegmentedCapture
+from graphcap.cudagraph.fitted import Fitter
+from graphcap.cudagraph.handout import Policy
+from graphcap.cudagraph.layout import Layout, lay_out
+from graphcap.cudagraph.metadata import Serving
+from graphcap.cudagraph.observe import Observation
+from graphcap.cudagraph.parts import Parts
+from graphcap.cudagraph.plan import Plan, static_addresses
+from graphcap.cudagraph.plan_table import PlanTable
+from graphcap.cudagraph.recorded import Failure, Recorded
+from graphcap.cudagraph.replay import generate
+from graphcap.cudagraph.routes import FULL, Route
+from graphcap.cudagraph.stats import PlanStats
+from graphcap.cudagraph.verify import Checks, Inspector
+from graphcap.environment import check_outputs_wanted
+from graphcap.progress import Progress
+
+_log = logging.getLogger("graphcap.cudagraph")
+
+ELSEWHERE = "inside another capture or replay"  #: why a plan cannot run, where the device is in use further up
+
+
+class Made(NamedTuple):
+    """A call on the way to a plan.
+
+    Attributes:
+        outputs: what it returns.
+        reason: why it ran without a graph; ``""`` for the one that was captured.
+    """
+
+    outputs: tuple[Any, ...]
+    reason: str = ""
+
+
+class PlanCapture:
+    """Captures the plans of one runner.
+
+    Attributes:
+        room: what the plans may take of the device.
+        inspector: looks into the replays of every plan that is captured from now on.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._program, self._device, self._config = parts.program, parts.device, parts.config
+        self._padding, self._table, self._attempts = parts.padding, parts.table, parts.attempts
+        self._moves, self._stats = parts.moves, parts.stats
+        self._agreement, self._question = parts.agreement, parts.question
+        config = parts.config
+        self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
+        self._bridges = BridgeSpace(parts.device)
+        self._arena = Arena(self._device)
+        self.room = Room(self._device, config.max_graph_bytes, self._agreement)
+        # A comparison runs steps once more, and whether there is one depends on values: ranks would lose step.
+        why_not = "replays are not compared in a process group" if self._agreement.is_group else ""
+        self.inspector: Inspector = Checks(
+            self._program, config.verify, parts.stats, self.distrust, self._table.drop, why_not
+        )
+
+    @contextlib.contextmanager
+    def inspected(self, inspector: Inspector) -> Iterator[None]:
+        """Have ``inspector`` look into the plans that are made within this block."""
+        before, self.inspector = self.inspector, inspector
+        try:
+            yield
+        finally:
+            self.inspector = before
+
+    def distrust(self, steps: Mapping[int, str]) -> None:
+        """These steps run live from now on; plans that hold them are captured again."""
+        self._attempts.demoted |= steps
+        self._table.drop_if(lambda plan: bool(steps.keys() - plan.recorded.layout.live.keys()))
+
+    def serve(self, route: Route, known: Observation, args: tuple[Any, ...], serving: Serving | None) -> Made:
+        """Serve a call and record it, if that is possible now.
+
+        Args:
+            route: what the plan is going to be good for.
+            known: what an earlier call of the same form has shown.
+            args: of the call, at the sizes of the route.
+            serving: the step inputs that ops find; entered by the caller.
+        """
+        device = self._device
+        with device.lock:
+            reason = self._agreement.reason(self._question("may it begin", route), self._why_not_now(route))
+            if reason:
+                return Made(self._program.run(*args), reason)
+            layout = self._same_on_all_ranks(self._lay_out(known, route), known, route)
+            if len(layout.live) == len(self._program.steps):
+                reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
+                self._attempts.refuse(route, reason)
+                return Made(self._program.run(*args), reason)
+            if reason := self.room.make(route.key):
+                return Made(self._program.run(*args), reason)
+            device.busy = True
+            try:
+                outputs = self._capture(route, known, layout, args, serving)
+            finally:
+                device.busy = False
+            return Made(self._program.run(*args), "a capture could not begin") if outputs is None else Made(outputs)
+
+    def _why_not_now(self, route: Route) -> str:
+        if self._device.busy or not self._device.enter():
+            return self._device.unusable or ELSEWHERE
+        if route.key in self._table.plans:  # of a group: at its own size on every rank, but that was not known before
+            return "padding is not proven" if self._agreement.is_group else "another thread was faster"
+        return ""
+
+    def _same_on_all_ranks(self, layout: Layout, known: Observation, route: Route) -> Layout:
+        """What runs live on one rank runs live on all of them."""
+        everywhere = self._agreement.gather(self._question("what runs live", route), dict(layout.live))
+        others = {
+            number: f"runs live on rank {rank}: {reason}"
+            for rank, live in enumerate(everywhere)
+            for number, reason in live.items()
+            if number not in layout.live
+        }
+        if not others:
+            return layout
+        self._attempts.demoted |= others
+        return self._lay_out(known, route)
+
+    def _lay_out(self, known: Observation, route: Route) -> Layout:
+        return lay_out(
+            self._program,
+            known,
+            Choice(
+                full=route.mode is FULL,
+                demoted=self._attempts.demoted,
+                unstable=self._moves.unstable,
+                static_args=self._config.static_args,
+                max_copy_bytes=self._config.max_copy_bytes,
+                uniform_query_len=route.batch.uniform_query_len,
+                padded=self._padding.inputs_of(route.rung),
+                apart=self.inspector.apart(route.key),
+            ),
+        )
+
+    def _capture(
+        self, route: Route, known: Observation, layout: Layout, args: tuple[Any, ...], serving: Serving | None
+    ) -> tuple[Any, ...] | None:
+        """Record the call; its outputs, or ``None`` when nothing has run."""
+        started = time.perf_counter()
+        with contextlib.ExitStack() as session:
+            try:
+                before = self._device.usage()
+                # Nobody but the capture may hold the pool: it gives it back when the device turns out to be full.
+                entered = self._device.session()
+                capture = SegmentedCapture(
+                    self._program, known, layout, self._device, session.enter_context(entered), args, self._agreement
+                )
+                capture.bind_inputs(self._arena, self._bridges)
+                failure = None
+            except Exception as error:
+                failure = Failure.of(error)
+            if (failure := self._first_failure("is it ready", route, failure)) is not None:
+                self._note_failure(route, failure)
+                return None
+            label = f"capturing {self._program.name}"
+            bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
+            session.enter_context(_frozen(serving))
+            with torch.no_grad():
+                outputs, failure = capture.run(bar, self._policy)
+        failure = self._first_failure("was it captured", route, failure)
+        if failure is not None:
+            self._note_failure(route, failure)
+            return outputs
+        grown = self._device.usage().since(before)
+        holding = self.room.take(route.key, grown, _dropper(self._table, route.key))
+        if isinstance(holding, str):
+            _log.info("%s: the plan for %s was given up: %s", self._program.name, route.sizes, holding)
+            return outputs
+        recorded = capture.recorded
+        stats = _plan_stats(route, recorded, grown, time.perf_counter() - started)
+        replay, fitter = self._replay(route, recorded, stats)
+        addresses = static_addresses(recorded)
+        self._table.add(Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter))
+        return outputs
+
+    def _first_failure(self, what: str, route: Route, failure: Failure | None) -> Failure | None:
+        """What went wrong on any rank."""
+        if not self._agreement.is_group:
+            return failure
+        return Failure.of_ranks(self._agreement.gather(self._question(what, route), failure, usual=None))
+
+    def _replay(
+        self, route: Route, recorded: Recorded, stats: PlanStats
+    ) -> tuple[Callable[[tuple[Any, ...]], Any], Fitter | None]:
+        """Write the replay of what was recorded."""
+        at_end = self._device.at_end(recorded.segments, recorded.outputs.lent())
+        if at_end is not None:
+            at_end()
+        itself = weakref.ref(self)  # so that a runner that nobody calls any more goes at once, its plans with it
+
+        def mismatch(reason: str) -> None:
+            if (capture := itself()) is not None:
+                capture._give_up(route, reason)
+
+        fitter = Fitter(self._padding, route.rung, recorded, self._arena) if route.rung else None
+        replay, stats.source = generate(recorded, at_end, mismatch, self._arena if self._padding else None, fitter)
+        self.inspector.attach(route.key, recorded, replay)
+        if self._config.annotate:
+            annotate(replay, recorded, self._device.device.type == "cuda")
+        bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
+        self._stats.bindings = {spec.name: binding.value for spec, binding in bound}
+        if self._device.device.type == "cuda" and self._config.cache:
+            native.prepare(cache_root(self._config.cache_dir))
+        return replay, fitter
+
+    def _give_up(self, route: Route, reason: str) -> None:
+        """A live step gave what the graphs of a plan cannot take: a plan for this route is of no use."""
+        self._stats.live_calls[reason] += 1
+        self._attempts.refuse(route, reason)
+        self._table.drop(route.key)
+
+    def _note_failure(self, route: Route, failure: Failure) -> None:
+        if failure.out_of_memory:
+            self._attempts.note_no_memory(failure, self.room.out_of_memory(route.key))
+        else:
+            self._attempts.note_failure(failure)
+
+
+@contextlib.contextmanager
+def _frozen(serving: Serving | None) -> Iterator[None]:
+    """No new buffers while recording."""
+    if serving is None:
+        yield
+        return
+    serving.is_recording = True
+    try:
+        yield
+    finally:
+        serving.is_recording = False
+
+
+def _dropper(table: PlanTable, key: Hashable) -> Callable[[], None]:
+    """How the account gives up a plan; it does not keep the table alive."""
+    reference = weakref.ref(table)
+
+    def drop() -> None:
+        if (table := reference()) is not None:
+            table.drop(key)
+
+    return drop
+
+
+def _plan_stats(route: Route, recorded: Recorded, grown: Usage, seconds: float) -> PlanStats:
+    steps, live = recorded.program.steps, recorded.layout.live
+    return PlanStats(
+        key=route.sizes,
+        mode=route.mode.name,
+        num_segments=len(recorded.segments),
+        captured=[each.name for number, each in enumerate(steps) if number not in live],
+        live={each.name: live[number] for number, each in enumerate(steps) if number in live},
+        bytes=grown.exclusive + grown.shared,
+        seconds=seconds,
+        exclusive_bytes=grown.exclusive,
+        shared_bytes=grown.shared,
+    )

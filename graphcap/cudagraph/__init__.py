@@ -14,7 +14,8 @@ may be padded, the proof that it changes nothing, one plan for many sizes),
 
 Which sizes are captured: :mod:`~graphcap.cudagraph.ladder` and :mod:`~graphcap.cudagraph.ladders`. What is learnt from
 the calls: :mod:`~graphcap.cudagraph.stats`, :mod:`~graphcap.cudagraph.traffic`, :mod:`~graphcap.cudagraph.suggest` and
-:mod:`~graphcap.cudagraph.alerts`. What a step costs and why: :mod:`~graphcap.cudagraph.cost`.
+:mod:`~graphcap.cudagraph.alerts`. What a step costs and why: :mod:`~graphcap.cudagraph.cost`; which segments are not
+worth a graph: :mod:`~graphcap.cudagraph.scales` and :mod:`~graphcap.cudagraph.worth`.
 """
 
 from graphcap.cudagraph.bindings import Binding

@@ -33,6 +33,7 @@ from graphcap.cudagraph.recorded import (
     padded_inputs_written,
     run_live,
 )
+from graphcap.cudagraph.scales import Scales
 from graphcap.progress import Progress
 
 
@@ -55,6 +56,7 @@ class SegmentedCapture:
         self._captured = captured_slots(program, layout, len(program.steps))
         self._segments = segment_of(program, layout)
         self._crossing = _crossing_slots(program, self._segments)
+        self._scales: Scales | None = None
 
     def bind_inputs(self, arena: Arena) -> None:
         """Give every input that captured steps read its place, and copy in what is copied."""
@@ -77,8 +79,15 @@ class SegmentedCapture:
         for index in self._padded:
             self._slots[index] = self._bound[index]
 
-    def run(self, bar: Progress, policy: Policy) -> tuple[tuple[Any, ...], Failure | None]:
-        """Run the call, one step after the other; ``bar`` is told of each. Outputs leave as ``policy`` says.
+    def run(
+        self, bar: Progress, policy: Policy, scales: Scales | None = None
+    ) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call, one step after the other.
+
+        Args:
+            bar: is told of each step.
+            policy: how outputs leave.
+            scales: weigh each segment before it is launched, if given.
 
         Returns:
             The program's outputs, and why there is no plan if there is none.
@@ -86,6 +95,7 @@ class SegmentedCapture:
         Raises:
             Exception: what a live step raises, as it would without any graph.
         """
+        self._scales = scales
         try:
             failure = self._run_segments(bar)
         except BaseException:
@@ -238,6 +248,8 @@ class SegmentedCapture:
         try:
             segment = self._recording.end()
             self._recording = None
+            if self._scales is not None:
+                self._scales.weigh(self.recorded, range(self._first, number), segment.replay)
             segment.replay()
         except Exception as error:
             self._abort()

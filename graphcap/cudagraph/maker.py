@@ -43,6 +43,7 @@ from graphcap.cudagraph.routes import FULL, Route, Router
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
 from graphcap.cudagraph.step import step
 from graphcap.cudagraph.verify import Checks, Inspector
+from graphcap.cudagraph.worth import Worth
 from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 
@@ -93,6 +94,7 @@ class PlanMaker:
         self._attempts, self._moves, self._stats = parts.attempts, parts.moves, stats
         config = parts.config
         self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
+        self._worth = Worth(self._device)
         self._room = Room(self._device, config.max_graph_bytes)
         self._arena = Arena(self._device)
         self._observations: dict[Hashable, Observation] = {}
@@ -200,7 +202,7 @@ class PlanMaker:
                 return Made(self._program.run(*args), device.unusable or ELSEWHERE)
             if route.key in self._table.plans:
                 return Made(self._program.run(*args), "another thread was faster")
-            layout = self._lay_out(known, route)
+            layout = self._lay_out(known, route, self._worth.live(route))
             if len(layout.live) == len(self._program.steps):
                 reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                 self._attempts.refuse(route, reason)
@@ -223,13 +225,14 @@ class PlanMaker:
         serving.refresh(said.inputs)
         return serving
 
-    def _lay_out(self, known: Observation, route: Route) -> Layout:
+    def _lay_out(self, known: Observation, route: Route, by_choice: Mapping[int, str]) -> Layout:
+        """``by_choice``: steps that run live because a graph would not pay."""
         return lay_out(
             self._program,
             known,
             Choice(
                 full=route.mode is FULL,
-                demoted=self._attempts.demoted,
+                demoted={**by_choice, **self._attempts.demoted},
                 unstable=self._moves.unstable,
                 static_args=self._config.static_args,
                 max_copy_bytes=self._config.max_copy_bytes,
@@ -260,9 +263,15 @@ class PlanMaker:
             bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
             session.enter_context(_frozen(serving))
             with torch.no_grad():
-                outputs, failure = capture.run(bar, self._policy)
+                scales = self._worth.scales(route, layout)
+                outputs, failure = capture.run(bar, self._policy, scales)
         if failure is not None:
             self._note_failure(route, failure)
+            return outputs
+        if scales is not None and self._worth.judge(
+            route, layout, scales.weighed, lambda live: self._lay_out(known, route, live)
+        ):
+            self._device.wait()  # the next call captures again, with these live
             return outputs
         grown = self._device.usage().since(before)
         holding = self._room.take(route.key, grown, _dropper(self._table, route.key))

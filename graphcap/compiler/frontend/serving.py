@@ -174,10 +174,15 @@ class _Calls:
         """Warm up and record; why there is no graph now, ``""`` when there is one."""
         for _ in range(_config_of(self._model).num_warmups):
             self._call(key, Phase.WARM_UP)
-        self._call(key, Phase.RECORD)
-        if any(runner.has_plan(key) for runner in runners):
-            return ""
-        return next((reason for runner in runners if (reason := runner.dispatch(key, None).reason)), "not captured")
+        reason = ""
+        for _ in range(2):  # the first capture may have shown that fewer graphs are better
+            self._call(key, Phase.RECORD)
+            if any(runner.has_plan(key) for runner in runners):
+                return ""
+            reason = next((why for runner in runners if (why := runner.dispatch(key, None).reason)), "")
+            if reason:
+                break
+        return reason or "not captured"
 
     def prove_padding(self, key: GraphKey) -> None:
         """One call that is a row short, or a request: the first padded call of its kind, which is where padding has to

@@ -300,9 +300,9 @@ class PlanMaker:
 
         fitter = Fitter(self._padding, route.rung, recorded, self._arena) if route.rung else None
         replay, stats.source = generate(recorded, at_end, mismatch, self._arena if self._padding else None, fitter)
-        self.inspector.attach(route.key, recorded, replay)
-        if self._config.annotate:
+        if self._config.annotate:  # first, so that it is still there when a check ends
             annotate(replay, recorded, self._device.device.type == "cuda")
+        self.inspector.attach(route.key, recorded, replay)
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self._stats.bindings = {spec.name: binding.value for spec, binding in bound}
         if self._device.device.type == "cuda" and self._config.cache:

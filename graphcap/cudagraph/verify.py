@@ -216,7 +216,7 @@ class _PlanCheck:
         self._remaining = remaining
         self._finished = finished
         self._seen = seen
-        self._comparing = self._agreed = self._over = False
+        self._comparing = self._agreed = False
         self._segments = {number: Segment(recorded, groups[number]) for number in checked}
         self._take_off = put_around(replay, recorded, segment=self._wrap)
 
@@ -225,9 +225,6 @@ class _PlanCheck:
             return launch
 
         def compared() -> None:
-            if self._over:  # called by a copy of the replay, which has no other way to be rid of this
-                launch()
-                return
             if number == self._first:
                 self._begin()
             rehearsal = self._rehearse(number) if self._comparing else None
@@ -242,7 +239,7 @@ class _PlanCheck:
     def _begin(self) -> None:
         if self._seen is not None and not any(map(self._checks.unproven, self._groups)):
             self._comparing = False  # another plan has proved it
-            self._close()
+            self._take_off()
             return
         self._comparing = self._agreed = self._seen is None or self._seen.differ()
 
@@ -284,12 +281,8 @@ class _PlanCheck:
         if self._agreed:
             self._checks.prove([each for number in self._segments for each in self._groups[number]])
         if not self._remaining:
-            self._close()
+            self._take_off()
             self._finished()
-
-    def _close(self) -> None:
-        self._over = True
-        self._take_off()
 
 
 def _compare_values(outcome: Outcome) -> tuple[bool, Difference | None]:

@@ -375,6 +375,18 @@ def test_an_honest_padded_plan_agrees_at_every_size(settings):
     assert [plan.num_segments for plan in runner.stats.plans] == [3 if settings.get("verify") is True else 1]
 
 
+@pytest.mark.parametrize(("annotate", "called"), [(False, "replay"), (True, "named")])
+def test_replays_of_other_sizes_pay_nothing_for_a_check_that_is_over(annotate, called):
+    program = trusting(padded({"scale": 2.0}), step_1=("ns::a",))
+    runner = runner_of(program, capture_sizes=[8], annotate=annotate)
+    for n in (8, 8, 5, 5, 8):  # the first replay, which is compared, is that of a smaller size
+        runner(n, randn(n, 3))
+    assert runner.inspector.proven == {"ns::a"}
+    served = runner._table.served
+    assert [each.size.size for each in served.values()] == [(5,), (8,)]
+    assert [each.replay.__globals__["g0"].__name__ for each in served.values()] == [called] * 2
+
+
 @pytest.mark.gpu
 def test_a_python_value_in_a_real_graph_is_found():
     metadata = {"scale": 1.0}

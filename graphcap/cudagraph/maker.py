@@ -101,7 +101,9 @@ class PlanMaker:
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
         self._proven: set[Hashable] = set()
-        self.inspector: Inspector = Checks(self._program, config.verify, stats, self.distrust, self._table.drop)
+        self.inspector: Inspector = Checks(
+            self._program, config.verify, stats, self.distrust, self._table.drop, self._device.spare_bytes
+        )
 
     @contextlib.contextmanager
     def inspected(self, inspector: Inspector) -> Iterator[None]:

@@ -33,7 +33,6 @@ from graphcap.cudagraph.stats import RunnerStats
 
 _log = logging.getLogger("graphcap.cudagraph")
 
-MAX_COPIED_BYTES = 4 * 2**30  #: of what one segment writes; beyond it the segment is not compared
 _MAX_INPUT_BYTES = 2**20  #: larger inputs are not looked at to tell whether a call has other inputs
 _LOOKS = 64  #: replays in a row whose inputs are looked at; later on every 16th
 _LOOK_EVERY = 16
@@ -84,8 +83,9 @@ class Checks:
         stats: RunnerStats,
         distrust: Callable[[Mapping[int, str]], None],
         finished: Callable[[Any], None],
+        spare_bytes: Callable[[], int],
     ) -> None:
-        """Nothing is compared before a plan is attached. The two methods are held weakly.
+        """Nothing is compared before a plan is attached. The methods of the maker are held weakly.
 
         Args:
             program: the region.
@@ -93,10 +93,12 @@ class Checks:
             stats: where divergences are noted.
             distrust: told of steps that must run live from now on, each with the reason.
             finished: told the key of a plan that ``verify`` is done with; it may be captured anew, without the cuts.
+            spare_bytes: how much the device can spare for copies; a segment that writes more is not compared.
         """
         self.program = program
         self.stats = stats
         self.proven: set[str] = set()
+        self.spare_bytes = spare_bytes
         self._wanted = 2**62 if verify is True else int(verify)
         self._distrust = weakref.WeakMethod(distrust)
         self._finished = weakref.WeakMethod(finished)
@@ -245,7 +247,7 @@ class _PlanCheck:
 
     def _rehearse(self, number: int) -> Rehearsal | None:
         try:
-            return self._segments[number].rehearse(MAX_COPIED_BYTES)
+            return self._segments[number].rehearse(self._checks.spare_bytes())
         except Exception as error:  # the replay itself needs none of this
             self._give_up(number, describe(error))
             return None

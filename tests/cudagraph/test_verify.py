@@ -185,7 +185,7 @@ def test_pieces_that_nobody_vouched_for_are_not_compared():
 
 
 def test_state_that_is_too_large_to_copy_is_not_compared_and_the_report_says_so(monkeypatch):
-    monkeypatch.setattr(verify, "MAX_COPIED_BYTES", 8)
+    monkeypatch.setattr(FreezingDevice, "spare_bytes", lambda device: 8)
     metadata = {"scale": 1.0}
     program = attending(metadata)
     runner = runner_of(program, FreezingDevice(metadata))

@@ -3,7 +3,8 @@
 A graph holds what its operations read in Python when they were recorded. Compiled pieces and torch's own operations
 are known to read nothing of the kind. For a custom op that was declared capturable, and for a user's Triton kernel,
 there is only somebody's word. So the first replay of these on other inputs than those of the capture is compared with a
-live run. What differs runs live from then on, and an error names it.
+live run. What differs runs live from then on, and an error names it. Where several of them are in the graph that
+differs, they are captured again, each in a graph of its own, to find the one.
 
 A comparison happens inside of the replay, segment by segment. Before a graph is launched its steps run on copies of
 what they write (:mod:`~graphcap.cudagraph.rehearsal`), and what the graph leaves is compared with that. Live steps run
@@ -36,6 +37,7 @@ _log = logging.getLogger("graphcap.cudagraph")
 _MAX_INPUT_BYTES = 2**20  #: larger inputs are not looked at to tell whether a call has other inputs
 _LOOKS = 64  #: replays in a row whose inputs are looked at; later on every 16th
 _LOOK_EVERY = 16
+_TRIALS = 32  #: replays compared to find the one of several suspects; then all of them are taken for guilty
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +105,18 @@ class Checks:
         self._distrust = weakref.WeakMethod(distrust)
         self._finished = weakref.WeakMethod(finished)
         self._done: set[Any] = set()
+        self._suspects: dict[str, Divergence] = {}
 
     def apart(self, key: Any) -> Collection[int]:
-        """Every step where the values of each are to be compared."""
-        return range(len(self.program.steps)) if self._wanted and key not in self._done else ()
+        """Every step where the values of each are to be compared; else those with suspects that are to be told
+        apart."""
+        return range(len(self.program.steps)) if self._verifies(key) else self._steps_with(self._suspects)
+
+    def _verifies(self, key: Any) -> bool:
+        return bool(self._wanted) and key not in self._done
+
+    def _steps_with(self, names: Collection[str]) -> list[int]:
+        return [n for n, step in enumerate(self.program.steps) if not set(names).isdisjoint(step.unproven)]
 
     def attach(self, key: Any, recorded: Recorded, replay: Callable[..., Any]) -> None:
         """Have the next replays of a plan compared, if there is a reason to."""
@@ -116,33 +126,50 @@ class Checks:
             self.skip(range(len(self.program.steps)), describe(error))
 
     def _attach(self, key: Any, recorded: Recorded, replay: Callable[..., Any], groups: list[list[int]]) -> None:
-        if recorded.layout.apart:
+        if self._verifies(key):
             everything = list(range(len(groups)))
-            _PlanCheck(self, recorded, replay, groups, everything, self._wanted, lambda: self._finish(key))
+            _PlanCheck(self, key, recorded, replay, groups, everything, self._wanted, lambda: self._finish(key))
             return
         trusted = [n for n, steps in enumerate(groups) if self.unproven(steps)]
-        if trusted:
+        if recorded.layout.apart:
+            _PlanCheck(self, key, recorded, replay, groups, trusted, _TRIALS, self._give_up_trial)
+        elif trusted:
             steps = [number for n in trusted for number in groups[n]]
             self.skip(steps, "no replay had other inputs than the capture yet")
-            _PlanCheck(self, recorded, replay, groups, trusted, 1, lambda: None, InputsSeen(recorded))
+            _PlanCheck(self, key, recorded, replay, groups, trusted, 1, lambda: None, InputsSeen(recorded))
 
     def unproven(self, numbers: Collection[int]) -> tuple[str, ...]:
         """The operations in these steps that are captured on trust."""
         names = dict.fromkeys(name for number in numbers for name in self.program.steps[number].unproven)
         return tuple(name for name in names if name not in self.proven)
 
-    def report(self, divergence: Divergence) -> None:
-        """Note a divergence. What is suspected runs live from now on, wherever it occurs; without suspects the step."""
+    def report(self, key: Any, divergence: Divergence, can_be_told_apart: bool) -> None:
+        """Note a divergence of the plan ``key``. What is suspected runs live from now on, wherever it occurs; without
+        suspects the step."""
         self.stats.divergences.append(str(divergence))
         _log.error("%s: %s", self.program.name, divergence)
         for name in divergence.suspects:
             self.stats.unchecked.pop(name, None)
-        suspects = set(divergence.suspects)
-        steps = {
-            number: str(divergence)
-            for number, step in enumerate(self.program.steps)
-            if not suspects.isdisjoint(step.unproven) or (not suspects and step.name == divergence.step)
-        }
+        finished = self._finished()
+        if can_be_told_apart and finished is not None and captures_allowed():
+            self._suspects |= dict.fromkeys(divergence.suspects, divergence)
+            finished(key)
+            return
+        steps = self._steps_with(divergence.suspects) or [
+            number for number, step in enumerate(self.program.steps) if step.name == divergence.step
+        ]
+        self._convict(dict.fromkeys(steps, str(divergence)))
+
+    def _give_up_trial(self) -> None:
+        """The guilty one of several suspects did not show itself again: none of them may stay."""
+        found = [(n, self.program.steps[n].unproven) for n in self._steps_with(self._suspects)]
+        suspects = self._suspects
+        self._convict({n: str(suspects[name]) for n, names in found for name in names if name in suspects})
+
+    def _convict(self, steps: Mapping[int, str]) -> None:
+        """These steps run live from now on. Others that were suspected are not any more: their plans are checked as
+        if they were new."""
+        self._suspects = {}
         if (distrust := self._distrust()) is not None:
             distrust(steps)
 
@@ -154,6 +181,8 @@ class Checks:
     def prove(self, numbers: Collection[int]) -> None:
         """These steps replayed as they run live."""
         for name in self.unproven(numbers):
+            if name in self._suspects:  # once is not enough for these
+                continue
             self.proven.add(name)
             self.stats.unchecked.pop(name, None)
 
@@ -204,6 +233,7 @@ class _PlanCheck:
     def __init__(
         self,
         checks: Checks,
+        key: Any,
         recorded: Recorded,
         replay: Callable[..., Any],
         groups: list[list[int]],
@@ -213,6 +243,7 @@ class _PlanCheck:
         seen: InputsSeen | None = None,
     ) -> None:
         self._checks = checks
+        self._key = key
         self._groups = groups
         self._first, self._last = checked[0], checked[-1]
         self._remaining = remaining
@@ -262,7 +293,8 @@ class _PlanCheck:
             return
         if divergence is not None:
             self._agreed = False
-            self._checks.report(divergence)
+            trusted = [each for each in self._groups[number] if self._checks.unproven([each])]
+            self._checks.report(self._key, divergence, len(divergence.suspects) > 1 and len(trusted) > 1)
 
     def _first_divergence(self, number: int, rehearsal: Rehearsal) -> Divergence | None:
         with torch.inference_mode(False), torch.no_grad():

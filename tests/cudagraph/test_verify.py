@@ -128,20 +128,86 @@ def test_every_step_with_the_operation_runs_live():
     assert list(runner.stats.plans[0].live) == ["step_0", "step_2"]
 
 
-def test_two_operations_in_one_graph_are_both_suspected_where_nothing_tells_them_apart():
-    metadata = {"scale": 1.0}
+def two_in_one_graph(metadata, **trusted):
     region = Region()
     x = region.tensor("x")
     y = region.step(lambda x: x + 1, x)
-    program = trusting(
-        region.returning(region.step(lambda y: y * metadata["scale"], y)), step_0=("ns::a",), step_1=("ns::b",)
-    )
+    z = region.step(lambda y: y * metadata["scale"], y)
+    return trusting(region.returning(region.step(lambda z: z - 2, z)), **trusted)
+
+
+def test_of_two_operations_in_one_graph_the_guilty_one_is_found():
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_0=("ns::a",), step_1=("ns::b",))
     runner = runner_of(program, FreezingDevice(metadata))
-    for call in range(5):
+    segments = []
+    for call in range(10):
         metadata["scale"] = 1.0 + call
         x = randn(3)
         assert torch.equal(runner(x)[0], program.run(x)[0])
-    assert runner.stats.divergences[0].endswith("captured on trust: one of ns::a, ns::b")
+        segments.append([plan.num_segments for plan in runner.stats.plans])
+    first, second = runner.stats.divergences
+    assert first.endswith("captured on trust: one of ns::a, ns::b")
+    assert second.startswith("step_1: ")
+    assert second.endswith("captured on trust: ns::b")
+    assert list(runner.stats.plans[0].live) == ["step_1"]
+    assert runner.inspector.proven == {"ns::a"}
+    assert segments == [[], [], [1], [], [3], [], [2], [2], [2], [2]]
+
+
+def test_a_suspect_is_not_cleared_by_agreeing_once():
+    """What it froze is right as long as nobody changes it: the second capture froze the new value."""
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_0=("ns::a",), step_1=("ns::b",))
+    runner = runner_of(program, FreezingDevice(metadata))
+    for scale in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0, 3.0, 4.0):
+        metadata["scale"] = scale
+        x = randn(3)
+        assert torch.equal(runner(x)[0], program.run(x)[0])
+    assert runner.stats.divergences[-1].endswith("captured on trust: ns::b")
+    assert list(runner.stats.plans[0].live) == ["step_1"]
+
+
+def test_where_no_suspect_shows_itself_again_all_of_them_run_live(monkeypatch):
+    monkeypatch.setattr(verify, "_TRIALS", 3)
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_0=("ns::a",), step_1=("ns::b",))
+    runner = runner_of(program, FreezingDevice(metadata))
+    for call in range(10):
+        metadata["scale"] = 1.0 if call < 3 else 2.0
+        x = randn(3)
+        assert torch.equal(runner(x)[0], program.run(x)[0])
+    assert len(runner.stats.divergences) == 1
+    assert runner.stats.plans[0].live == dict.fromkeys(["step_0", "step_1"], runner.stats.divergences[0])
+    assert runner.inspector.proven == set()
+
+
+def test_two_operations_in_one_step_are_both_suspected():
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_1=("ns::a", "ns::b"))
+    runner = runner_of(program, FreezingDevice(metadata))
+    for call in range(6):
+        metadata["scale"] = 1.0 + call
+        runner(randn(3))
+    (divergence,) = runner.stats.divergences
+    assert divergence.endswith("captured on trust: one of ns::a, ns::b")
+    assert list(runner.stats.plans[0].live) == ["step_1"]
+
+
+def test_a_sealed_process_has_all_suspects_run_live_at_once():
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_0=("ns::a",), step_1=("ns::b",))
+    runner = runner_of(program, FreezingDevice(metadata))
+    warm(runner, randn(3))
+    with allow_capture(False):
+        for call in range(4):
+            metadata["scale"] = 2.0 + call
+            x = randn(3)
+            assert torch.equal(runner(x)[0], program.run(x)[0])
+    assert len(runner.stats.divergences) == 1
+    for _ in range(2):
+        runner(randn(3))
+    assert list(runner.stats.plans[0].live) == ["step_0", "step_1"]
 
 
 def test_a_call_with_the_inputs_of_the_capture_does_not_use_up_the_check():

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from graphcap.cudagraph import Capture, verify
+from graphcap.cudagraph import Capture, plan_check, verify
 from graphcap.cudagraph.phase import allow_capture
 from graphcap.cudagraph.simulated import SimulatedDevice
 from tests.cudagraph.padded import N, PaddedRegion
@@ -230,8 +230,8 @@ def test_a_call_with_the_inputs_of_the_capture_does_not_use_up_the_check():
 
 def test_an_input_that_rarely_changes_is_looked_at_rarely_in_the_long_run(monkeypatch):
     looks = []
-    honest = verify.same_bits
-    monkeypatch.setattr(verify, "same_bits", lambda *tensors: looks.append(1) or honest(*tensors))
+    honest = plan_check.same_bits
+    monkeypatch.setattr(plan_check, "same_bits", lambda *tensors: looks.append(1) or honest(*tensors))
     region = Region()
     x = region.tensor("x")
     program = trusting(region.returning(region.step(lambda x: x * 2, x)), step_0=("ns::a",))
@@ -263,8 +263,8 @@ def test_state_that_is_too_large_to_copy_is_not_compared_and_the_report_says_so(
 
 def test_verify_gives_each_step_a_graph_of_its_own_and_compares_all(monkeypatch):
     compared = []
-    honest = verify.difference
-    monkeypatch.setattr(verify, "difference", lambda *tensors: compared.append(1) or honest(*tensors))
+    honest = plan_check.difference
+    monkeypatch.setattr(plan_check, "difference", lambda *tensors: compared.append(1) or honest(*tensors))
     program = attending({"scale": 1.0})
     runner = runner_of(program, verify=True)
     against_live(runner, program, 5)

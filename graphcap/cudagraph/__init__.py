@@ -4,7 +4,8 @@ In reading order: :mod:`~graphcap.cudagraph.program` (the contract with the comp
 :mod:`~graphcap.cudagraph.runner` (what happens on a call), :mod:`~graphcap.cudagraph.observe` (what a warm-up learns),
 :mod:`~graphcap.cudagraph.layout` and :mod:`~graphcap.cudagraph.bindings` (what is captured, and how inputs get in),
 :mod:`~graphcap.cudagraph.capture` (the segmented capture), :mod:`~graphcap.cudagraph.recorded` (what it leaves behind),
-:mod:`~graphcap.cudagraph.replay` (the generated replay),
+:mod:`~graphcap.cudagraph.replay` (the generated replay, with :mod:`~graphcap.cudagraph.lines`,
+:mod:`~graphcap.cudagraph.entry_checks` and :mod:`~graphcap.cudagraph.output_lines`),
 :mod:`~graphcap.cudagraph.padding`, :mod:`~graphcap.cudagraph.proof` and :mod:`~graphcap.cudagraph.fitted` (which sizes
 may be padded, the proof that it changes nothing, one plan for many sizes),
 :mod:`~graphcap.cudagraph.outputs` and :mod:`~graphcap.cudagraph.handout` (how outputs leave,

@@ -203,12 +203,13 @@ class CudaDevice(Device):
     def stopwatch(self, call: Callable[[], object]) -> StepTime:
         """See :class:`graphcap.cudagraph.device.GraphDevice`. The time of the device is that between two events."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.wait()
-        begin.record()
+        stream = torch.cuda.current_stream(self._index)
+        stream.synchronize()
+        begin.record(stream)
         started = time.perf_counter()
         call()
         host = time.perf_counter() - started
-        end.record()
+        end.record(stream)
         end.synchronize()
         return StepTime(host * 1e6, begin.elapsed_time(end) * 1e3)
 

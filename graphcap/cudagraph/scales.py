@@ -26,6 +26,7 @@ _log = logging.getLogger("graphcap.cudagraph")
 
 _RUNS = 5  #: measurements of each kind, of which the median counts
 _MAX_STEPS = 4  #: of a segment; more of them take the host longer than one launch
+_MAX_LIVE_US = 200.0  #: host time; what takes longer is worth a graph in any case, and is not run again
 _MAX_BYTES = 2**28  #: of copies; what is larger is no small segment
 
 
@@ -67,25 +68,16 @@ class Scales:
         try:
             with torch.inference_mode(False), torch.no_grad(), _same_random_numbers(self._device):
                 segment = Segment(recorded, numbers)
-                live = self._median(self._live(segment, recorded))
+                run = segment.repeatable(self._max_bytes)
+                if self._stopwatch(run).host_us > _MAX_LIVE_US:
+                    return
+                live = self._median(_with_bridges(run, recorded, numbers))
                 put_back = segment.keep(self._max_bytes)
                 replayed = self._median(replay, put_back)
         except Exception as error:  # the capture itself needs none of this
             _log.debug("%s: a segment was not measured: %s", recorded.program.name, describe(error))
             return
         self.weighed.append(Weighed(tuple(numbers), live, replayed))
-
-    def _live(self, segment: Segment, recorded: Recorded) -> Callable[[], None]:
-        run = segment.repeatable(self._max_bytes)
-        values = run()
-        targets = [(slot, torch.empty_like(values[slot])) for slot in _bridged(recorded, segment.numbers, values)]
-
-        def run_and_bridge() -> None:
-            values = run()
-            for slot, target in targets:
-                target.copy_(values[slot])
-
-        return run_and_bridge
 
     def _median(self, call: Callable[[], object], after: Callable[[], None] = lambda: None) -> StepTime:
         times = []
@@ -96,6 +88,19 @@ class Scales:
                 after()
         host, gpu = [each.host_us for each in times], [each.gpu_us for each in times]
         return StepTime(statistics.median(host), statistics.median(gpu))
+
+
+def _with_bridges(run: Callable[[], dict[int, Any]], recorded: Recorded, numbers: Sequence[int]) -> Callable[[], None]:
+    """Run these steps and copy what captured steps read of their results."""
+    values = run()
+    targets = [(slot, torch.empty_like(values[slot])) for slot in _bridged(recorded, numbers, values)]
+
+    def run_and_copy() -> None:
+        values = run()
+        for slot, target in targets:
+            target.copy_(values[slot])
+
+    return run_and_copy
 
 
 def _bridged(recorded: Recorded, numbers: Sequence[int], values: dict[int, Any]) -> list[int]:

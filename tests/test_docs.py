@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import enum
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import graphcap
 from graphcap.config import Config
 from graphcap.precedence import ALIASES, DEBUGGING_SWITCHES, MODES
 
@@ -54,11 +59,49 @@ def test_ci_runs_the_readme_commands() -> None:
         assert line.partition("#")[0].strip() in ci
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/adr/README.md", "docs/adr/0001-layout.md"])
+DECISIONS = [str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "adr").glob("*.md")]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *sorted(DECISIONS)])
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_links_within_the_readme_lead_to_a_heading() -> None:
+    headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ ([\w -]+)$", README, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= headings
+
+
+def test_code_in_the_readme_parses_and_its_names_exist() -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        ast.parse(block)
+    names = set(re.findall(r"\bgraphcap\.([A-Za-z_]\w*)", README))
+    assert names <= set(graphcap.__all__), names - set(graphcap.__all__)
+
+
+def test_the_serving_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHCAP_COMPILER", "eager")
+    text = README.partition("<!-- serving -->")[2].partition("<!-- /serving -->")[0]
+    (tmp_path / "readme_serving.py").write_text(text.strip().removeprefix("```python\n").removesuffix("```"))
+    spec = importlib.util.spec_from_file_location("readme_serving", tmp_path / "readme_serving.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, example)  # Dynamo looks a function's module up by name
+    with graphcap.allow_capture():  # what the example forbids is allowed again
+        spec.loader.exec_module(example)
+
+    assert [key.num_tokens for key in example.summary.captured] == [8, 4, 2, 1]
+    assert not example.summary.skipped
+    assert (example.decision.mode.name, example.decision.num_tokens) == ("FULL", 4)
+    with graphcap.disabled(), torch.inference_mode():
+        expected = example.model(torch.tensor([17, 4, 99], device=example.device))
+    torch.testing.assert_close(example.logits, expected)
+    (region,) = graphcap.explain(example.model).regions
+    assert [plan.replays for plan in sorted(region.plans, key=lambda plan: plan.key)] == [0, 0, 1, 0]
+    assert set(region.live_calls) == {"warm-up"}
 
 
 def test_every_decision_is_listed() -> None:

@@ -57,22 +57,23 @@ class MemoryFacts:
         self.inputs_of: dict[int, list[int]] = {}
         for index in range(len(program.inputs)):
             self.inputs_of.setdefault(seen.roots[index], []).append(index)
+        self._readers_of_slot: dict[int, dict[int, None]] = {}
+        self._readers_of_root: dict[int, dict[int, None]] = {}
+        for number, step in enumerate(program.steps):
+            for slot in step.reads:
+                self._readers_of_slot.setdefault(slot, {})[number] = None
+                self._readers_of_root.setdefault(seen.roots[slot], {})[number] = None
 
     def readers(self, index: int, live: Collection[int]) -> list[int]:
         """The captured steps that need input ``index`` at a known place: its readers, and when its storage is
         written by any step, the readers of every value in that storage."""
         root = self.seen.roots[index]
-        group = root in self.mutated
-        return [
-            number
-            for number, step in enumerate(self.program.steps)
-            if number not in live
-            and any(self.seen.roots[slot] == root if group else slot == index for slot in step.reads)
-        ]
+        found = self._readers_of_root if root in self.mutated else self._readers_of_slot
+        return [number for number in found.get(root if root in self.mutated else index, ()) if number not in live]
 
     def touched_live(self, root: int, live: Collection[int]) -> bool:
         """Whether a live step reads anything in this storage."""
-        return any(self.seen.roots[slot] == root for number in live for slot in self.program.steps[number].reads)
+        return any(number in live for number in self._readers_of_root.get(root, ()))
 
 
 def bind(facts: MemoryFacts, live: Collection[int], choice: Choice) -> tuple[list[Binding], dict[int, str]]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from graphcap.cudagraph.arena import Arena, aligned_block, buffer_like, copy_into, span_bytes
+from graphcap.cudagraph.arena import Arena, copy_into
 from graphcap.cudagraph.bindings import Binding
+from graphcap.cudagraph.bridges import Bridges, BridgeSpace
 from graphcap.cudagraph.device import GraphDevice, Pool, Recording, UnjoinedStreamError
 from graphcap.cudagraph.handout import Policy
 from graphcap.cudagraph.layout import Layout, segment_of
@@ -41,7 +42,13 @@ class SegmentedCapture:
     """One capturing call. Make it inside of the device's session, then :meth:`run` it once."""
 
     def __init__(
-        self, program: Program, seen: Observation, layout: Layout, device: GraphDevice, pool: Pool, args: Sequence[Any]
+        self,
+        program: Program,
+        seen: Observation,
+        layout: Layout,
+        device: GraphDevice,
+        pool: Pool,
+        args: Sequence[Any],
     ) -> None:
         self.recorded = Recorded(program, seen, layout, pool)
         self._device = device
@@ -53,13 +60,17 @@ class SegmentedCapture:
         self._ended: list[torch.Tensor] = []  # released between two segments, for the next one
         self._outlived: list[int] = []  # live results to drop when the segment is closed
         self._addresses: dict[int, set[int]] = {}  # where the storage of each root may be
+        self._of_inputs: set[int] = set()  # where the storages of inputs and of their stand-ins are
         self._captured = captured_slots(program, layout, len(program.steps))
         self._segments = segment_of(program, layout)
         self._crossing = _crossing_slots(program, self._segments)
+        self._last_read = {slot: number for number, slots in enumerate(layout.releases) for slot in slots}
         self._scales: Scales | None = None
 
-    def bind_inputs(self, arena: Arena) -> None:
-        """Give every input that captured steps read its place, and copy in what is copied."""
+    def bind_inputs(self, arena: Arena, space: BridgeSpace) -> None:
+        """Give every input that captured steps read its place, and copy in what is copied. ``space`` is for the results
+        of live steps later on."""
+        self._bridges = Bridges(space)
         layout, memory = self.recorded.layout, self.recorded.memory
         copied = layout.inputs_bound(Binding.COPIED, Binding.COPIED_BACK, Binding.PADDED)
         buffers, block = arena.buffers([self._slots[index] for index in copied])
@@ -69,11 +80,13 @@ class SegmentedCapture:
         for index, root in enumerate(self.recorded.seen.roots[: len(layout.bindings)]):
             if root >= 0:
                 self._addresses.setdefault(root, set()).add(storage_address(self._slots[index]))
+                self._of_inputs.add(storage_address(self._slots[index]))
         for index, stand_in in stand_ins.items():
             self._bound[index] = self.recorded.stand_ins[index] = stand_in
             if address := storage_address(stand_in):
                 memory.homes.setdefault(address, (index, stand_in))
             self._addresses[self.recorded.seen.roots[index]].add(storage_address(stand_in))
+            self._of_inputs.add(storage_address(stand_in))
             if index in copied:
                 copy_into(stand_in, self._slots[index])
         for index in self._padded:
@@ -185,14 +198,14 @@ class SegmentedCapture:
         try:
             for slot in step.writes:
                 self._check_memory(slot, self._slots[slot])
-                self._give_place(slot, self._slots[slot])
+                self._give_place(number, slot, self._slots[slot])
         except Exception as error:
             return Failure.of(error)
         self.recorded.timeline.append(number)
         self._release(number)
         return None
 
-    def _give_place(self, slot: int, value: Any) -> None:
+    def _give_place(self, number: int, slot: int, value: Any) -> None:
         """Let captured steps find a live step's result at an address that lasts."""
         recorded = self.recorded
         bridged = slot in recorded.layout.bridged
@@ -200,13 +213,15 @@ class SegmentedCapture:
             recorded.places[slot] = value.data_ptr(), value.size()
             self._bound[slot] = weak_view(value)
         elif bridged:
-            block = aligned_block(self._device, span_bytes(value))
-            bridge = buffer_like(block, 0, value)
+            bridge, chunk = self._bridges.place(value, number, self._last_read.get(slot, len(recorded.program.steps)))
             copy_into(bridge, value)
-            recorded.blocks.append(block)
+            recorded.blocks.append(chunk)
             recorded.stand_ins[slot] = self._bound[slot] = bridge
             recorded.memory.homes[storage_address(bridge)] = slot, bridge
-            self._addresses[recorded.seen.roots[slot]].add(storage_address(bridge))
+            root = recorded.seen.roots[slot]
+            self._addresses[root].add(storage_address(bridge))
+            if root < len(recorded.program.inputs):
+                self._of_inputs.add(storage_address(bridge))
 
     def _check_memory(self, slot: int, value: Any) -> None:
         """Values must share memory as they did in the warm-up, because the layout was worked out from that."""
@@ -218,8 +233,7 @@ class SegmentedCapture:
         address = storage_address(value)
         if root == slot:
             self._addresses[slot] = {address}
-            inputs = range(len(self.recorded.program.inputs))
-            fits = not any(address in self._addresses.get(index, ()) for index in inputs)
+            fits = address not in self._of_inputs
         else:
             fits = address in self._addresses[root]
         if address and not fits:
@@ -265,11 +279,14 @@ class SegmentedCapture:
         return None
 
     def _leaves_stream_unjoined(self, number: int) -> bool:
-        """Whether a step cannot be ended when it is recorded alone (it never runs): the end of a segment names none."""
+        """Whether a step cannot be ended when it is recorded alone (it never runs): the end of a segment names none.
+
+        The pool of a recording that could not be ended takes no other one, so each step gets the one now in use.
+        """
         step = self.recorded.program.steps[number]
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                self._recording = self._device.begin(self.recorded.pool, [])
+            with self._device.session() as pool, torch.inference_mode(False), torch.no_grad():
+                self._recording = self._device.begin(pool, [])
                 self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
                 self._recording.end()
         except Exception as error:

@@ -50,7 +50,7 @@ class Recording(Protocol):
         """Finish.
 
         Raises:
-            UnjoinedStreamError: a stream that a step has forked was not joined.
+            UnjoinedStreamError: a stream that a step has forked was not joined. The pool takes no recording after that.
             HookError: a hook of the user failed.
             Exception: the device refused the recording as a whole. After any of them it must be aborted.
         """
@@ -102,7 +102,7 @@ class GraphDevice(Protocol):
         """Block until everything on the caller's stream has finished; after :meth:`enter`, that is every replay."""
 
     def session(self) -> AbstractContextManager[Pool]:
-        """Everything that surrounds the recordings of one plan."""
+        """Everything that surrounds the recordings of one plan, with a pool that takes recordings. May be nested."""
 
     def begin(self, pool: Pool, released: Sequence[torch.Tensor]) -> Recording:
         """Start recording. ``released``: results of earlier segments that ended their life between two segments.

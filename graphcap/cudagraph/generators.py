@@ -1,24 +1,31 @@
 """Random generators besides the default one whose draws may be captured.
 
 A graph must know the generators that its kernels draw from before it is captured; torch adds the default one itself.
+
+Not every torch lets a generator be referred to weakly (2.11 does not). So they are held, and let go by the first look
+at them that finds nobody else holding them.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-import weakref
 
 import torch
 
 _lock = threading.Lock()
-_registered: weakref.WeakSet[torch.Generator] = weakref.WeakSet()
+_registered: list[torch.Generator] = []
+
+_in_a_list = [object()]
+_HELD_ONCE = sys.getrefcount(_in_a_list[0])  #: the count of an object that one list holds, asked for in this way
 
 
 def register_generator(generator: torch.Generator) -> None:
     """Let captured code draw from this generator: replays go on where it stands, and ``manual_seed`` on it is obeyed.
 
     Without that, a captured piece that uses a generator of its own fails to capture and runs live. It holds for
-    captures that begin later, for as long as the generator lives.
+    captures that begin later, for as long as the generator is in use; the registration alone keeps it no longer than
+    to the next capture or registration.
 
     Raises:
         TypeError: it is no ``torch.Generator``.
@@ -26,11 +33,20 @@ def register_generator(generator: torch.Generator) -> None:
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"register_generator: expected a torch.Generator, got {type(generator).__name__}")
     with _lock:
-        _registered.add(generator)
+        _drop_unused()
+        if not any(each is generator for each in _registered):
+            _registered.append(generator)
 
 
 def registered(device: torch.device) -> list[torch.Generator]:
-    """The generators of this device that were registered and are alive."""
+    """The generators of this device that were registered and that somebody else holds."""
     with _lock:
-        alive = list(_registered)
-    return [each for each in alive if each.device.type == device.type and each.device.index in (None, device.index)]
+        _drop_unused()
+        held = list(_registered)
+    return [each for each in held if each.device.type == device.type and each.device.index in (None, device.index)]
+
+
+def _drop_unused() -> None:
+    for index in reversed(range(len(_registered))):
+        if sys.getrefcount(_registered[index]) <= _HELD_ONCE:
+            del _registered[index]

@@ -23,6 +23,7 @@ from graphcap.cudagraph.annotate import annotate
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.attempts import Attempts
 from graphcap.cudagraph.bindings import Choice
+from graphcap.cudagraph.bridges import BridgeSpace
 from graphcap.cudagraph.budget import Room, Usage
 from graphcap.cudagraph.capture import SegmentedCapture
 from graphcap.cudagraph.device import GraphDevice
@@ -97,6 +98,7 @@ class PlanMaker:
         self._worth = Worth(self._device)
         self._room = Room(self._device, config.max_graph_bytes)
         self._arena = Arena(self._device)
+        self._bridges = BridgeSpace(self._device)
         self._observations: dict[Hashable, Observation] = {}
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
@@ -257,7 +259,7 @@ class PlanMaker:
                 capture = SegmentedCapture(
                     self._program, known, layout, self._device, session.enter_context(entered), args
                 )
-                capture.bind_inputs(self._arena)
+                capture.bind_inputs(self._arena, self._bridges)
             except Exception as error:
                 self._note_failure(route, Failure.of(error))
                 return None

@@ -36,7 +36,7 @@ class Plan:
         stats: for reports.
         holding: what the plan holds of the device, in its account.
         serving: the buffers of the step inputs that it reads, if any.
-        served: the ways to it from the calls that it serves.
+        served: the keys of the calls that it serves.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
         fitter: of a padded plan.
     """
@@ -49,7 +49,7 @@ class Plan:
     stats: PlanStats
     holding: Holding
     serving: Serving | None = None
-    served: list[Served] = field(default_factory=list)
+    served: list[Hashable] = field(default_factory=list)
     num_changed: int = 0
     fitter: Fitter | None = None
 

@@ -34,14 +34,14 @@ class PlanTable:
         if len(self.served) >= _MAX_SERVED:
             self.served.clear()
         self.served[served.key] = served
-        served.plan.served.append(served)
+        served.plan.served.append(served.key)  # the key alone: no cycle that would wait for the collector
 
     def drop(self, key: Hashable) -> None:
         """Give up a plan and every way to it."""
         plan = self.plans.pop(key, None)
         if plan is not None:
-            for each in plan.served:
-                self.served.pop(each.key, None)
+            for served in plan.served:
+                self.served.pop(served, None)
             self._stats.retire(plan.stats)
 
     def drop_if(self, condition: Callable[[Plan], bool]) -> None:

@@ -9,6 +9,7 @@ that depend on the real size are bound anew for each (:mod:`~graphcap.cudagraph.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -169,7 +170,8 @@ class _Writer(Lines):
                 self.line(f"{target}.copy_({source})")
 
     def finish(self, places: Places | None) -> tuple[Callable[[tuple[Any, ...]], Any], str]:
-        prelude = [f"a{index} = args[{index}]" for index in self.used]
+        named = set(re.findall(r"\ba(\d+)\b", "\n".join(self.lines)))  # some were asked for and then not needed
+        prelude = [f"a{index} = args[{index}]" for index in self.used if str(index) in named]
         source = "\n    ".join(["def replay(args):", *prelude, *self.lines]) + "\n"
         exec(compile(source, f"<graphcap replay of {self.recorded.program.name}>", "exec"), self.names)
         replay = self.names.pop("replay")  # not in its own globals: a dropped plan must not wait for the collector

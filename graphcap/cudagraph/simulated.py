@@ -88,11 +88,16 @@ class Block:
 
 
 class SimulatedPool:
-    """The blocks of all recordings that are alive, by address."""
+    """The blocks of all recordings that are alive, by address.
+
+    Attributes:
+        is_spoilt: whether a recording in it could not be ended; torch lets no other one begin in such a pool.
+    """
 
     def __init__(self, check_room: Callable[[int], None] = lambda nbytes: None) -> None:
         """Open a pool. ``check_room(nbytes)`` raises when so many more bytes do not fit on the device."""
         self.blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
+        self.is_spoilt = False
         self._check_room = check_room
 
     def block(self, result: torch.Tensor) -> Block:
@@ -147,6 +152,8 @@ class SimulatedRecording:
     """
 
     def __init__(self, pool: SimulatedPool, released: Sequence[torch.Tensor]) -> None:
+        if pool.is_spoilt:
+            raise SimulatedCaptureError("this pool takes no recording: one in it could not be ended (simulated)")
         self.forked: set[SimulatedStream] = set()
         self._pool = pool
         self._tape: list[Callable[[], None]] = []
@@ -208,6 +215,7 @@ class SimulatedRecording:
         """See :class:`graphcap.cudagraph.device.Recording`."""
         hooks.capture_exit.run()
         if self.forked:
+            self._pool.is_spoilt = True
             raise UnjoinedStreamError("a side stream that was forked inside of the capture is not joined when it ends")
         self._close()
         return SimulatedSegment(self._tape, self._blocks)
@@ -248,6 +256,7 @@ class SimulatedDevice(Device):
         super().__init__("simulated", torch.device("cpu"), account)
         self.capacity = capacity
         self._pool: weakref.ref[SimulatedPool] | None = None
+        self._pools: list[weakref.ref[SimulatedPool]] = []  # spoilt ones too, while a plan is left in them
 
     def enter(self) -> bool:
         """Nothing to order: a CPU has no streams."""
@@ -260,9 +269,10 @@ class SimulatedDevice(Device):
     def session(self) -> Iterator[Pool]:
         """One pool for all plans, gone with the last of them."""
         pool = self._pool() if self._pool else None
-        if pool is None:
+        if pool is None or pool.is_spoilt:
             pool = SimulatedPool(self._check_room)
             self._pool = weakref.ref(pool)
+            self._pools = [*(each for each in self._pools if each() is not None), self._pool]
         yield pool
 
     def begin(self, pool: Any, released: Sequence[torch.Tensor]) -> SimulatedRecording:
@@ -292,8 +302,7 @@ class SimulatedDevice(Device):
 
     def used_bytes(self) -> int:
         """The bytes of all recorded results."""
-        pool = self._pool() if self._pool else None
-        return pool.nbytes() if pool else 0
+        return sum(pool.nbytes() for each in self._pools if (pool := each()) is not None)
 
     def usage(self) -> Usage:
         """A plan's results are its own here: nothing reuses their memory. Static buffers are shared."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcap
-from graphcap.compiler import rules
+from graphcap.compiler import backend, rules
 from graphcap.compiler.region import Region, all_regions
 from graphcap.cudagraph import GraphRunner
 
@@ -59,7 +59,7 @@ def _fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def replayed(op: Any, compiler: str = "eager", **options: Any) -> tuple[Region, GraphRunner]:
     """Six calls against eager; returns the region and its runner."""
     model = Decoder(op).eval()
-    fast = torch.compile(model, backend="graphcap", options={"simulate": True, "compiler": compiler, **options})
+    fast = torch.compile(model, backend=backend.graphcap, options={"simulate": True, "compiler": compiler, **options})
     with torch.inference_mode():
         for _ in range(6):
             x = torch.randn(3, 4)
@@ -151,7 +151,7 @@ def test_an_op_that_was_declared_wrongly_is_found_on_a_gpu(compiler: str) -> Non
     def model(x: Tensor) -> Tensor:
         return torch.relu(torch.ops.graphcap_test_out.scaled(x + 1)) * 2
 
-    fast = torch.compile(model, backend="graphcap", options={"compiler": compiler})
+    fast = torch.compile(model, backend=backend.graphcap, options={"compiler": compiler})
     with torch.inference_mode():
         for call in range(8):
             SCALE["now"] = 1.0 + call

@@ -12,6 +12,7 @@ from graphcap.config import Config
 from graphcap.cudagraph import Capture, Constant, GraphDevice, InputKind, InputSpec, Program, Size
 from graphcap.cudagraph.arena import Arena
 from graphcap.cudagraph.bindings import Choice
+from graphcap.cudagraph.bridges import BridgeSpace
 from graphcap.cudagraph.capture import SegmentedCapture
 from graphcap.cudagraph.fitted import Fitter
 from graphcap.cudagraph.handout import Policy
@@ -96,6 +97,7 @@ class PaddedCalls:
         self.padding = Padding(program, self.config)
         self.device: GraphDevice = device or SimulatedDevice()
         self.arena = Arena(self.device)
+        self.bridges = BridgeSpace(self.device)
         self.plans: dict[tuple[int, ...], Plan] = {}
         self.mismatches: list[str] = []
         assert self.padding, self.padding.refused
@@ -109,7 +111,7 @@ class PaddedCalls:
         with contextlib.ExitStack() as session, torch.no_grad():
             pool = session.enter_context(self.device.session())
             capture = SegmentedCapture(self.program, known, layout, self.device, pool, padded)
-            capture.bind_inputs(self.arena)
+            capture.bind_inputs(self.arena, self.bridges)
             outputs, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         recorded = capture.recorded
@@ -124,7 +126,7 @@ class PaddedCalls:
         layout = lay_out(self.program, seen, Choice(self.full, {}, (), (), self.config.max_copy_bytes))
         with self.device.session() as pool, torch.no_grad():
             capture = SegmentedCapture(self.program, seen, layout, self.device, pool, args)
-            capture.bind_inputs(self.arena)
+            capture.bind_inputs(self.arena, self.bridges)
             _, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         return self._plan((), {}, capture.recorded, None)

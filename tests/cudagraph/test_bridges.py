@@ -119,3 +119,59 @@ def test_live_step_may_return_its_argument_in_one_call_and_a_fresh_tensor_in_the
         assert (kept is cache) == (k < 4)
         assert torch.equal(kept, program.run(k, cache, x)[0])
     assert runner.stats.replays == 3
+
+
+def layers(count, keep=False):
+    """A live step between each two captured ones; with ``keep`` the last step reads every live result again."""
+    region = Region()
+    n, x = region.size("n"), region.tensor("x")
+    results = []
+    for _ in range(count):
+        x = region.step(lambda x: x + 1, x)
+        x = region.step(lambda n, x: x * 2, n, x, capture=LIVE)
+        results.append(x)
+    read = results if keep else [x]
+    return region.returning(region.step(lambda *read: sum(read), *read))
+
+
+def bytes_of_bridges(runner):
+    return sum(chunk.numel() for chunk in runner._maker._bridges.chunks())
+
+
+def call(runner, n):
+    x = torch.randn(n, 2**16)  # 256 KiB a row
+    for _ in range(3):
+        (result,) = runner(n, x)
+    assert torch.equal(runner(n, x)[0], runner.program.run(n, x)[0])
+    assert result.shape == x.shape
+
+
+def test_bridges_that_are_never_needed_together_share_memory():
+    runner = runner_of(layers(12))
+    call(runner, 8)
+    assert bytes_of_bridges(runner) <= 3 * 8 * 2**18, "12 live results of 2 MiB each"
+
+
+def test_plans_of_one_runner_share_their_bridges():
+    runner = runner_of(layers(6))
+    call(runner, 8)
+    before = bytes_of_bridges(runner)
+    for n in (4, 2, 6, 1):
+        call(runner, n)
+    assert bytes_of_bridges(runner) == before
+    call(runner, 8), call(runner, 4)
+    assert runner.stats.replays >= 5 + 8
+
+
+def test_bridges_that_are_read_late_keep_their_memory():
+    runner = runner_of(layers(5, keep=True))
+    for n in (8, 2, 8, 4):
+        call(runner, n)
+    assert bytes_of_bridges(runner) >= 5 * 8 * 2**18
+
+
+def test_chunks_go_with_the_last_plan():
+    runner = runner_of(layers(3))
+    call(runner, 2)
+    runner.release()
+    assert bytes_of_bridges(runner) == 0

@@ -52,13 +52,18 @@ def test_replays_draw_new_numbers_and_follow_the_seed(own):
 
 
 def test_generator_is_registered_for_its_life():
+    cpu = torch.device("cpu")
+    before = len(registered(cpu))
     generator = torch.Generator()
-    register_generator(generator)
-    assert generator in registered(torch.device("cpu"))
+    for _ in range(2):
+        register_generator(generator)
+    assert [each is generator for each in registered(cpu)] == [*[False] * before, True]
     assert generator not in registered(torch.device("cuda", 0))
-    reference = weakref.ref(generator)
+    holder = [generator]
     del generator
-    assert reference() is None
+    assert len(registered(cpu)) == before + 1
+    assert torch.is_tensor(holder.pop().get_state())
+    assert len(registered(cpu)) == before, "nobody else holds it"
     with pytest.raises(TypeError, match=r"expected a torch\.Generator, got int"):
         register_generator(3)
 

@@ -64,7 +64,33 @@ def group_calls(
             groups[-1].calls.append(call)
         else:
             groups.append(Group([call], Capture.ALWAYS))
-    return groups
+    return _fold_views(recording, groups)
+
+
+def _fold_views(recording: Recorder, groups: list[Group]) -> list[Group]:
+    """A captured group that only makes views launches nothing: it joins the cut operator beside it."""
+    folded: list[Group] = []
+    for group in groups:
+        before = folded[-1] if folded else None
+        if before is not None and _may_join(recording, group, before):
+            before.calls += group.calls
+        elif before is not None and _may_join(recording, before, group):
+            folded[-1] = Group([*before.calls, *group.calls], group.capture, group.reason)
+        else:
+            folded.append(group)
+    return folded
+
+
+def _may_join(recording: Recorder, views: Group, cut: Group) -> bool:
+    only_views = all(_is_view(recording, call) for call in views.calls)
+    return views.capture is Capture.ALWAYS and cut.capture is Capture.FULL and only_views
+
+
+def _is_view(recording: Recorder, call: Call) -> bool:
+    """Whether everything that a call makes shares memory with what it reads, and it writes nothing."""
+    read = {recording.values[number].storage for number in call.reads()}
+    made = {recording.values[number].storage for number in call.results if number is not None}
+    return not call.written and bool(made) and made <= read
 
 
 def _with_numbers(recording: Recorder, numbers: dict[int, torch.Tensor]) -> Iterator[Call]:

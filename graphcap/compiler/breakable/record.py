@@ -139,7 +139,7 @@ class Recorder(TorchDispatchMode):
         if any(layout_of(tensor) != self.values[number].layout for number, tensor in given.items()):
             self.refuse(f"{op_name(call.function)} changes the form of a tensor in place")
         results = private.tree_flatten(result)[0]
-        if odd := _no_tensors(results):
+        if odd := [] if private.returns_tensors_and_sizes(call.function) else _no_tensors(results):
             self.refuse(f"{op_name(call.function)} hands a {type(odd[0]).__name__} to Python")
         if self.refusal:
             return

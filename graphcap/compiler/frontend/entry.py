@@ -10,11 +10,14 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, cast
 
+import torch
 from torch import nn
 
+_TORCH = Path(torch.__file__).parent
 _serial = itertools.count()
 
 _POSITIONAL = re.compile(r"L\['args'\]\[(?P<index>\d+)\]")
@@ -68,9 +71,15 @@ def _calling(fn: FunctionType) -> FunctionType:
 
 
 def _source(fn: Callable[..., Any], otherwise: FunctionType) -> CodeType:
-    """The code that a user wrote for ``fn``, whatever decorators are around it."""
+    """The code that a user wrote for ``fn``, whatever decorators are around it.
+
+    Not torch's own, as for an ``nn.Sequential``: what seems to be written there Dynamo puts into a wrapper, which is
+    the same code for all of them and has other names for the arguments.
+    """
     written = inspect.unwrap(fn)
-    return (written if isinstance(written, FunctionType) else otherwise).__code__
+    if isinstance(written, FunctionType) and not Path(written.__code__.co_filename).is_relative_to(_TORCH):
+        return written.__code__
+    return otherwise.__code__
 
 
 def _own_code(fn: FunctionType, name: str, qualname: str, source: CodeType) -> FunctionType:

@@ -36,6 +36,7 @@ from graphcap.compiler.private.operators import (
     custom_op_kernel,
     operators_are_watched,
     resolve_op_overload,
+    returns_tensors_and_sizes,
     schemas_of,
     triton_kernel_name,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "recompile_limit",
     "resolve_op_overload",
     "restarts_trace",
+    "returns_tensors_and_sizes",
     "schemas_of",
     "shape_guards",
     "size_hint",

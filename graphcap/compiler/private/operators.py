@@ -37,6 +37,15 @@ def schemas_of(target: Any) -> list[Any]:
     return []
 
 
+def returns_tensors_and_sizes(target: Any) -> bool:
+    """Whether an aten operator returns tensors and numbers of which its schema says that they follow from sizes alone.
+
+    Kernels of attention do: the longest query and key.
+    """
+    kinds = {each.real_type.kind() for schema in schemas_of(target) for each in schema.returns}
+    return kinds == {"TensorType", "SymIntType"} and target.namespace == "aten"
+
+
 def triton_kernel_name(node: fx.Node) -> str | None:
     """The name of the user's Triton kernel that a node launches, ``None`` for any other node."""
     if getattr(node.target, "_name", "") not in ("triton_kernel_wrapper_mutation", "triton_kernel_wrapper_functional"):

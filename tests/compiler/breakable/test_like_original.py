@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -115,6 +115,48 @@ def test_attention_is_cut_out_and_live_in_piecewise() -> None:
         (region,) = assert_like_original(lambda: function, both, cudagraph_mode=mode)
         assert [piece.capture for piece in region.pieces] == ["always", "full", "always"]
         assert [list(plan.live) for plan in region.plans] == [live]
+
+
+@pytest.fixture
+def cudnn_attention() -> Iterator[None]:
+    """On the CPU: the operator that bfloat16 attention runs as on a GPU. It returns the longest query and key, too."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **scale: Any) -> tuple[Any, ...]:
+        result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return result, sums, None, None, q.shape[2], k.shape[2], torch.empty(()), torch.empty(()), None
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_scaled_dot_product_cudnn_attention", attention, "CPU")
+        yield
+
+
+@pytest.mark.usefixtures("cudnn_attention")
+def test_sizes_that_attention_returns_are_no_obstacle() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (t.view(1, 1, 3, 4) for t in (x, y, x * y))
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0].relu()
+
+    (region,) = assert_like_original(lambda: function, both)
+    assert [piece.capture for piece in region.pieces] == ["always", "full", "always"]
+    assert [list(plan.live) for plan in region.plans] == [[]]
+
+
+def test_views_between_cut_operators_are_no_graph_of_their_own() -> None:
+    @graphcap.eager
+    def live(x: Tensor) -> Tensor:
+        return x + 1
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, 1, 3, 4)
+        z = F.scaled_dot_product_attention(x.view(shape), y.view(shape), y.view(shape)).view(3, 4)
+        z = live(z).view(shape)
+        return F.scaled_dot_product_attention(z, z, z)[0] * 2, z
+
+    (region,) = assert_like_original(lambda: function, both)
+    assert [(piece.capture, piece.num_nodes) for piece in region.pieces] == [
+        ("full", 4), ("never", 1), ("full", 2), ("always", 2),
+    ]  # fmt: skip
+    assert [plan.num_segments for plan in region.plans] == [1]
 
 
 def test_autocast() -> None:

@@ -76,8 +76,10 @@ def test_values_effects_and_report(live: bool, mode: Callable[[], Any], dtype: t
     assert region.replays == 2 * CALLS - 4
     assert region.device == "cuda:0"
     (plan,) = region.plans
+    # With a live step there is no graph of the whole: attention, and the view of its result, is live as well.
     assert plan.num_segments == (2 if live else 1)
-    assert len(plan.live) == live
+    assert list(plan.live) == (["piece_1", "piece_2"] if live else [])
+    assert [piece.capture for piece in region.pieces] == ["always", "full", *["never"] * live, "always"]
 
 
 def test_random_numbers_follow_the_seed() -> None:

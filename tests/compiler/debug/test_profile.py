@@ -34,7 +34,7 @@ class Counting(nn.Module):
     def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
         self.count.add_(1)
         cache["rows"].add_(x)
-        return live(self.stack(x)) + self.count + torch.rand(8)
+        return live(self.stack(x)) + self.count + torch.rand(8, device=x.device)
 
 
 @pytest.fixture(autouse=True)

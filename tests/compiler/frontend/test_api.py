@@ -120,6 +120,15 @@ def test_torchs_own_modules(layer: nn.Module, graphs: list[Any]) -> None:
     assert len(graphs) == 1
 
 
+def test_torchs_own_modules_are_padded() -> None:
+    layer = nn.Sequential(nn.ReLU(), nn.Hardtanh())
+    graphcap.compile(layer, dynamic_arg_dims={"input": 0}, capture_sizes=[4], compiler="eager", simulate=True)
+    for _ in range(4):
+        assert_same_as_eager(layer, rows(3))
+    (region,) = graphcap.explain(layer).regions
+    assert [(plan.key, plan.replays) for plan in region.plans] == [((4,), 1)]
+
+
 @pytest.mark.parametrize("wrong", [Linear, 7, len])
 def test_anything_else_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"graphcap\.compile"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import trace_rules
 
 from graphcap.compiler.frontend.entry import function_entry, module_entry, parameter_source
 
@@ -46,6 +47,14 @@ def test_entries_do_what_the_original_does() -> None:
 def test_an_entry_says_where_the_original_was_written(code: Any, qualname: str, written: Any) -> None:
     assert code.co_qualname == qualname
     assert (code.co_filename, code.co_firstlineno) == (written.co_filename, written.co_firstlineno)
+
+
+def test_an_entry_of_torchs_own_module_is_one_that_dynamo_traces_itself() -> None:
+    """What seems to be written in torch, Dynamo puts into a wrapper that all such modules share."""
+    code = module_entry(nn.Sequential).__code__
+    assert code.co_qualname == "Sequential.forward"
+    assert not trace_rules.check(code)
+    assert trace_rules.check(nn.Sequential.forward.__code__)
 
 
 @pytest.mark.parametrize(

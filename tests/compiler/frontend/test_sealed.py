@@ -675,3 +675,29 @@ def test_a_replaced_parameter_goes_at_the_next_call() -> None:
     _parameter(model)
     model(rows())
     assert old() is None
+
+
+@pytest.mark.gpu
+def test_replays_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "backend", lambda: backend.graphcap)
+    model = graphcap.compile(Model().eval().cuda(), compiler="eager", guards="sealed")
+    for block in model.blocks:
+        block.plain = block.plain.cuda()
+    model.own = model.own.cuda()
+    for _ in range(8):
+        assert_right(model, rows().cuda())
+    (region,) = graphcap.explain(model).regions
+    assert region.replays >= 2
+    assert target_of(model).unchecked_guards()
+    model.gain = nn.Parameter(torch.randn(4, device="cuda"))
+    for _ in range(4):
+        assert_right(model, rows().cuda())
+    model.power = 3.0
+    x = rows().cuda()
+
+    def call_until_it_is_found() -> None:
+        for _ in range(EVERY):
+            model(x)
+
+    with pytest.raises(GuardError, match=re.escape("power == 1.0")):
+        call_until_it_is_found()

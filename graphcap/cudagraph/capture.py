@@ -34,6 +34,7 @@ from graphcap.cudagraph.recorded import (
     padded_inputs_written,
     run_live,
 )
+from graphcap.cudagraph.scales import Scales
 from graphcap.progress import Progress
 
 
@@ -64,6 +65,7 @@ class SegmentedCapture:
         self._segments = segment_of(program, layout)
         self._crossing = _crossing_slots(program, self._segments)
         self._last_read = {slot: number for number, slots in enumerate(layout.releases) for slot in slots}
+        self._scales: Scales | None = None
 
     def bind_inputs(self, arena: Arena, space: BridgeSpace) -> None:
         """Give every input that captured steps read its place, and copy in what is copied. ``space`` is for the results
@@ -90,8 +92,15 @@ class SegmentedCapture:
         for index in self._padded:
             self._slots[index] = self._bound[index]
 
-    def run(self, bar: Progress, policy: Policy) -> tuple[tuple[Any, ...], Failure | None]:
-        """Run the call, one step after the other; ``bar`` is told of each. Outputs leave as ``policy`` says.
+    def run(
+        self, bar: Progress, policy: Policy, scales: Scales | None = None
+    ) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call, one step after the other.
+
+        Args:
+            bar: is told of each step.
+            policy: how outputs leave.
+            scales: weigh each segment before it is launched, if given.
 
         Returns:
             The program's outputs, and why there is no plan if there is none.
@@ -99,6 +108,7 @@ class SegmentedCapture:
         Raises:
             Exception: what a live step raises, as it would without any graph.
         """
+        self._scales = scales
         try:
             failure = self._run_segments(bar)
         except BaseException:
@@ -252,6 +262,8 @@ class SegmentedCapture:
         try:
             segment = self._recording.end()
             self._recording = None
+            if self._scales is not None:
+                self._scales.weigh(self.recorded, range(self._first, number), segment.replay)
             segment.replay()
         except Exception as error:
             self._abort()

@@ -33,9 +33,11 @@ from graphcap.cudagraph.plan import Plan, static_addresses
 from graphcap.cudagraph.plan_table import PlanTable
 from graphcap.cudagraph.recorded import Failure, Recorded
 from graphcap.cudagraph.replay import generate
+from graphcap.cudagraph.revision import revise
 from graphcap.cudagraph.routes import FULL, Route
 from graphcap.cudagraph.stats import PlanStats
 from graphcap.cudagraph.verify import Checks, Inspector
+from graphcap.cudagraph.worth import Worth
 from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 
@@ -73,7 +75,10 @@ class PlanCapture:
         self._bridges = BridgeSpace(parts.device)
         self._arena = Arena(self._device)
         self.room = Room(self._device, config.max_graph_bytes)
-        self.inspector: Inspector = Checks(self._program, config.verify, parts.stats, self.distrust, self._table.drop)
+        self._worth = Worth(self._device)
+        self.inspector: Inspector = Checks(
+            self._program, config.verify, parts.stats, self.distrust, self._table.drop, self._device.spare_bytes
+        )
 
     @contextlib.contextmanager
     def inspected(self, inspector: Inspector) -> Iterator[None]:
@@ -104,7 +109,7 @@ class PlanCapture:
                 return Made(self._program.run(*args), device.unusable or ELSEWHERE)
             if route.key in self._table.plans:
                 return Made(self._program.run(*args), "another thread was faster")
-            layout = self._lay_out(known, route)
+            layout = self._lay_out(known, route, self._worth.live(route))
             if len(layout.live) == len(self._program.steps):
                 reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                 self._attempts.refuse(route, reason)
@@ -118,13 +123,14 @@ class PlanCapture:
                 device.busy = False
             return Made(self._program.run(*args), "a capture could not begin") if outputs is None else Made(outputs)
 
-    def _lay_out(self, known: Observation, route: Route) -> Layout:
+    def _lay_out(self, known: Observation, route: Route, by_choice: Mapping[int, str]) -> Layout:
+        """``by_choice``: steps that run live because a graph would not pay."""
         return lay_out(
             self._program,
             known,
             Choice(
                 full=route.mode is FULL,
-                demoted=self._attempts.demoted,
+                demoted={**by_choice, **self._attempts.demoted},
                 unstable=self._moves.unstable,
                 static_args=self._config.static_args,
                 max_copy_bytes=self._config.max_copy_bytes,
@@ -155,9 +161,16 @@ class PlanCapture:
             bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
             session.enter_context(_frozen(serving))
             with torch.no_grad():
-                outputs, failure = capture.run(bar, self._policy)
+                scales = self._worth.scales(route, layout)
+                outputs, failure = capture.run(bar, self._policy, scales)
         if failure is not None:
             self._note_failure(route, failure)
+            return outputs
+        if scales is not None and self._worth.judge(
+            route, layout, scales.weighed, lambda live: self._lay_out(known, route, live)
+        ):
+            self._device.wait()  # the next call captures again, with these live
+            revise()
             return outputs
         grown = self._device.usage().since(before)
         holding = self.room.take(route.key, grown, _dropper(self._table, route.key))
@@ -186,9 +199,9 @@ class PlanCapture:
 
         fitter = Fitter(self._padding, route.rung, recorded, self._arena) if route.rung else None
         replay, stats.source = generate(recorded, at_end, mismatch, self._arena if self._padding else None, fitter)
-        self.inspector.attach(route.key, recorded, replay)
-        if self._config.annotate:
+        if self._config.annotate:  # first, so that it is still there when a check ends
             annotate(replay, recorded, self._device.device.type == "cuda")
+        self.inspector.attach(route.key, recorded, replay)
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self._stats.bindings = {spec.name: binding.value for spec, binding in bound}
         if self._device.device.type == "cuda" and self._config.cache:

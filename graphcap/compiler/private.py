@@ -144,6 +144,17 @@ def fake_mode_of(values: Sequence[object]) -> Any:
 
 
 @contextlib.contextmanager
+def real_tensors_allowed(fake_mode: Any) -> Iterator[None]:
+    """Within it, operations of a ``FakeTensorMode`` take real tensors too, for their shapes."""
+    before = fake_mode.allow_non_fake_inputs
+    fake_mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        fake_mode.allow_non_fake_inputs = before
+
+
+@contextlib.contextmanager
 def as_dynamo_traces(fake_mode: Any) -> Iterator[None]:
     """Run operators on fake tensors as a trace does (Python decompositions first), without adding guards to it."""
     from torch._dispatch.python import enable_python_dispatcher

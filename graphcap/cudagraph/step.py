@@ -49,6 +49,8 @@ class GraphKey:
     tags: tuple[tuple[str, Hashable], ...] = ()
 
     def __post_init__(self) -> None:
+        if any(hasattr(size, "node") for size in (self.num_tokens, self.num_reqs, self.uniform_query_len)):
+            return  # a torch.SymInt: shapes are worked out on fake tensors, nothing runs and nothing is looked up
         for name in ("num_tokens", "num_reqs", "uniform_query_len"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):

@@ -98,7 +98,7 @@ class PlanMaker:
         self._observations: dict[Hashable, Observation] = {}
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
-        self._proven: set[Hashable] = set()
+        self._proven: dict[Hashable, bool] = {}  # whether by a batch of more than one request
         self.inspector: Inspector = Checks(self._program, config.verify, stats, self.distrust, self._table.drop)
 
     @contextlib.contextmanager
@@ -130,11 +130,11 @@ class PlanMaker:
         """Why the device has no room for a plan, ``""`` where it may."""
         return self._room.closed(route.key)
 
-    def may_serve(self, plan: Plan, args: tuple[Any, ...]) -> bool:
+    def may_serve(self, plan: Plan, args: tuple[Any, ...], said: step | None) -> bool:
         """Whether a plan serves a call of this size: one that is padded only after the proof."""
         if not plan.route.rung or not self._is_smaller(plan.route, args):
             return True
-        return self._family(plan.route) in self._proven and not self._padding.why_not_to(plan.route.rung, args)
+        return self._is_proven(plan.route, args, said) and not self._padding.why_not_to(plan.route.rung, args)
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
@@ -143,19 +143,33 @@ class PlanMaker:
             return self._at_size(route, args, args, serving)
         if reason := self._padding.why_not_to(route.rung, args):
             return Made(self._program.run(*args), reason)
-        if self._is_smaller(route, args) and self._family(route) not in self._proven:
-            return Made(self._prove(route, args, serving), _WARM_UP)
+        if self._is_smaller(route, args) and not self._is_proven(route, args, said):
+            return Made(self._prove(route, args, said, serving), _WARM_UP)
         return self._at_size(route, args, tuple(self._padding.pad(args, route.rung)), serving)
 
     def _family(self, route: Route) -> Hashable:
         batch = route.batch  # the number of requests goes with the rung, what is proven does not
         return batch.uniform_query_len, batch.tags, frozenset(route.rung)
 
+    def _is_proven(self, route: Route, args: tuple[Any, ...], said: step | None) -> bool:
+        """Where there is but one request, an op that divides the padded rows among requests divides them rightly: such
+        a batch proves nothing for others."""
+        by_several = self._proven.get(self._family(route))
+        return by_several is not None and (by_several or not self._has_several(args, said))
+
+    def _has_several(self, args: tuple[Any, ...], said: step | None) -> bool:
+        """Whether a batch has more than one request, as far as anybody said."""
+        if said is not None and said.key is not None and said.key.num_reqs is not None:
+            return said.key.num_reqs > 1
+        return (self._padding.sizes(args) or {}).get(self._router.reqs or "", 2) > 1
+
     def _is_smaller(self, route: Route, args: tuple[Any, ...]) -> bool:
         real = self._padding.sizes(args)
         return real is None or any(real[symbol] != size for symbol, size in route.rung.items())
 
-    def _prove(self, route: Route, args: tuple[Any, ...], serving: Serving | None) -> tuple[Any, ...]:
+    def _prove(
+        self, route: Route, args: tuple[Any, ...], said: step | None, serving: Serving | None
+    ) -> tuple[Any, ...]:
         """The first call that would be padded runs at its own size, and shows whether it may be."""
         captured = self._router.captured(route)
         seen = next(iter(self._observations.values()), None)
@@ -170,7 +184,7 @@ class PlanMaker:
             self._padding.refuse(route.rung, verdict.reason)
             _log.warning("%s is not padded: %s", self._program.name, verdict.reason)
         else:
-            self._proven.add(self._family(route))
+            self._proven[self._family(route)] = self._has_several(args, said)
             if verdict.seen is not None:
                 self._observations.setdefault(route.key, verdict.seen)
         return verdict.outputs

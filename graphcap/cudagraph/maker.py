@@ -98,7 +98,7 @@ class PlanMaker:
         self._observations: dict[Hashable, Observation] = {}
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
-        self._proven: dict[Hashable, bool] = {}  # whether by a batch of more than one request
+        self._proven: dict[Hashable, list[frozenset[str]]] = {}  # per proof the sizes that were 1
         self.inspector: Inspector = Checks(self._program, config.verify, stats, self.distrust, self._table.drop)
 
     @contextlib.contextmanager
@@ -152,16 +152,16 @@ class PlanMaker:
         return batch.uniform_query_len, batch.tags, frozenset(route.rung)
 
     def _is_proven(self, route: Route, args: tuple[Any, ...], said: step | None) -> bool:
-        """Where there is but one request, an op that divides the padded rows among requests divides them rightly: such
-        a batch proves nothing for others."""
-        by_several = self._proven.get(self._family(route))
-        return by_several is not None and (by_several or not self._has_several(args, said))
+        """A size of 1 hides mixing: padded rows that are divided among the requests of a batch are divided rightly
+        where there is but one. Such a proof is good for such calls alone."""
+        ones = self._ones(args, said)
+        return any(proof <= ones for proof in self._proven.get(self._family(route), ()))
 
-    def _has_several(self, args: tuple[Any, ...], said: step | None) -> bool:
-        """Whether a batch has more than one request, as far as anybody said."""
+    def _ones(self, args: tuple[Any, ...], said: step | None) -> frozenset[str]:
+        sizes = self._padding.sizes(args) or {}
         if said is not None and said.key is not None and said.key.num_reqs is not None:
-            return said.key.num_reqs > 1
-        return (self._padding.sizes(args) or {}).get(self._router.reqs or "", 2) > 1
+            sizes["requests of the step"] = said.key.num_reqs
+        return frozenset(symbol for symbol, size in sizes.items() if size == 1)
 
     def _is_smaller(self, route: Route, args: tuple[Any, ...]) -> bool:
         real = self._padding.sizes(args)
@@ -184,7 +184,7 @@ class PlanMaker:
             self._padding.refuse(route.rung, verdict.reason)
             _log.warning("%s is not padded: %s", self._program.name, verdict.reason)
         else:
-            self._proven[self._family(route)] = self._has_several(args, said)
+            self._proven.setdefault(self._family(route), []).append(self._ones(args, said))
             if verdict.seen is not None:
                 self._observations.setdefault(route.key, verdict.seen)
         return verdict.outputs

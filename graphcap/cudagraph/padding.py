@@ -238,9 +238,16 @@ class Padding:
             return "nothing is known about the sizes of the outputs"
         return ""
 
+    def _why_nothing_is_declared(self) -> str:
+        if not self._config.dynamic_arg_dims:
+            return "no dim is declared in dynamic_arg_dims"
+        if self.told_by:
+            return "no argument of this graph is in dynamic_arg_dims (behind a graph break, arguments have other names)"
+        return "this graph took the sizes of its first call as constants; another size is traced anew"
+
     def _notes(self, declared: Mapping[str, str]) -> Iterator[str]:
         if not declared and self._config.capture_sizes:
-            yield "capture_sizes lists exact sizes, nothing is padded: no dim is declared in dynamic_arg_dims"
+            yield f"capture_sizes lists exact sizes, nothing is padded: {self._why_nothing_is_declared()}"
         for symbol, reason in self.refused.items():
             yield f"{declared[symbol]} is not padded: {reason}"
 

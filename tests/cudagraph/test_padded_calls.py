@@ -154,6 +154,7 @@ def test_any_traffic_is_what_it_is_live(sizes: list[int], live: bool) -> None:
 
 
 def test_dispatch_tells_the_padded_size_before_the_call() -> None:
+    """Field notes row 15: padding is decided after the metadata was built."""
     runner = runner_of(row_wise(), capture_sizes=[4, 8])
     decision = runner.dispatch(GraphKey(5), None)
     assert (decision.mode.name, decision.num_tokens) == ("FULL", 8)

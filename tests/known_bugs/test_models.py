@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphcap
@@ -222,16 +221,6 @@ def test_steps_of_threads_do_not_mix() -> None:
     assert both.replays >= 150
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.qkv(x)[None].chunk(3, -1)
-        return doubled(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0])
-
-
 def test_no_tensor_of_a_padded_call_is_kept() -> None:
     """Arguments, results and everything in between die with the caller's references, without the collector."""
     both = Beside(Mlp(), {"x": 0}, capture_sizes=[4, 8])
@@ -280,7 +269,7 @@ def test_empty_and_single_batches(sealed: bool) -> None:
 
 
 def test_a_size_that_nobody_declared_stays_exact_beside_one_that_is_padded() -> None:
-    """Here it is the stride of an argument; a number among the arguments is another one."""
+    """Here it is the stride of an argument, which is in the key."""
     both = Beside(Mlp(), {"x": 0}, capture_sizes=[4, 8])
     for n in (3, 5, 3, 5, 3, 2, 6, 7, 4, 8, 3, 5):
         both(torch.randn(n, 2 * WIDTH)[:, ::2])

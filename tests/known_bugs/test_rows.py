@@ -6,7 +6,7 @@
 | 8 | capturing dominates the start | test_sizes |
 | 9 | silently wrong for other sizes than the traced one | test_sizes |
 | 11 | memory between two graphs is reused before its last reader | test_liveness, test_cuda |
-| 12 | graphs read the addresses of weights that were replaced | test_weights, test_bindings |
+| 12 | graphs read the addresses of weights that were replaced | test_weights, test_bindings, test_instances |
 | 13 | an op is captured that reads what no argument shows | test_trust, test_verify |
 | 14 | batches fall off the ladder, above all in speculative decoding | test_sizes |
 | 15 | metadata and padding do not fit; padded rows leak | test_sizes, test_padded_calls, test_proof |

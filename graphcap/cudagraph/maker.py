@@ -35,13 +35,13 @@ from graphcap.cudagraph.observe import Observation, observe, signature_of
 from graphcap.cudagraph.padding import Padding
 from graphcap.cudagraph.plan import Plan, static_addresses
 from graphcap.cudagraph.plan_table import PlanTable
-from graphcap.cudagraph.program import Program
+from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.proof import prove
 from graphcap.cudagraph.recorded import Failure, Recorded
 from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.routes import FULL, Route, Router
 from graphcap.cudagraph.stats import PlanStats, RunnerStats
-from graphcap.cudagraph.step import step
+from graphcap.cudagraph.step import Asked, current, step
 from graphcap.cudagraph.verify import Checks, Inspector
 from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
@@ -97,8 +97,9 @@ class PlanMaker:
         self._arena = Arena(self._device)
         self._observations: dict[Hashable, Observation] = {}
         self._servings: dict[Hashable, Serving] = {}
+        self._asked: dict[Hashable, Asked] = {}
         self._step_dims = dims_of_step(config.dynamic_arg_dims)
-        self._proven: dict[Hashable, list[frozenset[str]]] = {}  # per proof the sizes that were 1
+        self._proven: dict[Hashable, list[frozenset[tuple[str, Any]]]] = {}  # per proof what was 0 or 1
         self.inspector: Inspector = Checks(self._program, config.verify, stats, self.distrust, self._table.drop)
 
     @contextlib.contextmanager
@@ -117,12 +118,17 @@ class PlanMaker:
 
     def clear(self) -> None:
         """Give up the buffers of step inputs, and what is known about the room on the device."""
+        for key in self._servings:  # a capture finds no buffers: another warm-up has to make them
+            self._forget(key)
         self._servings.clear()
         self._room.clear()
 
     def forget(self, route: Route) -> None:
         """Let the next call be a warm-up again."""
-        known = self._observations.pop(route.key, None)
+        self._forget(route.key)
+
+    def _forget(self, key: Hashable) -> None:
+        known = self._observations.pop(key, None)
         if known is not None:
             self._observations[None] = known  # a proof asks for any call that was seen
 
@@ -138,6 +144,9 @@ class PlanMaker:
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
+        if (asked := self._asked.pop(route.key, None)) is not None and not asked.is_alike(said):
+            self._servings.pop(route.key, None)  # what the warm-up showed does not hold for such a step
+            self.forget(route)
         serving = self._serving_of(route, said)
         if not route.rung:
             return self._at_size(route, args, args, serving)
@@ -149,19 +158,22 @@ class PlanMaker:
 
     def _family(self, route: Route) -> Hashable:
         batch = route.batch  # the number of requests goes with the rung, what is proven does not
-        return batch.uniform_query_len, batch.tags, frozenset(route.rung)
+        named = zip(self._router.symbols, route.sizes, strict=True)
+        exact = tuple(size for symbol, size in named if symbol not in route.rung)
+        return batch.uniform_query_len, batch.tags, frozenset(route.rung), exact
 
     def _is_proven(self, route: Route, args: tuple[Any, ...], said: step | None) -> bool:
-        """A size of 1 hides mixing: padded rows that are divided among the requests of a batch are divided rightly
-        where there is but one. Such a proof is good for such calls alone."""
-        ones = self._ones(args, said)
-        return any(proof <= ones for proof in self._proven.get(self._family(route), ()))
+        """Whether a proof holds for a call. One in which something was 0 or 1 is good for such calls alone: it hides
+        mixing (padded rows are rightly divided among one request; nothing times a mean is nothing)."""
+        special = self._special_values(args, said)
+        return any(proof <= special for proof in self._proven.get(self._family(route), ()))
 
-    def _ones(self, args: tuple[Any, ...], said: step | None) -> frozenset[str]:
-        sizes = self._padding.sizes(args) or {}
-        if said is not None and said.key is not None and said.key.num_reqs is not None:
-            sizes["requests of the step"] = said.key.num_reqs
-        return frozenset(symbol for symbol, size in sizes.items() if size == 1)
+    def _special_values(self, args: tuple[Any, ...], said: step | None) -> frozenset[tuple[str, Any]]:
+        inputs = zip(self._program.inputs, args, strict=True)
+        values = [(spec.name, value) for spec, value in inputs if spec.kind is InputKind.SCALAR and spec.in_key]
+        if said is not None and said.key is not None:
+            values.append(("requests of the step", said.key.num_reqs))
+        return frozenset((name, value) for name, value in values if value is not None and value in (0, 1))
 
     def _is_smaller(self, route: Route, args: tuple[Any, ...]) -> bool:
         real = self._padding.sizes(args)
@@ -184,9 +196,10 @@ class PlanMaker:
             self._padding.refuse(route.rung, verdict.reason)
             _log.warning("%s is not padded: %s", self._program.name, verdict.reason)
         else:
-            self._proven.setdefault(self._family(route), []).append(self._ones(args, said))
+            self._proven.setdefault(self._family(route), []).append(self._special_values(args, said))
             if verdict.seen is not None:
                 self._observations.setdefault(route.key, verdict.seen)
+                self._asked[route.key] = Asked.of(said)
         return verdict.outputs
 
     def _at_size(self, route: Route, args: tuple[Any, ...], padded: tuple[Any, ...], serving: Serving | None) -> Made:
@@ -199,6 +212,7 @@ class PlanMaker:
                 known, outputs = observe(self._program, padded, self._device.device, captured)
                 self._observations[route.key] = known
                 made = Made(outputs, _WARM_UP)
+                self._asked[route.key] = Asked.of(current())
             else:
                 made = self._capture_if_possible(route, known, padded, serving)
         if route.rung:
@@ -287,7 +301,10 @@ class PlanMaker:
         stats = _plan_stats(route, recorded, grown, time.perf_counter() - started)
         replay, fitter = self._replay(route, recorded, stats)
         addresses = static_addresses(recorded)
-        self._table.add(Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter))
+        plan = Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter)
+        if _may_read_step(recorded):
+            plan.asked = Asked.of(current())
+        self._table.add(plan)
         return outputs
 
     def _replay(
@@ -349,6 +366,12 @@ def _dropper(table: PlanTable, key: Hashable) -> Callable[[], None]:
             table.drop(key)
 
     return drop
+
+
+def _may_read_step(recorded: Recorded) -> bool:
+    """Whether a step of the plan may read what no argument shows: what runs live, and what is captured on trust."""
+    live = recorded.layout.live
+    return bool(live) or any(each.unproven for each in recorded.program.steps)
 
 
 def _plan_stats(route: Route, recorded: Recorded, grown: Usage, seconds: float) -> PlanStats:

@@ -76,8 +76,8 @@ class Padding:
             return "arguments whose sizes should agree do not"
         goal = self._goal(real, rung)
         for symbol, size in goal.items():
-            if not 1 <= real[symbol] <= size:
-                return f"{self.names.get(symbol, symbol)} is {real[symbol]}, the plan is for up to {size}"
+            if symbol in self.names and not 1 <= real[symbol] <= size:
+                return f"{self.names[symbol]} is {real[symbol]}, the plan is for up to {size}"
         for index in self.inputs:
             spec, tensor = self.program.inputs[index], args[index]
             if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:

@@ -150,9 +150,10 @@ class GraphRunner:
         reasons = []
         for route in routes:
             plan = self._table.plans.get(route.key)
-            if plan is not None and self._maker.may_serve(plan, args, said):
+            other = "" if plan is None else plan.why_not_for(said)
+            if plan is not None and not other and self._maker.may_serve(plan, args, said):
                 return self._serve(key, plan, args)
-            reasons.append("" if plan is not None else self._barred(route))
+            reasons.append(self._barred(route) if plan is None else other)
             if not reasons[-1]:
                 return self._approach(route, args, said)
         return self._live(args, reasons[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -107,6 +108,18 @@ def test_rows_that_are_mixed_only_where_another_size_is_not_one() -> None:
         x_ = rows(n, m)
         (out,) = runner(n, m, x_)
         torch.testing.assert_close(out, x_.t().reshape(n, m))
+    assert "mixes rows" in runner.padding.refused["n"] or "depends on the padded size" in runner.padding.refused["n"]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_rows_that_are_mixed_only_where_a_number_is_not_zero(live: bool) -> None:
+    region = PaddedRegion()
+    k, x = region.size("k"), region.rows("x", WIDTH)
+    mixed = region.step(lambda x, k: x + k * x.mean(0), x, k, **({"capture": LIVE} if live else {}))
+    program = region.program(region.step(lambda m: m * 2, mixed), sizes=[(N, WIDTH)])
+    runner = runner_of(program, capture_sizes={"n": LADDER})
+    for n, number in [(3, 0)] * 5 + [(3, 2)] * 5 + [(2, 0), (2, 3), (3, 3)]:
+        assert_served(runner, program, [n, number, rows(n)])
     assert "mixes rows" in runner.padding.refused["n"] or "depends on the padded size" in runner.padding.refused["n"]
 
 

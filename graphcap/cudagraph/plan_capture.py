@@ -36,6 +36,7 @@ from graphcap.cudagraph.replay import generate
 from graphcap.cudagraph.revision import revise
 from graphcap.cudagraph.routes import FULL, Route
 from graphcap.cudagraph.stats import PlanStats
+from graphcap.cudagraph.step import Asked, current
 from graphcap.cudagraph.verify import Checks, Inspector
 from graphcap.cudagraph.worth import Worth
 from graphcap.environment import check_outputs_wanted
@@ -181,7 +182,10 @@ class PlanCapture:
         stats = _plan_stats(route, recorded, grown, time.perf_counter() - started)
         replay, fitter = self._replay(route, recorded, stats)
         addresses = static_addresses(recorded)
-        self._table.add(Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter))
+        plan = Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter)
+        if _may_read_step(recorded):
+            plan.asked = Asked.of(current())
+        self._table.add(plan)
         return outputs
 
     def _replay(
@@ -232,6 +236,12 @@ def _frozen(serving: Serving | None) -> Iterator[None]:
         yield
     finally:
         serving.is_recording = False
+
+
+def _may_read_step(recorded: Recorded) -> bool:
+    """Whether a step of the plan may read what no argument shows: what runs live, and what is captured on trust."""
+    live = recorded.layout.live
+    return bool(live) or any(each.unproven for each in recorded.program.steps)
 
 
 def _dropper(table: PlanTable, key: Hashable) -> Callable[[], None]:

@@ -97,6 +97,7 @@ def test_an_honest_operation_is_compared_once_and_then_left_alone():
 
 
 def test_an_operation_that_froze_a_python_value_is_named_and_runs_live(caplog):
+    """Field notes row 13: an op is captured that may not be, and replays what it saw first."""
     metadata = {"scale": 1.0}
     program = attending(metadata)
     runner = runner_of(program, FreezingDevice(metadata))

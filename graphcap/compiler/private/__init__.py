@@ -57,6 +57,7 @@ from graphcap.compiler.private.tensors import (
     is_static_input,
     is_wrapper_subclass,
     marked_dims,
+    real_tensors_allowed,
     storage_id,
     weak_storage,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "latest_guard_failure",
     "load_artifact",
     "marked_dims",
+    "real_tensors_allowed",
     "on_bytecode",
     "operators_are_watched",
     "original_of",

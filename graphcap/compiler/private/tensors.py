@@ -75,3 +75,14 @@ def as_dynamo_traces(fake_mode: Any) -> Iterator[None]:
 def default_device() -> torch.device | None:
     """What ``torch.set_default_device`` or ``with torch.device(...)`` chose, ``None`` for neither: both are modes."""
     return torch.get_default_device() if torch._C._len_torch_function_stack() else None
+
+
+@contextlib.contextmanager
+def real_tensors_allowed(fake_mode: Any) -> Iterator[None]:
+    """Within it, operations of a ``FakeTensorMode`` take real tensors too, for their shapes."""
+    before = fake_mode.allow_non_fake_inputs
+    fake_mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        fake_mode.allow_non_fake_inputs = before

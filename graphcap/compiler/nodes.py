@@ -41,6 +41,16 @@ def is_scalar(node: fx.Node) -> bool:
     return bool(found) and not any(isinstance(leaf, torch.Tensor) for leaf in found)
 
 
+def is_pure_scalar(node: fx.Node) -> bool:
+    """Arithmetic on sizes that reads no tensor."""
+    return node.op == "call_function" and is_scalar(node) and not touches_tensors(node)
+
+
+def touches_tensors(node: fx.Node) -> bool:
+    """Whether it reads a tensor."""
+    return any(tensors_of(arg) for arg in node.all_input_nodes)
+
+
 def changes_form_in_place(node: fx.Node) -> bool:
     """Whether a call gives an existing tensor another shape, stride or storage: ``x.unsqueeze_(0)``, ``x.set_(y)``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -123,7 +123,10 @@ class Region:
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
 
     def shares_tensor_with(self, tensors: set[int]) -> bool:
-        """Whether one of the region's parameters or buffers is among these (by ``id``)."""
+        """Whether one of the region's parameters or buffers is among these (by ``id``): of the call that was traced, or
+        of an instance that is served now (its weights may have been replaced since)."""
+        if any(not tensors.isdisjoint(runner.instance) for runner in self.runners):
+            return True
         return any((tensor := ref()) is not None and id(tensor) in tensors for ref in self._tensors)
 
     def record_pieces(self, pieces: Sequence[Piece], compiled: Sequence[CompiledPiece], sizes: SizeSymbols) -> None:

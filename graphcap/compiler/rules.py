@@ -173,8 +173,8 @@ def eager(
 
     @functools.wraps(fn)
     def live(*args: P.args, **kwargs: P.kwargs) -> R:
-        if fake is not None and private.fake_mode_of([*args, *kwargs.values()]) is not None:
-            return fake(*args, **kwargs)
+        if (mode := private.fake_mode_of([*args, *kwargs.values()])) is not None:
+            return fake(*args, **kwargs) if fake is not None else _on_fake_tensors(mode, fn, args, kwargs)
         if (recording := current.recording()) is not None:
             result: R = recording.live(fn, args, kwargs)
             return result
@@ -185,6 +185,15 @@ def eager(
     allowed._graphcap_eager = fn  # type: ignore[attr-defined]
     allowed._graphcap_fake = fake  # type: ignore[attr-defined]
     return allowed
+
+
+def _on_fake_tensors(mode: Any, fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    """Learn the output shapes. What the function holds (the weights of a module) is real; a compiled model that it
+    calls runs eager, or it would be compiled and captured for tensors without memory."""
+    from graphcap.compiler.frontend.target import disabled
+
+    with private.real_tensors_allowed(mode), disabled(), torch.compiler.set_stance("force_eager"):
+        return fn(*args, **kwargs)
 
 
 def op_name(target: Any) -> str:

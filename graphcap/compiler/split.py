@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from graphcap.compiler import nodes, private
-from graphcap.compiler.partition import CONTEXT_ENTER, CONTEXT_EXIT, Group, Verdict, is_copied
+from graphcap.compiler.partition import CONTEXT_ENTER, CONTEXT_EXIT, Group, is_copied
 from graphcap.compiler.symbols import SizeSymbols, symbols_in
+from graphcap.compiler.verdict import Verdict
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Piece:
 
     Attributes:
         name: ``"piece_3"``, in execution order.
-        verdict: how it runs; see :class:`~graphcap.compiler.partition.Verdict`.
+        verdict: how it runs; see :class:`~graphcap.compiler.verdict.Verdict`.
         reason: why it is not captured, ``""`` otherwise.
         module: the piece as a graph module; its output is a flat tuple.
         inputs: the nodes of the whole graph that it reads, one per placeholder, in order.

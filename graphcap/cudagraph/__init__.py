@@ -12,7 +12,8 @@ what a warm-up learns                   ``observe.py``, ``liveness.py``
 what is captured, how inputs get in     ``layout.py``, ``bindings.py``, ``moves.py``, ``arena.py`` (static memory)
 the recording                           ``capture.py``, ``bridges.py`` (from live steps to captured ones),
                                         ``recorded.py`` (what it leaves behind)
-the replay                              ``replay.py`` (a generated function), ``around.py`` (what is put around it)
+the replay                              ``replay.py`` (a generated function), ``lines.py``, ``entry_checks.py``,
+                                        ``output_lines.py`` (its parts), ``around.py`` (what is put around it)
 how results leave                       ``outputs.py``, ``handout.py``, ``generations.py`` (how long they last)
 ======================================  ===========================================================================
 
@@ -22,12 +23,14 @@ Then, by theme:
 padding                                 ``padding.py`` (which sizes), ``corner.py``, ``proof.py`` (that it changes
                                         nothing), ``scratch.py``, ``compare.py``, ``blame.py``, ``fitted.py`` (one plan
                                         for many sizes), ``metadata.py`` (the inputs of a step)
-replays against live runs               ``verify.py``, ``rehearsal.py``, ``differences.py``
+replays against live runs               ``verify.py``, ``plan_check.py``, ``rehearsal.py``, ``differences.py``
 devices                                 ``device.py`` (what one must do), ``cuda.py``, ``simulated.py``, ``devices.py``,
                                         ``choose.py``, ``hooks.py``, ``generators.py``
 memory                                  ``budget.py``, ``memory.py``, ``instances.py`` (whose plans go with which model)
+several ranks                           ``agreement.py`` (what they decide together)
 what calls teach                        ``stats.py``, ``traffic.py``, ``alerts.py``, ``suggest.py``
 what a step costs                       ``profile.py``, ``cost.py``, ``annotate.py`` (names in traces)
+what is worth a graph                   ``worth.py``, ``scales.py`` (measures it at the first capture)
 ======================================  ===========================================================================
 
 ``private.py`` holds what is private to torch.

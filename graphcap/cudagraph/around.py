@@ -15,6 +15,9 @@ from graphcap.cudagraph.recorded import Recorded
 #: Takes the number of a segment (or of a live step) and what the replay calls for it; returns what to call instead.
 Wrapper = Callable[[int, Callable[..., Any]], Callable[..., Any]]
 
+#: Under this name a replay that copies are made of (one for each size of a padded plan) has a weak set of them.
+COPIES = "copies"
+
 
 def put_around(
     replay: Callable[..., Any], recorded: Recorded, *, segment: Wrapper | None = None, live: Wrapper | None = None
@@ -22,7 +25,8 @@ def put_around(
     """Wrap what a generated replay calls.
 
     The replay is one function of its own globals (see :mod:`~graphcap.cudagraph.replay`), where ``g0`` is the launch of
-    segment 0 and ``live3`` live step 3. A copy of the function that is made later calls the wrapped ones, too.
+    segment 0 and ``live3`` live step 3. A copy of the function that is made later calls the wrapped ones, too, until
+    the wrapping is taken off.
 
     Args:
         replay: the function that :func:`graphcap.cudagraph.replay.generate` returned.
@@ -47,6 +51,7 @@ def put_around(
     def take_off() -> None:
         function = found()
         if function is not None:
-            function.__globals__.update(plain)
+            for each in (function, *function.__globals__.get(COPIES, ())):
+                each.__globals__.update(plain)
 
     return take_off

@@ -38,6 +38,7 @@ from graphcap.cudagraph.recorded import (
     padded_inputs_written,
     run_live,
 )
+from graphcap.cudagraph.scales import Scales
 from graphcap.errors import RankError
 from graphcap.progress import Progress
 
@@ -72,6 +73,7 @@ class SegmentedCapture:
         self._segments = segment_of(program, layout)
         self._crossing = _crossing_slots(program, self._segments)
         self._last_read = {slot: number for number, slots in enumerate(layout.releases) for slot in slots}
+        self._scales: Scales | None = None
 
     def bind_inputs(self, arena: Arena, space: BridgeSpace) -> None:
         """Give every input that captured steps read its place, and copy in what is copied. ``space`` is for the results
@@ -98,8 +100,15 @@ class SegmentedCapture:
         for index in self._padded:
             self._slots[index] = self._bound[index]
 
-    def run(self, bar: Progress, policy: Policy) -> tuple[tuple[Any, ...], Failure | None]:
-        """Run the call, one step after the other; ``bar`` is told of each. Outputs leave as ``policy`` says.
+    def run(
+        self, bar: Progress, policy: Policy, scales: Scales | None = None
+    ) -> tuple[tuple[Any, ...], Failure | None]:
+        """Run the call, one step after the other.
+
+        Args:
+            bar: is told of each step.
+            policy: how outputs leave.
+            scales: weigh each segment before it is launched, if given.
 
         Returns:
             The program's outputs, and why there is no plan if there is none.
@@ -107,6 +116,7 @@ class SegmentedCapture:
         Raises:
             Exception: what a live step raises, as it would without any graph.
         """
+        self._scales = scales
         try:
             failure = self._run_segments(bar)
             if failure is not None and failure is not self._verdict:
@@ -275,6 +285,8 @@ class SegmentedCapture:
             self._recording = None
             if (failure := self._agree(None)) is not None:
                 return failure
+            if self._scales is not None:
+                self._scales.weigh(self.recorded, range(self._first, number), segment.replay)
             segment.replay()
         except RankError:
             raise

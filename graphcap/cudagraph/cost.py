@@ -124,13 +124,17 @@ def crossover(cost_at: Callable[[int], StepCost], batches: Iterable[int], least_
     return found
 
 
-def worth_a_graph(live_us: float, replay_us: float) -> bool:
-    """Whether a segment stays a graph: its replay takes the host less time than launching its work one by one.
+def worth_a_graph(live: StepTime, replay: StepTime, least_gain: float = 0.2) -> bool:
+    """Whether a segment stays a graph.
+
+    It is given up where running its steps live takes the host less time, by a clear part of the replay's, and the GPU
+    no more. Where the two are close the graph stays: a live part in the middle of a step makes its neighbours copy.
 
     Args:
-        live_us: host time of running the segment's steps live, measured.
-        replay_us: host time of replaying it, measured in the same way.
+        live: the segment's steps run live, measured.
+        replay: its replay, measured in the same way.
+        least_gain: a part of the replay's host time, 0 to 1.
 
     A time that could not be measured (NaN) is no reason to give a graph up.
     """
-    return not replay_us >= live_us
+    return not (live.host_us <= (1 - least_gain) * replay.host_us and live.gpu_us <= replay.gpu_us)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,6 +21,7 @@ import torch
 
 from graphcap.cudagraph import hooks
 from graphcap.cudagraph.budget import Account, Usage
+from graphcap.cudagraph.cost import StepTime
 from graphcap.cudagraph.device import Pool, UnjoinedStreamError
 from graphcap.cudagraph.devices import Device
 from graphcap.cudagraph.generators import registered
@@ -197,6 +199,19 @@ class CudaDevice(Device):
     def wait(self) -> None:
         """See :class:`graphcap.cudagraph.device.GraphDevice`."""
         torch.cuda.current_stream(self._index).synchronize()
+
+    def stopwatch(self, call: Callable[[], object]) -> StepTime:
+        """See :class:`graphcap.cudagraph.device.GraphDevice`. The time of the device is that between two events."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self._index)
+        stream.synchronize()
+        begin.record(stream)
+        started = time.perf_counter()
+        call()
+        host = time.perf_counter() - started
+        end.record(stream)
+        end.synchronize()
+        return StepTime(host * 1e6, begin.elapsed_time(end) * 1e3)
 
     @contextmanager
     def session(self) -> Iterator[Pool]:

@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from graphcap.cudagraph.cost import StepTime
+
 if TYPE_CHECKING:
     from graphcap.cudagraph.budget import Account, Usage
+
+#: Runs a call on a device that has nothing to do; how long the host and the device took, launches included.
+Stopwatch = Callable[[Callable[[], object]], StepTime]
 
 
 class UnjoinedStreamError(RuntimeError):
@@ -82,6 +87,10 @@ class GraphDevice(Protocol):
     busy: bool
     account: Account
     unusable: str
+
+    @property
+    def stopwatch(self) -> Stopwatch | None:
+        """Measures a call; ``None`` where times say nothing."""
 
     def enter(self) -> bool:
         """Order the caller's stream behind the last user of the pool. False when no graph may run here now.

@@ -6,6 +6,7 @@ around it, and how much of the outputs is handed back: tensors and sizes that th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.arena import Arena
+from graphcap.cudagraph.around import COPIES
 from graphcap.cudagraph.bindings import Binding
 from graphcap.cudagraph.corner import around, corner, fill_around
 from graphcap.cudagraph.outputs import Clone
@@ -48,10 +50,14 @@ class Fitter:
         self._replay: FunctionType | None = None
         self._on_made: Callable[[FunctionType], None] = lambda replay: None
         self._fits: dict[tuple[int, ...], FunctionType] = {}
+        self._made: weakref.WeakSet[FunctionType] = (
+            weakref.WeakSet()
+        )  # a way to a plan may keep more than are kept here
 
     def adopt(self, replay: FunctionType, on_made: Callable[[FunctionType], None]) -> None:
         """Take over the replay for the rung itself; ``on_made`` is told of each other one."""
         self._replay, self._on_made = replay, on_made
+        replay.__globals__[COPIES] = self._made
 
     def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
         """The replay for these sizes, by symbol; symbols that are left out have the size of the rung."""
@@ -95,6 +101,7 @@ class Fitter:
     def _made_for(self, sizes: Mapping[str, int]) -> FunctionType:
         assert self._replay is not None
         replay = FunctionType(self._replay.__code__, {**self._replay.__globals__, **self.names(sizes)}, "replay")
+        self._made.add(replay)
         self._on_made(replay)
         return replay
 

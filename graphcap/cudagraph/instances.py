@@ -65,7 +65,7 @@ class InstanceRunners:
 
     def _new_instance(self, first: Any, last: Any) -> GraphRunner:
         runner = GraphRunner(self._program, self._device, self._config)
-        identity = id(first), id(last)
+        runner.instance = identity = id(first), id(last)
         forget = _forgetter(weakref.ref(self), identity)
         self._deaths[identity] = [weakref.ref(each, forget) for each in (first, last)]
         winner = self._runners.setdefault(identity, runner)  # of several threads the first one wins

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +18,24 @@ from graphcap.cudagraph.observe import Observation, observe, signature_of
 from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.plan import Plan
 from graphcap.cudagraph.plan_capture import Made, PlanCapture
+from graphcap.cudagraph.program import InputKind
 from graphcap.cudagraph.proof import prove
 from graphcap.cudagraph.routes import Route
-from graphcap.cudagraph.step import step
+from graphcap.cudagraph.step import Asked, current, step
 
 _log = logging.getLogger("graphcap.cudagraph")
 
 _WARM_UP = "warm-up"
+
+
+class Proof(NamedTuple):
+    """What a proof of padding was about: the symbols that were padded, and which values were 0 or 1."""
+
+    symbols: frozenset[str]
+    special: frozenset[tuple[str, Any]]
+
+
+_NOTHING_PADDED = Proof(frozenset(), frozenset())
 
 
 class PlanMaker:
@@ -42,7 +53,8 @@ class PlanMaker:
         self._observations: dict[Hashable, Observation] = {}
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
-        self._proven: dict[Hashable, set[str]] = {}  # per family of plans the symbols that have been proven
+        self._asked: dict[Hashable, Asked] = {}
+        self._proven: dict[Hashable, list[Proof]] = {}  # per family of plans
 
     def reconsider(self) -> None:
         """Try again what was not possible for want of memory."""
@@ -53,12 +65,17 @@ class PlanMaker:
 
     def clear(self) -> None:
         """Give up the buffers of step inputs, and what is known about the room on the device."""
+        for key in self._servings:  # a capture finds no buffers: another warm-up has to make them
+            self._forget(key)
         self._servings.clear()
         self.capture.room.clear()
 
     def forget(self, route: Route) -> None:
         """Let the next call be a warm-up again."""
-        known = self._observations.pop(route.key, None)
+        self._forget(route.key)
+
+    def _forget(self, key: Hashable) -> None:
+        known = self._observations.pop(key, None)
         if known is not None:
             self._observations[None] = known  # a proof asks for any call that was seen
 
@@ -75,47 +92,68 @@ class PlanMaker:
     def may_serve(self, plan: Plan, args: tuple[Any, ...], said: step | None) -> bool:
         """Whether a plan serves a call of this size: one that is padded only after the proof. One that is not may be
         padded on another rank, where their sizes follow one decision."""
-        smaller = set(plan.route.rung) if self._decided_together(said) else self._smaller(plan.route, args)
-        if not smaller:
+        needed = self._needed(plan.route, args, said)
+        if self._decided_together(said):
+            needed = Proof(frozenset(plan.route.rung), frozenset())
+        if not needed.symbols:
             return True
-        return self._is_proven(plan.route, smaller) and not self._padding.why_not_to(plan.route.rung, args)
+        return self._is_proven(plan.route, needed) and not self._padding.why_not_to(plan.route.rung, args)
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
+        if (asked := self._asked.pop(route.key, None)) is not None and not asked.is_alike(said):
+            self._servings.pop(route.key, None)  # what the warm-up showed does not hold for such a step
+            self.forget(route)
         serving = self._serving_of(route, said)
         reason = self._padding.why_not_to(route.rung, args) if route.rung else ""
         reason = self._agreement.reason(self._question("may it be captured", route), reason)
         if reason:
             return Made(self._program.run(*args), reason)
-        smaller = self._smaller_anywhere(route, args)
-        if not self._is_proven(route, smaller):
-            return Made(self._prove(route, smaller, args, serving), _WARM_UP)
-        padded = tuple(self._padding.pad(args, route.rung)) if route.rung else args
-        return self._at_size(route, args, padded, serving)
+        if not route.rung:
+            return self._at_size(route, args, args, serving)
+        mine = self._needed(route, args, said)
+        everywhere = self._agreement.gather(self._question("what is padded", route), mine, usual=_NOTHING_PADDED)
+        symbols = frozenset[str]().union(*(each.symbols for each in everywhere))
+        common = mine.special.intersection(*(each.special for each in everywhere))
+        if not self._is_proven(route, Proof(symbols, common)):
+            proof = Proof(symbols, mine.special.union(*(each.special for each in everywhere)))
+            return Made(self._prove(route, proof, args, said, serving), _WARM_UP)
+        return self._at_size(route, args, tuple(self._padding.pad(args, route.rung)), serving)
 
     def _decided_together(self, said: step | None) -> bool:
         """Whether the sizes of this call may be others on other ranks, with one decision for all."""
         return self._agreement.is_group and said is not None and said.dispatch is not None
 
-    def _smaller_anywhere(self, route: Route, args: tuple[Any, ...]) -> set[str]:
-        """The symbols that a call has to be padded in on any rank."""
-        mine = self._smaller(route, args)
-        return set[str]().union(*self._agreement.gather(self._question("what is padded", route), mine, usual=set()))
+    def _needed(self, route: Route, args: tuple[Any, ...], said: step | None) -> Proof:
+        """What must be proven for a call on this rank."""
+        return Proof(self._smaller(route, args), self._special_values(args, said))
 
     def _family(self, route: Route) -> Hashable:
         batch = route.batch  # the number of requests goes with the rung, what is proven does not
-        return batch.uniform_query_len, batch.tags, frozenset(route.rung)
+        named = zip(self._router.dims.symbols, route.sizes, strict=True)
+        exact = tuple(size for symbol, size in named if symbol not in route.rung)
+        return batch.uniform_query_len, batch.tags, frozenset(route.rung), exact
 
-    def _smaller(self, route: Route, args: tuple[Any, ...]) -> set[str]:
+    def _is_proven(self, route: Route, needed: Proof) -> bool:
+        """Whether proofs hold for a call. One in which something was 0 or 1 is good for such calls alone: it hides
+        mixing (padded rows are rightly divided among one request; nothing times a mean is nothing)."""
+        proofs = self._proven.get(self._family(route), ())
+        return needed.symbols <= {s for proof in proofs if proof.special <= needed.special for s in proof.symbols}
+
+    def _special_values(self, args: tuple[Any, ...], said: step | None) -> frozenset[tuple[str, Any]]:
+        inputs = zip(self._program.inputs, args, strict=True)
+        values = [(spec.name, value) for spec, value in inputs if spec.kind is InputKind.SCALAR and spec.in_key]
+        if said is not None and said.key is not None:
+            values.append(("requests of the step", said.key.num_reqs))
+        return frozenset((name, value) for name, value in values if value is not None and value in (0, 1))
+
+    def _smaller(self, route: Route, args: tuple[Any, ...]) -> frozenset[str]:
         """The symbols that a call has to be padded in."""
         real = self._padding.sizes(args) or {}
-        return {symbol for symbol, size in route.rung.items() if real.get(symbol) != size}
-
-    def _is_proven(self, route: Route, symbols: set[str]) -> bool:
-        return symbols <= self._proven.get(self._family(route), set())
+        return frozenset(symbol for symbol, size in route.rung.items() if real.get(symbol) != size)
 
     def _prove(
-        self, route: Route, smaller: set[str], args: tuple[Any, ...], serving: Serving | None
+        self, route: Route, proof: Proof, args: tuple[Any, ...], said: step | None, serving: Serving | None
     ) -> tuple[Any, ...]:
         """The first call that would be padded runs at its own size, and shows whether it may be."""
         captured = self._router.captured(route)
@@ -134,9 +172,10 @@ class PlanMaker:
             refuse(route.rung, verdict.reason)
             _log.warning("%s is not padded: %s", self._program.name, verdict.reason)
         else:
-            self._proven.setdefault(self._family(route), set()).update(smaller)
+            self._proven.setdefault(self._family(route), []).append(proof)
             if verdict.seen is not None:
                 self._observations.setdefault(route.key, verdict.seen)
+                self._asked[route.key] = Asked.of(said)
         return verdict.outputs
 
     def _at_size(self, route: Route, args: tuple[Any, ...], padded: tuple[Any, ...], serving: Serving | None) -> Made:
@@ -151,6 +190,7 @@ class PlanMaker:
                 known, outputs = observe(self._program, padded, self._device.device, captured)
                 self._observations[route.key] = known
                 made = Made(outputs, _WARM_UP)
+                self._asked[route.key] = Asked.of(current())
             else:
                 made = self.capture.serve(route, known, padded, serving)
         if route.rung:

@@ -81,8 +81,8 @@ class Padding:
             return "arguments whose sizes should agree do not"
         goal = self._goal(real, rung)
         for symbol, size in goal.items():
-            if not 1 <= real[symbol] <= size:
-                return f"{self.names.get(symbol, symbol)} is {real[symbol]}, the plan is for up to {size}"
+            if symbol in self.names and not 1 <= real[symbol] <= size:
+                return f"{self.names[symbol]} is {real[symbol]}, the plan is for up to {size}"
         for index in self.inputs:
             spec, tensor = self.program.inputs[index], args[index]
             if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
@@ -263,9 +263,16 @@ class Padding:
             return "nothing is known about the sizes of the outputs"
         return ""
 
+    def _why_nothing_is_declared(self) -> str:
+        if not self._config.dynamic_arg_dims:
+            return "no dim is declared in dynamic_arg_dims"
+        if self.told_by:
+            return "no argument of this graph is in dynamic_arg_dims (behind a graph break, arguments have other names)"
+        return "this graph took the sizes of its first call as constants; another size is traced anew"
+
     def _notes(self, declared: Mapping[str, str]) -> Iterator[str]:
         if not declared and self._config.capture_sizes:
-            yield "capture_sizes lists exact sizes, nothing is padded: no dim is declared in dynamic_arg_dims"
+            yield f"capture_sizes lists exact sizes, nothing is padded: {self._why_nothing_is_declared()}"
         for symbol, reason in self.refused.items():
             yield f"{declared[symbol]} is not padded: {reason}"
 

@@ -14,6 +14,7 @@ from graphcap.cudagraph.metadata import Serving
 from graphcap.cudagraph.recorded import Recorded
 from graphcap.cudagraph.routes import Route
 from graphcap.cudagraph.stats import PlanStats, SizeStats
+from graphcap.cudagraph.step import Asked, step
 
 
 class Unfit(enum.Enum):
@@ -39,6 +40,7 @@ class Plan:
         served: the keys of the calls that it serves.
         num_changed: how many calls in a row found it :attr:`Unfit.CHANGED`.
         fitter: of a padded plan.
+        asked: what its ops looked for in the step of the capture; ``None`` where nothing in the plan can have.
     """
 
     route: Route
@@ -52,6 +54,14 @@ class Plan:
     served: list[Hashable] = field(default_factory=list)
     num_changed: int = 0
     fitter: Fitter | None = None
+    asked: Asked | None = None
+
+    def why_not_for(self, said: step | None) -> str:
+        """Why the plan does not serve a call in this step, ``""`` where it may: an op that finds another input may go
+        another way."""
+        if self.asked is None or self.asked.is_alike(said):
+            return ""
+        return "the step brings other inputs than the one that was captured"
 
     def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
         """The replay for a call of these sizes, by symbol. To be kept by the caller: a look-up is all it costs then."""

@@ -33,9 +33,12 @@ from graphcap.cudagraph.plan import Plan, static_addresses
 from graphcap.cudagraph.plan_table import PlanTable
 from graphcap.cudagraph.recorded import Failure, Recorded
 from graphcap.cudagraph.replay import generate
+from graphcap.cudagraph.revision import revise
 from graphcap.cudagraph.routes import FULL, Route
 from graphcap.cudagraph.stats import PlanStats
+from graphcap.cudagraph.step import Asked, current
 from graphcap.cudagraph.verify import Checks, Inspector
+from graphcap.cudagraph.worth import Worth
 from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 
@@ -74,10 +77,17 @@ class PlanCapture:
         self._bridges = BridgeSpace(parts.device)
         self._arena = Arena(self._device)
         self.room = Room(self._device, config.max_graph_bytes, self._agreement)
+        self._worth = Worth(self._device)
         # A comparison runs steps once more, and whether there is one depends on values: ranks would lose step.
         why_not = "replays are not compared in a process group" if self._agreement.is_group else ""
         self.inspector: Inspector = Checks(
-            self._program, config.verify, parts.stats, self.distrust, self._table.drop, why_not
+            self._program,
+            config.verify,
+            parts.stats,
+            self.distrust,
+            self._table.drop,
+            self._device.spare_bytes,
+            why_not,
         )
 
     @contextlib.contextmanager
@@ -108,7 +118,7 @@ class PlanCapture:
             reason = self._agreement.reason(self._question("may it begin", route), self._why_not_now(route))
             if reason:
                 return Made(self._program.run(*args), reason)
-            layout = self._same_on_all_ranks(self._lay_out(known, route), known, route)
+            layout = self._same_on_all_ranks(self._lay_out(known, route, self._worth.live(route)), known, route)
             if len(layout.live) == len(self._program.steps):
                 reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                 self._attempts.refuse(route, reason)
@@ -141,15 +151,16 @@ class PlanCapture:
         if not others:
             return layout
         self._attempts.demoted |= others
-        return self._lay_out(known, route)
+        return self._lay_out(known, route, self._worth.live(route))
 
-    def _lay_out(self, known: Observation, route: Route) -> Layout:
+    def _lay_out(self, known: Observation, route: Route, by_choice: Mapping[int, str]) -> Layout:
+        """``by_choice``: steps that run live because a graph would not pay."""
         return lay_out(
             self._program,
             known,
             Choice(
                 full=route.mode is FULL,
-                demoted=self._attempts.demoted,
+                demoted={**by_choice, **self._attempts.demoted},
                 unstable=self._moves.unstable,
                 static_args=self._config.static_args,
                 max_copy_bytes=self._config.max_copy_bytes,
@@ -183,10 +194,17 @@ class PlanCapture:
             bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
             session.enter_context(_frozen(serving))
             with torch.no_grad():
-                outputs, failure = capture.run(bar, self._policy)
+                scales = self._worth.scales(route, layout)
+                outputs, failure = capture.run(bar, self._policy, scales)
         failure = self._first_failure("was it captured", route, failure)
         if failure is not None:
             self._note_failure(route, failure)
+            return outputs
+        if scales is not None and self._worth.judge(
+            route, layout, scales.weighed, lambda live: self._lay_out(known, route, live)
+        ):
+            self._device.wait()  # the next call captures again, with these live
+            revise()
             return outputs
         grown = self._device.usage().since(before)
         holding = self.room.take(route.key, grown, _dropper(self._table, route.key))
@@ -197,7 +215,10 @@ class PlanCapture:
         stats = _plan_stats(route, recorded, grown, time.perf_counter() - started)
         replay, fitter = self._replay(route, recorded, stats)
         addresses = static_addresses(recorded)
-        self._table.add(Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter))
+        plan = Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter)
+        if _may_read_step(recorded):
+            plan.asked = Asked.of(current())
+        self._table.add(plan)
         return outputs
 
     def _first_failure(self, what: str, route: Route, failure: Failure | None) -> Failure | None:
@@ -221,9 +242,9 @@ class PlanCapture:
 
         fitter = Fitter(self._padding, route.rung, recorded, self._arena) if route.rung else None
         replay, stats.source = generate(recorded, at_end, mismatch, self._arena if self._padding else None, fitter)
-        self.inspector.attach(route.key, recorded, replay)
-        if self._config.annotate:
+        if self._config.annotate:  # first, so that it is still there when a check ends
             annotate(replay, recorded, self._device.device.type == "cuda")
+        self.inspector.attach(route.key, recorded, replay)
         bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
         self._stats.bindings = {spec.name: binding.value for spec, binding in bound}
         if self._device.device.type == "cuda" and self._config.cache:
@@ -254,6 +275,12 @@ def _frozen(serving: Serving | None) -> Iterator[None]:
         yield
     finally:
         serving.is_recording = False
+
+
+def _may_read_step(recorded: Recorded) -> bool:
+    """Whether a step of the plan may read what no argument shows: what runs live, and what is captured on trust."""
+    live = recorded.layout.live
+    return bool(live) or any(each.unproven for each in recorded.program.steps)
 
 
 def _dropper(table: PlanTable, key: Hashable) -> Callable[[], None]:

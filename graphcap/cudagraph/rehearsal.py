@@ -6,7 +6,7 @@ with what the graph left, value by value, and can be put in its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from graphcap.cudagraph.arena import copy_into, span_bytes
 from graphcap.cudagraph.layout import segment_of
 from graphcap.cudagraph.private import over_storage, storage_address
-from graphcap.cudagraph.recorded import Recorded
+from graphcap.cudagraph.recorded import Recorded, captured_slots
 
 _ALIGNMENT = (
     512  #: bytes; a copy begins at a multiple of it within the storage, so that kernels find the same alignment
@@ -65,7 +65,8 @@ class Segment:
         made = {slot for number in numbers for slot in self._steps[number].writes}
         reads = dict.fromkeys(slot for number in numbers for slot in self._steps[number].reads if slot not in made)
         self._values = {slot: self._value(slot) for slot in reads}
-        self._regions = [region for region in _regions(self._values) if self._writers(region)]
+        self._read = _regions(self._values)
+        self._regions = [region for region in self._read if self._writers(region)]
         self._last_read = {slot: number for number in numbers for slot in self._steps[number].reads}
 
     def _value(self, slot: int) -> Any:
@@ -99,6 +100,53 @@ class Segment:
         """
         slots = self._values | self._copies(max_bytes)
         return [slots[slot] for slot in self._steps[number].reads]
+
+    def repeatable(self, max_bytes: int) -> Callable[[], dict[int, Any]]:
+        """A function that runs the steps, any number of times, on copies made now; it returns their values by slot.
+
+        Raises:
+            TooLarge: they write more than ``max_bytes``.
+        """
+        given = self._values | self._copies(max_bytes)
+
+        def run() -> dict[int, Any]:
+            slots = dict(given)
+            for number in self.numbers:
+                step = self._steps[number]
+                slots.update(zip(step.writes, step.fn(*[slots[slot] for slot in step.reads]), strict=True))
+            return slots
+
+        return run
+
+    def keep(self, max_bytes: int) -> Callable[[], None]:
+        """Copy what a launch may overwrite of what it reads; the function returned puts it back.
+
+        That is what the steps write, and results of other segments: where their last reader is in this one, their
+        memory is used again within it.
+
+        Raises:
+            TooLarge: it is more than ``max_bytes``.
+        """
+        kept = [region for region in self._read if region in self._regions or self._lies_in_pool(region)]
+        _check_size(kept, max_bytes)
+        copies = [(memory := self._memory(region), memory.clone()) for region in kept]
+
+        def put_back() -> None:
+            for memory, copy in copies:
+                memory.copy_(copy)
+
+        return put_back
+
+    def _lies_in_pool(self, region: _Region) -> bool:
+        recorded = self._recorded
+        captured = captured_slots(recorded.program, recorded.layout, self.numbers[0])
+        return any(recorded.seen.roots[slot] in captured for slot in region.slots)
+
+    def _memory(self, region: _Region) -> torch.Tensor:
+        """The bytes of a region."""
+        value = self._values[region.slots[0]]
+        empty = torch.empty(0, dtype=torch.uint8, device=value.device)
+        return empty.set_(value.untyped_storage(), region.start, (region.stop - region.start,), (1,))
 
     def _run(self, number: int, slots: dict[int, Any]) -> Iterator[Outcome]:
         step, kept = self._steps[number], self._recorded.constants
@@ -140,16 +188,10 @@ class Segment:
 
     def _copies(self, max_bytes: int) -> dict[int, Any]:
         """For each slot that is written a tensor of the same layout over a copy of its memory."""
-        nbytes = sum(region.stop - region.start for region in self._regions)
-        if nbytes > max_bytes:
-            limit = f"{max_bytes / 2**20:.0f} MiB"
-            raise TooLarge(f"it writes into {nbytes / 2**20:.0f} MiB, and at most {limit} are copied for a comparison")
+        _check_size(self._regions, max_bytes)
         found: dict[int, Any] = {}
         for region in self._regions:
-            value = self._values[region.slots[0]]
-            empty = torch.empty(0, dtype=torch.uint8, device=value.device)
-            original = empty.set_(value.untyped_storage(), region.start, (region.stop - region.start,), (1,))
-            copy = original.clone()
+            copy = self._memory(region).clone()
             found |= {slot: _moved(self._values[slot], copy, region.start) for slot in region.slots}
         return found
 
@@ -177,6 +219,13 @@ class _Region:
     start: int
     stop: int
     slots: list[int]
+
+
+def _check_size(regions: Sequence[_Region], max_bytes: int) -> None:
+    nbytes = sum(region.stop - region.start for region in regions)
+    if nbytes > max_bytes:
+        limit = f"{max_bytes / 2**20:.0f} MiB"
+        raise TooLarge(f"it writes into {nbytes / 2**20:.0f} MiB, and at most {limit} are copied for a comparison")
 
 
 def _regions(values: Mapping[int, Any]) -> list[_Region]:

@@ -178,9 +178,9 @@ class Router:
         rung = self._rung(real, matters, length, decision)
         if isinstance(rung, str):
             return rung
-        declared = rung is not None
-        sizes = {symbol: (rung or {}).get(symbol, real[symbol]) for symbol in self.dims.symbols if symbol in matters}
-        padded = {symbol: size for symbol, size in (rung or {}).items() if symbol in self._padding.names}
+        declared = bool(rung) and all(size is not None for size in rung.values())
+        sizes = {symbol: rung.get(symbol) or real[symbol] for symbol in self.dims.symbols if symbol in matters}
+        padded = {symbol: size for symbol, size in rung.items() if size is not None and symbol in self._padding.names}
         padded |= {symbol: size for symbol, size in self._padding.fixed.items() if symbol in matters}
         sizes |= padded
         named = {name: sizes[symbol] for symbol, name in self._padding.declared.items() if symbol in sizes}
@@ -202,19 +202,21 @@ class Router:
 
     def _rung(
         self, real: Mapping[str, int], matters: frozenset[str], length: int | None, decision: Dispatch | None
-    ) -> dict[str, int] | str | None:
-        """The declared sizes that serve these; ``None`` when one of them is not declared; or why the call runs live."""
-        rung: dict[str, int] = {}
+    ) -> dict[str, int | None] | str:
+        """Per size the declared one that serves it, ``None`` for one that has no ladder and stays as it is; empty where
+        a size is not declared on its ladder; or why the call runs live."""
+        rung: dict[str, int | None] = {}
         for symbol in self.dims.symbols:
             if symbol not in matters or symbol in self._padding.fixed:
                 continue
             size, given, is_padded = real[symbol], self.dims.decided(symbol, decision), symbol in self._padding.names
             found = given if given is not None and given >= size else self.dims.rung(symbol, size, length, is_padded)
-            if not is_padded and found != size:
-                return None
-            if isinstance(found, str):
+            if not is_padded:
+                rung[symbol] = size if found == size else None
+            elif isinstance(found, str):
                 return found
-            if found is None:
-                return None
-            rung[symbol] = found
-        return rung or None
+            elif found is None and self.dims.ladders[symbol] is not None:
+                return {}
+            else:
+                rung[symbol] = found
+        return rung

@@ -51,11 +51,13 @@ class GraphRunner:
         padding: which sizes may be padded.
         router: finds the mode and the sizes for a call.
         agreement: with whom it decides.
+        instance: the ids of the parameters by which the model's instance is known, while it lives.
     """
 
     def __init__(self, program: Program, device: GraphDevice, config: Config) -> None:
         self.program = program
         self.device = device
+        self.instance: tuple[int, ...] = ()
         self.stats = RunnerStats()
         self.padding = Padding(program, config)
         self.router = Router(program, config, self.padding)
@@ -179,9 +181,10 @@ class GraphRunner:
         reasons = []
         for route in routes:
             plan = self._table.plans.get(route.key)
-            if plan is not None and self._maker.may_serve(plan, args, said):
+            other = "" if plan is None else plan.why_not_for(said)
+            if plan is not None and not other and self._maker.may_serve(plan, args, said):
                 return self._serve(key, plan, args)
-            reasons.append("" if plan is not None else self._barred(route, said))
+            reasons.append(self._barred(route, said) if plan is None else other)
             if not reasons[-1]:
                 return self._approach(route, args, said)
         return self._live(args, reasons[0])

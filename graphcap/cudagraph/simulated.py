@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcap.cudagraph import hooks
 from graphcap.cudagraph.budget import Account, Usage
-from graphcap.cudagraph.device import Pool, UnjoinedStreamError
+from graphcap.cudagraph.device import Pool, Stopwatch, UnjoinedStreamError
 from graphcap.cudagraph.devices import Device
 from graphcap.cudagraph.generators import registered
 from graphcap.cudagraph.private import over_storage, storage_address, weak_view
@@ -243,6 +243,8 @@ def _generators() -> list[torch.Generator]:
 
 class SimulatedDevice(Device):
     """See :class:`graphcap.cudagraph.device.GraphDevice`."""
+
+    stopwatch: Stopwatch | None = None  # times say nothing here
 
     def __init__(self, account: Account | None = None, capacity: int | None = None) -> None:
         """Open a device.

@@ -89,6 +89,8 @@ class GraphKey:
         return f"{self.num_tokens} tokens"
 
     def __post_init__(self) -> None:
+        if any(hasattr(size, "node") for size in (self.num_tokens, self.num_reqs, self.uniform_query_len)):
+            return  # a torch.SymInt: shapes are worked out on fake tensors, nothing runs and nothing is looked up
         for name in ("num_tokens", "num_reqs", "uniform_query_len"):
             if (value := getattr(self, name)) is not None:
                 _check_count(name, value)
@@ -213,7 +215,7 @@ class step:
         decided = dispatch and (dispatch.mode, dispatch.num_tokens, dispatch.num_reqs, dispatch.sizes)
         #: What a table of plans must tell apart besides the sizes of the arguments.
         self.token: Hashable = (
-            key and (key.num_reqs, key.uniform_query_len, key.tags), decided, self.max_mode, bool(self.inputs)
+            key and (key.num_reqs, key.uniform_query_len, key.tags), decided, self.max_mode, self.inputs.names
         )  # fmt: skip
         self._token: Token[step | None] | None = None
 
@@ -230,15 +232,23 @@ class step:
 
 
 class StepInputs(Mapping[str, Any]):
-    """The tensors of a step. Inside of a call that is padded or captured they are the padded static ones."""
+    """The tensors of a step. Inside of a call that is padded or captured they are the padded static ones.
 
-    #: ``given``: the engine's own values.
-    __slots__ = ("given",)
+    Attributes:
+        given: the engine's own values.
+        names: what a step brings, whatever it holds.
+        asked: what ops have looked for, found or not.
+    """
+
+    __slots__ = ("asked", "given", "names")
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = dict(given)
+        self.names = frozenset(given)
+        self.asked: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
         try:
             value = self.given[name]
         except KeyError:
@@ -246,11 +256,46 @@ class StepInputs(Mapping[str, Any]):
         serving = serving_now.get()
         return value if serving is None else serving.resolve(name, value)
 
+    def __contains__(self, name: object) -> bool:
+        self.asked.add(str(name))
+        return name in self.given
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The input, or ``default`` where the step has none of this name."""
+        self.asked.add(name)
+        return self[name] if name in self.given else default
+
     def __iter__(self) -> Iterator[str]:
+        self.asked |= self.names
         return iter(self.given)
 
     def __len__(self) -> int:
         return len(self.given)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What ops looked for in the step of a call.
+
+    Attributes:
+        found: per name whether it was there.
+        has_step: whether there was a step at all.
+    """
+
+    found: Mapping[str, bool]
+    has_step: bool
+
+    @classmethod
+    def of(cls, said: step | None) -> Asked:
+        """After the call."""
+        return cls(
+            {} if said is None else {name: name in said.inputs.names for name in said.inputs.asked}, said is not None
+        )
+
+    def is_alike(self, said: step | None) -> bool:
+        """Whether ops find the same in this step, and so go the same way."""
+        names = frozenset() if said is None else said.inputs.names
+        return (self.has_step or not names) and all((name in names) is there for name, there in self.found.items())
 
 
 _current: ContextVar[step | None] = ContextVar("graphcap_step", default=None)

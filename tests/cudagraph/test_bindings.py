@@ -26,6 +26,7 @@ def test_weight_is_read_in_place_so_that_an_update_is_seen():
 
 
 def test_moved_weight_is_captured_again_once():
+    """Field notes row 12: after a weight reload graphs read old addresses."""
     runner = runner_of(scaled())
     old, new, x = randn(3), randn(3), randn(3)
     warm(runner, old, x)

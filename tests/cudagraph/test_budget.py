@@ -51,6 +51,7 @@ def captured(runner: GraphRunner, *sizes: int) -> None:
 
 
 def test_plans_stop_at_the_budget_and_the_rest_runs_live():
+    """Field notes row 5: capture has no limit and ends in an out-of-memory error."""
     device = SimulatedDevice()
     runner = runner_of(grown(), device, max_graph_bytes=3 * PLAN + ARENA)
     captured(runner, 1, 2, 3, 4, 5)
@@ -82,6 +83,7 @@ def test_plan_that_gives_way_gives_its_memory_back_at_once():
 
 
 def test_plan_that_was_used_longest_ago_gives_way():
+    """Field notes row 23: graphs of shapes that are gone hold memory for good."""
     runner = runner_of(grown(), max_graph_bytes=2 * PLAN + ARENA)
     captured(runner, 1, 2)
     call(runner, 1)  # so that 2 is the one used longest ago
@@ -173,6 +175,7 @@ def test_a_plan_larger_than_the_budget_is_tried_once():
 
 @pytest.mark.parametrize("capacity", [0, 100, PLAN, PLAN + ARENA // 2])
 def test_full_device_leaves_a_working_model(capacity):
+    """Field notes row 5: a device that is full in the middle of a capture takes the model down."""
     device = SimulatedDevice(capacity=capacity)
     runner = runner_of(grown(), device)
     with pytest.warns(UserWarning, match="ran out of memory during a capture"):

@@ -68,12 +68,24 @@ def test_crossover_is_not_a_batch_after_which_graphs_pay_again() -> None:
     assert crossover(lambda batch: dataclasses.replace(cost, gpu_us=gpu[batch]), gpu) == 3
 
 
-def test_a_segment_is_worth_a_graph_when_its_replay_is_faster() -> None:
-    assert worth_a_graph(live_us=30.0, replay_us=7.0)
-    assert not worth_a_graph(live_us=6.0, replay_us=7.0)
-    assert not worth_a_graph(live_us=7.0, replay_us=7.0)
-    assert worth_a_graph(math.nan, 7.0)
-    assert worth_a_graph(7.0, math.nan)
+def test_a_segment_is_worth_a_graph_unless_live_is_clearly_faster() -> None:
+    replay = StepTime(10.0, 12.0)
+    assert worth_a_graph(StepTime(30.0, 30.0), replay)
+    assert worth_a_graph(StepTime(10.0, 10.0), replay)
+    assert worth_a_graph(StepTime(8.1, 8.0), replay)
+    assert not worth_a_graph(StepTime(8.0, 12.0), replay)
+    assert worth_a_graph(StepTime(9.0, 9.0), replay)
+    assert not worth_a_graph(StepTime(9.0, 9.0), replay, least_gain=0.1)
+
+
+def test_a_segment_whose_work_the_gpu_does_later_without_a_graph_is_worth_one() -> None:
+    assert worth_a_graph(StepTime(3.0, 20.0), StepTime(10.0, 12.0))
+
+
+@pytest.mark.parametrize("unknown", [StepTime(math.nan, 1.0), StepTime(1.0, math.nan)])
+def test_a_time_that_could_not_be_measured_gives_up_no_graph(unknown) -> None:
+    assert worth_a_graph(unknown, StepTime(10.0, 10.0))
+    assert worth_a_graph(StepTime(1.0, 1.0), unknown)
 
 
 # -- against measured steps --------------------------------------------------------------------------------------------

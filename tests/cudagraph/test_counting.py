@@ -42,6 +42,7 @@ def call(runner: GraphRunner, *sizes: int) -> None:
 
 
 def test_every_call_is_counted_at_its_size() -> None:
+    """Field notes row 31: no statistics."""
     runner = runner_of(rows_program(), capture_sizes=[4, 8], max_capture_size=8)
     call(runner, 4, 4, 4, 4, 8, 8, 8, 9, 9)
     traffic = traffic_of([runner.stats])

@@ -67,6 +67,8 @@ def test_values_and_effects_over_several_sizes(device, mode, attention):
 
 
 def test_memory_is_reused_after_the_last_reader(device):
+    """Field notes row 11, on a GPU."""
+
     def grown(num_layers):
         program = layered(num_layers)
         runner = runner_of(program, device)

@@ -99,7 +99,9 @@ def test_no_graph_is_kept_beyond_the_budget(device):
 
 @pytest.mark.parametrize("extra", [0, 40 * MIB, 80 * MIB])
 def test_full_device_leaves_a_working_model_and_other_plans(device, extra):
-    """A capture needs the copied input, the result in the pool and its copy; a live call only the result."""
+    """Field notes row 5, on a GPU.
+
+    A capture needs the copied input, the result in the pool and its copy; a live call only the result."""
     small_program = chain(2)
     small = runner_of(small_program, device)
     little = torch.randn(8, 64, device="cuda")

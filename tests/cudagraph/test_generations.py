@@ -51,6 +51,7 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 def test_any_use_of_a_stale_output_raises(checked, use):
+    """Field notes row 25: an output that was overwritten is read in silence."""
     runner = runner_of(two_outputs(), outputs="static")
     warm(runner, randn(4))
     out, *_ = runner(randn(4))

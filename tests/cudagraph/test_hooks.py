@@ -37,6 +37,7 @@ def two_segments(events):
 
 
 def test_hooks_surround_every_segment_and_come_before_every_plan(events):
+    """Field notes row 32: a graph is replayed before what surrounds its capture has ended."""
     runner = runner_of(two_segments(events))
     runner(randn(2)), runner(randn(2))
     assert "enter" not in events

@@ -47,6 +47,7 @@ def test_instances_alternate_without_disturbing_each_other(call: Any, runners: l
 
 
 def test_moved_weights_of_one_instance_stay_that_instance(call: Any, runners: list[GraphRunner]) -> None:
+    """Field notes row 12: of two instances that share code only the one whose weights moved is captured again."""
     weight, x = torch.ones(3), torch.ones(3)
     for value in (2.0, 3.0):
         weight.data = torch.full((3,), value)

@@ -81,6 +81,7 @@ def replayed_right(device):
 
 
 def test_replay_survives_poisoned_releases_and_everything_is_released():
+    """Field notes row 11: memory that a later step reads goes back to the pool, and a graph overwrites it."""
     device = Releasing(early=False)
     assert replayed_right(device)
     # a, its view, b, d and e; c is a live result, the last value an output. Those released between two segments are
@@ -89,4 +90,5 @@ def test_replay_survives_poisoned_releases_and_everything_is_released():
 
 
 def test_release_before_the_last_reader_would_be_seen():
+    """Field notes row 11: a release that comes too early shows on the simulated device."""
     assert not replayed_right(Releasing(early=True))

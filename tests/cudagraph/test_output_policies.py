@@ -139,6 +139,7 @@ def doubling(num_outputs=1):
 
 @pytest.mark.parametrize(("outputs", "lifetime"), [("static", 1), ("ring:1", 1), ("ring:2", 2), ("ring:3", 3)])
 def test_memory_is_used_again_after_the_promised_number_of_replays(outputs, lifetime):
+    """Field notes row 25: nobody can say how long an output lasts."""
     runner = runner_of(doubling(2), outputs=outputs)
     warm(runner, randn(4))
     given, kept = [], []

@@ -11,6 +11,7 @@ KINDS = (Capture.ALWAYS, LIVE)
 
 
 def test_outputs_of_earlier_calls_stay_as_they_were():
+    """Field notes row 25: an output is overwritten by a later run."""
     region = Region()
     x = region.tensor("x")
     runner = runner_of(region.returning(region.step(lambda x: x * 2, x)))

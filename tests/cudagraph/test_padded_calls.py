@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_any_traffic_is_what_it_is_live(sizes: list[int], live: bool) -> None:
 
 
 def test_dispatch_tells_the_padded_size_before_the_call() -> None:
+    """Field notes row 15: padding is decided after the metadata was built."""
     runner = runner_of(row_wise(), capture_sizes=[4, 8])
     decision = runner.dispatch(GraphKey(5), None)
     assert (decision.mode.name, decision.num_tokens) == ("FULL", 8)
@@ -199,6 +201,53 @@ def test_inputs_of_the_step_are_padded_with_the_call() -> None:
         torch.testing.assert_close(out, (x_ + 1) * torch.tensor(lens)[:, None])
     assert counters(runner)[:2] == (1, 2), (runner.padding.notes, runner.stats)
     assert seen[-2:] == [[3, 2, 1, 0], [9, 9, 0, 0]]
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("pattern", [[0] * 5 + [1] * 5, [1] * 5 + [0] * 5, [0, 1] * 5, [1, 0] * 5])
+def test_steps_that_bring_an_input_only_at_times(pattern: list[int], live: bool) -> None:
+    """An op that goes another way without it. A plan is good for one of the two: its graphs, or its padded inputs."""
+    went: list[str] = []
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        found = current_step().inputs.get("lens")
+        went.append("with" if found is not None else "without")
+        return x - 1 if found is None else x * found[:, None]
+
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    y = region.step(attend, region.step(lambda x: x + 1, x), **({"capture": LIVE} if live else {}))
+    program = region.program(region.step(lambda y: y * 2, y), sizes=[(N, WIDTH)])
+    steps = [dataclasses.replace(each, unproven=() if live else ("ns::attend",)) for each in program.steps[1:2]]
+    program = dataclasses.replace(program, steps=(program.steps[0], *steps, program.steps[2]))
+    runner = runner_of(program, capture_sizes=[4], dynamic_arg_dims={"step.lens": {0: "n"}})
+    for has_input in pattern:
+        x_, lens, served = rows(3), torch.tensor([1, 2, 3]), runner.stats.replays
+        with step(num_tokens=3, inputs={"lens": lens} if has_input else None):
+            (out,) = runner(3, x_)
+        torch.testing.assert_close(out, ((x_ + 1) * lens[:, None] if has_input else x_) * 2)
+        assert went[-1] == ("with" if has_input else "without")
+        if runner.stats.replays > served:
+            assert has_input == pattern[0], "the plan is of such a step"
+
+
+def test_inputs_of_the_step_after_a_release() -> None:
+    """The buffers of the plan went with it; a warm-up makes new ones."""
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    scaled = region.step(lambda x: x * current_step().inputs["lens"][:, None], x)
+    runner = runner_of(
+        region.program(scaled, sizes=[(N, WIDTH)]), capture_sizes=[4], dynamic_arg_dims={"step.lens": {0: "n"}}
+    )
+    for call in range(12):
+        x_, lens = rows(3), torch.arange(3) + call
+        with step(num_tokens=3, inputs={"lens": lens}):
+            (out,) = runner(3, x_)
+        torch.testing.assert_close(out, x_ * lens[:, None])
+        if call == 5:
+            runner.release()
+    (plan,) = runner.stats.plans
+    assert plan.replays >= 3
 
 
 def test_sizes_that_follow_the_declared_one_are_padded_along() -> None:

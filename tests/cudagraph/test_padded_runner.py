@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -81,6 +82,45 @@ def test_a_padded_tensor_with_another_size_that_stays_exact() -> None:
     for n, m in [(3, 5)] * 4 + [(2, 5), (4, 5), (3, 6), (3, 5), (2, 6)]:
         assert_served(runner, program, [n, m, rows(n, m), rows(n)])
     assert runner.stats.replays >= 3, runner.stats
+
+
+def test_a_size_without_a_ladder_stays_exact_and_others_are_padded() -> None:
+    region = PaddedRegion()
+    region.size("m")
+    x, y = region.rows("x", Size("m"), dim_names={0: "n"}), region.rows("y", WIDTH)
+    wide = region.step(lambda x: x + 1, x)
+    program = region.program(wide, region.step(lambda y: y * 2, y), sizes=[(N, Size("m")), (N, WIDTH)])
+    runner = runner_of(program, capture_sizes={"n": LADDER})
+    for n, m in [(3, 5), (3, 6)] * 4 + [(2, 5), (4, 5), (2, 6)]:
+        assert_served(runner, program, [n, m, rows(n, m), rows(n)])
+    assert {plan.key for plan in runner.stats.plans} == {(4, 5), (4, 6)}
+    assert runner.stats.replays >= 4, runner.stats
+
+
+def test_rows_that_are_mixed_only_where_another_size_is_not_one() -> None:
+    """A transpose of a column is the column: what was proven there says nothing about two columns."""
+    region = PaddedRegion()
+    region.size("m")
+    x = region.rows("x", Size("m"), dim_names={0: "n"})
+    program = region.program(region.step(lambda x: x.t().reshape(x.shape) + 0, x), sizes=[(N, Size("m"))])
+    runner = runner_of(program, capture_sizes={"n": [4], "m": [1, 2]})
+    for n, m in [(3, 1)] * 5 + [(3, 2)] * 5 + [(2, 1), (2, 2)]:
+        x_ = rows(n, m)
+        (out,) = runner(n, m, x_)
+        torch.testing.assert_close(out, x_.t().reshape(n, m))
+    assert "mixes rows" in runner.padding.refused["n"] or "depends on the padded size" in runner.padding.refused["n"]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_rows_that_are_mixed_only_where_a_number_is_not_zero(live: bool) -> None:
+    region = PaddedRegion()
+    k, x = region.size("k"), region.rows("x", WIDTH)
+    mixed = region.step(lambda x, k: x + k * x.mean(0), x, k, **({"capture": LIVE} if live else {}))
+    program = region.program(region.step(lambda m: m * 2, mixed), sizes=[(N, WIDTH)])
+    runner = runner_of(program, capture_sizes={"n": LADDER})
+    for n, number in [(3, 0)] * 5 + [(3, 2)] * 5 + [(2, 0), (2, 3), (3, 3)]:
+        assert_served(runner, program, [n, number, rows(n)])
+    assert "mixes rows" in runner.padding.refused["n"] or "depends on the padded size" in runner.padding.refused["n"]
 
 
 def test_a_live_result_whose_other_size_varies_is_cut_in_the_padded_dim_only() -> None:

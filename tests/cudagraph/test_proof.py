@@ -101,6 +101,7 @@ def test_rows_that_are_independent_are_accepted(fn: Any) -> None:
 @pytest.mark.parametrize("fn", CONTAMINATING, ids=lambda fn: fn.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_mix_are_refused_with_the_name_of_the_step(fn: Any, dtype: torch.dtype) -> None:
+    """Field notes row 15: padded rows leak into real ones."""
     region = PaddedRegion()
     x = region.rows("x", WIDTH)
     before = region.step(lambda x: x * 2, x)

@@ -75,6 +75,7 @@ def test_a_veto_of_full(mode: str, vetoed: list[str]) -> None:
 
 
 def test_auto_takes_full_where_every_step_may_be_captured() -> None:
+    """Field notes row 24: the mode that was chosen by itself is the slower one."""
     assert modes_of("AUTO", (6, 2), None, Capture.FULL) == ["FULL"]
     assert modes_of("AUTO", (6, 2), None, Capture.NEVER) == ["PIECEWISE"]
 

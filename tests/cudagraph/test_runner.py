@@ -359,6 +359,7 @@ def test_release_drops_plans_and_a_later_call_captures_again():
 
 
 def test_pool_memory_goes_with_the_last_plan():
+    """Field notes row 32: the pool outlives or predeceases the graphs in it."""
     device = SimulatedDevice()
     runners = [runner_of(doubled(), device) for _ in range(2)]
     for runner in runners:

@@ -100,6 +100,10 @@ def test_inputs_are_found_by_name() -> None:
         assert current_step().inputs["seq_lens"] is lens
         with pytest.raises(StepError, match="no input 'seq_len'; did you mean 'seq_lens'"):
             current_step().inputs["seq_len"]
+        assert "seq_lens" in current_step().inputs
+        assert "seq_len" not in current_step().inputs
+        assert current_step().inputs.get("seq_lens") is lens
+        assert current_step().inputs.get("seq_len", 7) == 7
 
 
 DIMS = dims_of_step({"step.seq_lens": {0: "num_reqs"}, "input_ids": {0: "num_tokens"}})

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from graphcap.cudagraph import Capture, verify
+from graphcap.cudagraph import Capture, plan_check, verify
 from graphcap.cudagraph.phase import allow_capture
 from graphcap.cudagraph.simulated import SimulatedDevice
 from tests.cudagraph.padded import N, PaddedRegion
@@ -97,6 +97,7 @@ def test_an_honest_operation_is_compared_once_and_then_left_alone():
 
 
 def test_an_operation_that_froze_a_python_value_is_named_and_runs_live(caplog):
+    """Field notes row 13: an op is captured that may not be, and replays what it saw first."""
     metadata = {"scale": 1.0}
     program = attending(metadata)
     runner = runner_of(program, FreezingDevice(metadata))
@@ -128,20 +129,86 @@ def test_every_step_with_the_operation_runs_live():
     assert list(runner.stats.plans[0].live) == ["step_0", "step_2"]
 
 
-def test_two_operations_in_one_graph_are_both_suspected_where_nothing_tells_them_apart():
-    metadata = {"scale": 1.0}
+def two_in_one_graph(metadata, **trusted):
     region = Region()
     x = region.tensor("x")
     y = region.step(lambda x: x + 1, x)
-    program = trusting(
-        region.returning(region.step(lambda y: y * metadata["scale"], y)), step_0=("ns::a",), step_1=("ns::b",)
-    )
+    z = region.step(lambda y: y * metadata["scale"], y)
+    return trusting(region.returning(region.step(lambda z: z - 2, z)), **trusted)
+
+
+def test_of_two_operations_in_one_graph_the_guilty_one_is_found():
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_0=("ns::a",), step_1=("ns::b",))
     runner = runner_of(program, FreezingDevice(metadata))
-    for call in range(5):
+    segments = []
+    for call in range(10):
         metadata["scale"] = 1.0 + call
         x = randn(3)
         assert torch.equal(runner(x)[0], program.run(x)[0])
-    assert runner.stats.divergences[0].endswith("captured on trust: one of ns::a, ns::b")
+        segments.append([plan.num_segments for plan in runner.stats.plans])
+    first, second = runner.stats.divergences
+    assert first.endswith("captured on trust: one of ns::a, ns::b")
+    assert second.startswith("step_1: ")
+    assert second.endswith("captured on trust: ns::b")
+    assert list(runner.stats.plans[0].live) == ["step_1"]
+    assert runner.inspector.proven == {"ns::a"}
+    assert segments == [[], [], [1], [], [3], [], [2], [2], [2], [2]]
+
+
+def test_a_suspect_is_not_cleared_by_agreeing_once():
+    """What it froze is right as long as nobody changes it: the second capture froze the new value."""
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_0=("ns::a",), step_1=("ns::b",))
+    runner = runner_of(program, FreezingDevice(metadata))
+    for scale in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0, 3.0, 4.0):
+        metadata["scale"] = scale
+        x = randn(3)
+        assert torch.equal(runner(x)[0], program.run(x)[0])
+    assert runner.stats.divergences[-1].endswith("captured on trust: ns::b")
+    assert list(runner.stats.plans[0].live) == ["step_1"]
+
+
+def test_where_no_suspect_shows_itself_again_all_of_them_run_live(monkeypatch):
+    monkeypatch.setattr(verify, "_TRIALS", 3)
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_0=("ns::a",), step_1=("ns::b",))
+    runner = runner_of(program, FreezingDevice(metadata))
+    for call in range(10):
+        metadata["scale"] = 1.0 if call < 3 else 2.0
+        x = randn(3)
+        assert torch.equal(runner(x)[0], program.run(x)[0])
+    assert len(runner.stats.divergences) == 1
+    assert runner.stats.plans[0].live == dict.fromkeys(["step_0", "step_1"], runner.stats.divergences[0])
+    assert runner.inspector.proven == set()
+
+
+def test_two_operations_in_one_step_are_both_suspected():
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_1=("ns::a", "ns::b"))
+    runner = runner_of(program, FreezingDevice(metadata))
+    for call in range(6):
+        metadata["scale"] = 1.0 + call
+        runner(randn(3))
+    (divergence,) = runner.stats.divergences
+    assert divergence.endswith("captured on trust: one of ns::a, ns::b")
+    assert list(runner.stats.plans[0].live) == ["step_1"]
+
+
+def test_a_sealed_process_has_all_suspects_run_live_at_once():
+    metadata = {"scale": 1.0}
+    program = two_in_one_graph(metadata, step_0=("ns::a",), step_1=("ns::b",))
+    runner = runner_of(program, FreezingDevice(metadata))
+    warm(runner, randn(3))
+    with allow_capture(False):
+        for call in range(4):
+            metadata["scale"] = 2.0 + call
+            x = randn(3)
+            assert torch.equal(runner(x)[0], program.run(x)[0])
+    assert len(runner.stats.divergences) == 1
+    for _ in range(2):
+        runner(randn(3))
+    assert list(runner.stats.plans[0].live) == ["step_0", "step_1"]
 
 
 def test_a_call_with_the_inputs_of_the_capture_does_not_use_up_the_check():
@@ -164,8 +231,8 @@ def test_a_call_with_the_inputs_of_the_capture_does_not_use_up_the_check():
 
 def test_an_input_that_rarely_changes_is_looked_at_rarely_in_the_long_run(monkeypatch):
     looks = []
-    honest = verify.same_bits
-    monkeypatch.setattr(verify, "same_bits", lambda *tensors: looks.append(1) or honest(*tensors))
+    honest = plan_check.same_bits
+    monkeypatch.setattr(plan_check, "same_bits", lambda *tensors: looks.append(1) or honest(*tensors))
     region = Region()
     x = region.tensor("x")
     program = trusting(region.returning(region.step(lambda x: x * 2, x)), step_0=("ns::a",))
@@ -185,7 +252,7 @@ def test_pieces_that_nobody_vouched_for_are_not_compared():
 
 
 def test_state_that_is_too_large_to_copy_is_not_compared_and_the_report_says_so(monkeypatch):
-    monkeypatch.setattr(verify, "MAX_COPIED_BYTES", 8)
+    monkeypatch.setattr(FreezingDevice, "spare_bytes", lambda device: 8)
     metadata = {"scale": 1.0}
     program = attending(metadata)
     runner = runner_of(program, FreezingDevice(metadata))
@@ -197,8 +264,8 @@ def test_state_that_is_too_large_to_copy_is_not_compared_and_the_report_says_so(
 
 def test_verify_gives_each_step_a_graph_of_its_own_and_compares_all(monkeypatch):
     compared = []
-    honest = verify.difference
-    monkeypatch.setattr(verify, "difference", lambda *tensors: compared.append(1) or honest(*tensors))
+    honest = plan_check.difference
+    monkeypatch.setattr(plan_check, "difference", lambda *tensors: compared.append(1) or honest(*tensors))
     program = attending({"scale": 1.0})
     runner = runner_of(program, verify=True)
     against_live(runner, program, 5)
@@ -373,6 +440,18 @@ def test_an_honest_padded_plan_agrees_at_every_size(settings):
     assert not runner.stats.divergences
     assert not runner.stats.unchecked
     assert [plan.num_segments for plan in runner.stats.plans] == [3 if settings.get("verify") is True else 1]
+
+
+@pytest.mark.parametrize(("annotate", "called"), [(False, "replay"), (True, "named")])
+def test_replays_of_other_sizes_pay_nothing_for_a_check_that_is_over(annotate, called):
+    program = trusting(padded({"scale": 2.0}), step_1=("ns::a",))
+    runner = runner_of(program, capture_sizes=[8], annotate=annotate)
+    for n in (8, 8, 5, 5, 8):  # the first replay, which is compared, is that of a smaller size
+        runner(n, randn(n, 3))
+    assert runner.inspector.proven == {"ns::a"}
+    served = runner._table.served
+    assert [each.size.size for each in served.values()] == [(5,), (8,)]
+    assert [each.replay.__globals__["g0"].__name__ for each in served.values()] == [called] * 2
 
 
 @pytest.mark.gpu

@@ -85,10 +85,10 @@ class PlanReport:
         num_segments: CUDA graphs that one replay launches.
         captured: the pieces inside.
         live: the pieces that run live, each with the reason.
-        mib: growth of device memory in MiB; ``shared_mib`` of it is memory that other plans use as well.
+        mib: growth of device memory by the capture, in MiB.
         seconds: how long the capturing call took.
         replays: calls that it served.
-        exclusive_mib: of ``mib`` what goes when this plan goes; the rest is shared with others.
+        shared_mib: of ``mib`` what other plans use as well; the rest goes when this plan goes.
     """
 
     key: tuple[Any, ...]
@@ -100,7 +100,6 @@ class PlanReport:
     seconds: float
     replays: int
     shared_mib: float = 0.0
-    exclusive_mib: float = 0.0
 
 
 @dataclass(frozen=True)

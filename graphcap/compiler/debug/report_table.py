@@ -191,14 +191,15 @@ def _graphs(region: RegionReport) -> Iterator[str]:
         yield from row("graphs", "on the simulated device: a test of the logic, it says nothing about speed or memory")
     plans = region.plans
     mib = sum(plan.mib for plan in plans)
-    own = sum(plan.exclusive_mib for plan in plans)
-    memory = f"{mib:.1f} MiB ({own:.1f} of it the graphs alone)" if own >= 0.05 else f"{mib:.1f} MiB"
+    shared = sum(plan.shared_mib for plan in plans)
+    memory = f"{mib:.1f} MiB" + (f" ({mib - shared:.1f} of it the graphs alone)" if shared >= 0.05 else "")
     counts = f"{count(len(plans), 'captured shape')}, {memory}, {count(region.replays, 'replay')}"
     extra = [f"{n} {word}" for n, word in ((region.recaptures, "recaptured"), (region.evictions, "dropped")) if n]
     yield from row("graphs", ", ".join([counts, *extra]))
     if plans:
         yield from _plan_table(plans)
         yield from _unexpectedly_live(region)
+        yield from _outputs(region)
     yield from _traffic(region.traffic)
     for reason, calls in sorted(region.live_calls.items(), key=lambda item: -item[1]):
         yield from row("without graph", f"{count(calls, 'call')}: {reason}")
@@ -249,6 +250,16 @@ def _unexpectedly_live(region: RegionReport) -> Iterator[str]:
     reasons = {(name, why): None for plan in region.plans for name, why in plan.live.items() if name in capturable}
     for reason, pieces in _grouped(reasons).items():
         yield from row("runs live", f"{some(pieces)}: {reason}")
+
+
+def _outputs(region: RegionReport) -> Iterator[str]:
+    """How long what a replay returns lasts, where that is not for ever."""
+    policy = next((str(each.value) for each in region.settings if each.name == "outputs"), "clone")
+    kind, _, count = policy.partition(":")
+    if kind == "static":
+        yield from row("outputs", "static: the graph's own memory, valid until the next replay of the same shape")
+    elif kind == "ring":
+        yield from row("outputs", f"{policy}: copies, overwritten by later replay number {count} of the same shape")
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -94,7 +94,6 @@ def _plan(plan: PlanStats) -> PlanReport:
         captured=tuple(plan.captured),
         live=dict(plan.live),
         mib=plan.bytes / MIB,
-        exclusive_mib=plan.exclusive_bytes / MIB,
         seconds=plan.seconds,
         replays=plan.replays,
         shared_mib=plan.shared_bytes / MIB,

@@ -151,12 +151,16 @@ class LadderCapture:
         """Warm up and record."""
         for _ in range(self._config.num_warmups):
             self._call(key, Phase.WARM_UP)
-        self._call(key, Phase.RECORD)
-        runners, summary = self._runners(), self._summary
-        if any(runner.has_plan(key) for runner in runners):
-            summary.captured = (*summary.captured, key)
-            return
-        reasons = [reason for runner in runners if (reason := runner.dispatch(key, None).reason)]
+        summary, reasons = self._summary, list[str]()
+        for _ in range(2):  # the first capture may have shown that fewer graphs are better
+            self._call(key, Phase.RECORD)
+            runners = self._runners()
+            if any(runner.has_plan(key) for runner in runners):
+                summary.captured = (*summary.captured, key)
+                return
+            reasons = [reason for runner in runners if (reason := runner.dispatch(key, None).reason)]
+            if reasons:
+                break
         summary.skipped = {**summary.skipped, key: reasons[0] if reasons else "not captured"}
 
     def _prove_padding(self, key: GraphKey) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import graphcap
 from graphcap.compiler import region
 from graphcap.compiler.backend import graphcap as backend
-from graphcap.compiler.debug.report import FusionReport, Report
-from tests.compiler.debug.reports import traffic
+from graphcap.compiler.debug.report import FusionReport, PieceReport, Report, SettingReport
+from tests.compiler.debug.reports import plan, traffic
+from tests.compiler.debug.reports import region as small_region
 from tests.compiler.small import Mlp, Stack, compiled
 
 
@@ -53,6 +54,7 @@ class Halver:
 
 
 OPTIONS = {"compiler": "eager"}
+PIECE = PieceReport("piece_0", "captured", "always", "", "", "", 2, (), "eager", 0.0, "", "", "", ())
 
 
 # -- finding the regions of a target -----------------------------------------------------------------------------------
@@ -304,6 +306,25 @@ def test_traffic_and_alerts_have_rows() -> None:
     assert "27 of 80 tokens in replays (33.8%)" in text
     assert "no rung for 99: 2 calls" in text
     assert "alert look at this" in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "lasts"),
+    [("clone", ""), ("static", "until the next replay of the same shape"), ("ring:3", "later replay number 3 of")],
+)
+def test_outputs_that_do_not_last_are_named(policy: str, lasts: str) -> None:
+    row = SettingReport("outputs", policy, "code")
+    found = str(Report("model", (small_region("forward_0", settings=(row,), plans=(plan(8, 3.0),), pieces=(PIECE,)),)))
+    named = [line for line in found.splitlines() if line.lstrip().startswith("outputs")]
+    assert len(named) == (policy != "clone")
+    assert all(policy in line and lasts in line for line in named)
+
+
+def test_the_memory_that_only_the_graphs_take_is_told_from_what_is_shared() -> None:
+    plans = (plan(8, 3.0), dataclasses.replace(plan(16, 5.0), shared_mib=4.0))
+    assert "8.0 MiB (4.0 of it the graphs alone)" in str(
+        Report("model", (small_region("forward_0", plans=plans, pieces=(PIECE,)),))
+    )
 
 
 def test_alerts_are_those_of_the_counters() -> None:

@@ -13,6 +13,8 @@ from torch import nn
 import graphcap
 from graphcap import GraphKey
 from graphcap.compiler.frontend.subject import runners_of
+from graphcap.cudagraph.cost import StepTime
+from graphcap.cudagraph.simulated import SimulatedDevice, SimulatedSegment
 from graphcap.errors import StepError
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}
@@ -54,6 +56,36 @@ def test_the_ladder_is_captured_largest_first_and_traffic_replays() -> None:
         x = torch.randn(4, 4)
         assert torch.allclose(model(x), model.linear(x))
     assert sum(plan.replays for plan in plans_of(model)) >= 1
+
+
+def test_a_rung_whose_capture_showed_that_a_graph_does_not_pay_is_captured_again(monkeypatch) -> None:
+    """The first rung that is captured is the one that measures; it must not be the one that is missing."""
+
+    @graphcap.eager
+    def between(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    class Cut(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return between(x + 1).relu().cumsum(1)
+
+    def clock(call: Any) -> StepTime:
+        call()
+        is_replay = isinstance(getattr(call, "__self__", None), SimulatedSegment)
+        seen.append(is_replay)
+        return StepTime(8.0, 8.0) if is_replay or len(seen) > 11 else StepTime(2.0, 2.0)
+
+    seen: list[bool] = []
+    monkeypatch.setattr(SimulatedDevice, "stopwatch", staticmethod(clock))
+    model = graphcap.compile(Cut(), dynamic_arg_dims={"x": 0}, **SETTINGS)
+    with torch.no_grad():
+        summary = graphcap.capture(model, inputs)
+        assert [key.num_tokens for key in summary.captured] == [8, 4, 2]
+        x = torch.randn(4, 4)
+        assert torch.allclose(model(x), ((x + 1) * 2).relu().cumsum(1))
+    assert len(seen) == 22
+    assert {plan.num_segments for plan in plans_of(model)} == {1}
+    assert "a graph would not pay: 2.0 us live, 8.0 us replayed" in str(graphcap.explain(model))
 
 
 def test_state_is_as_before_the_capture() -> None:

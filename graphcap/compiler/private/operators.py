@@ -1,0 +1,99 @@
+"""Operators: overloads, schemas, Python kernels, and who watches their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def resolve_op_overload(target: Any) -> Any:
+    """``torch.ops.ns.op`` with a single overload is that overload: one attribute chain and one lookup less per call."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = target.overloads()
+        if len(overloads) == 1:
+            return getattr(target, overloads[0])
+    return target
+
+
+def argument_names(name: str) -> list[str]:
+    """The names of the arguments of ``"ns::op"``, over all its overloads; empty for an op that torch does not know yet.
+
+    Schemas as they are registered (``torch._C._jit_get_schemas_for_operator``); looking at ``torch.ops.ns.op`` instead
+    would raise for an op that is registered later.
+    """
+    found = torch._C._jit_get_schemas_for_operator(name)
+    return list(dict.fromkeys(argument.name for schema in found for argument in schema.arguments))
+
+
+def schemas_of(target: Any) -> list[Any]:
+    """The schemas that a call of an operator may use: its own for an overload, those of all overloads for a packet."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, overload)._schema for overload in target.overloads()]
+    return []
+
+
+def returns_tensors_and_sizes(target: Any) -> bool:
+    """Whether an aten operator returns tensors and numbers of which its schema says that they follow from sizes alone.
+
+    Kernels of attention do: the longest query and key.
+    """
+    kinds = {each.real_type.kind() for schema in schemas_of(target) for each in schema.returns}
+    return kinds == {"TensorType", "SymIntType"} and target.namespace == "aten"
+
+
+def triton_kernel_name(node: fx.Node) -> str | None:
+    """The name of the user's Triton kernel that a node launches, ``None`` for any other node."""
+    if getattr(node.target, "_name", "") not in ("triton_kernel_wrapper_mutation", "triton_kernel_wrapper_functional"):
+        return None
+    index: Any = node.kwargs.get("kernel_idx")
+    try:
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        kernel: Any = kernel_side_table.get_kernel(index)
+        return f"triton kernel {getattr(kernel, '__name__', None) or kernel.fn.__name__}"
+    except (ImportError, AttributeError, AssertionError, KeyError):
+        return f"triton kernel {index}"
+
+
+def custom_op_kernel(op: Any, device_type: str) -> tuple[Callable[..., Any], Any] | None:
+    """The Python function that a ``torch.library.custom_op`` runs on a device type.
+
+    Returns:
+        The function and a container that is true while the user has switched the kernel off; ``None`` for any other op,
+        and where torch keeps its custom ops in another way than on the versions named above.
+    """
+    try:
+        from torch._library.custom_ops import OPDEFS
+
+        definition = OPDEFS.get(op._schema.name)
+        if definition is None or definition._opoverload is not op:
+            return None
+        kernels = definition._backend_fns
+        wrapped = kernels.get(device_type) or kernels[None]
+        inner = getattr(wrapped, "__wrapped__", wrapped)
+        cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
+        return cells["fn"].cell_contents, definition._disabled_kernel
+    except (ImportError, AttributeError, KeyError, ValueError):
+        return None
+
+
+def call_is_watched(device_type: str) -> bool:
+    """Whether something would see a call that goes through the dispatcher, and miss one that does not."""
+    return bool(
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_autocast_enabled(device_type)
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def operators_are_watched() -> bool:
+    """Whether somebody else sees or changes the operators of this thread: a dispatch mode, a functorch transform."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None)

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from graphcap.cudagraph.verify import Checks
 
 _MAX_INPUT_BYTES = 2**20  #: larger inputs are not looked at to tell whether a call has other inputs
-_LOOKS = 64  #: replays in a row whose inputs are looked at; later on every 16th
-_LOOK_EVERY = 16
+_LOOKS = 16  #: replays in a row whose inputs are looked at; later on the 32nd, the 64th and so on
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class InputsSeen:
         if not self._seen:
             return True
         self._looks += 1
-        if self._looks > _LOOKS and self._looks % _LOOK_EVERY:
+        if self._looks > _LOOKS and self._looks & (self._looks - 1):
             return False
         return not all(same_bits(stand_in, before) for stand_in, before in self._seen)
 

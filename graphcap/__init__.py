@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from graphcap.compiler.frontend.lifecycle import release, reset
     from graphcap.compiler.frontend.serving import capture
     from graphcap.compiler.rules import eager, register_op
-    from graphcap.cudagraph import hooks
-    from graphcap.cudagraph.choose import set_graph_pool
-    from graphcap.cudagraph.generators import register_generator
-    from graphcap.cudagraph.memory import memory
-    from graphcap.cudagraph.phase import allow_capture
-    from graphcap.cudagraph.step import Dispatch, GraphKey, current_step, step
+    from graphcap.cudagraph.dispatch.phase import allow_capture
+    from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey, current_step, step
+    from graphcap.cudagraph.hardware import hooks
+    from graphcap.cudagraph.hardware.choose import set_graph_pool
+    from graphcap.cudagraph.hardware.generators import register_generator
+    from graphcap.cudagraph.hardware.memory import memory
 
 __version__ = "0.1.0.dev0"
 
@@ -87,26 +87,26 @@ __all__ = [
 #: Where the names that need torch live.
 _LAZY = {
     "CaptureSummary": "graphcap.compiler.frontend.ladder_capture",
-    "Dispatch": "graphcap.cudagraph.step",
-    "GraphKey": "graphcap.cudagraph.step",
-    "allow_capture": "graphcap.cudagraph.phase",
+    "Dispatch": "graphcap.cudagraph.dispatch.step",
+    "GraphKey": "graphcap.cudagraph.dispatch.step",
+    "allow_capture": "graphcap.cudagraph.dispatch.phase",
     "capture": "graphcap.compiler.frontend.serving",
-    "current_step": "graphcap.cudagraph.step",
+    "current_step": "graphcap.cudagraph.dispatch.step",
     "dispatch": "graphcap.compiler.frontend.dispatch",
-    "step": "graphcap.cudagraph.step",
+    "step": "graphcap.cudagraph.dispatch.step",
     "Dim": "graphcap.compiler.frontend.dims",
     "compile": "graphcap.compiler.frontend.api",
     "disabled": "graphcap.compiler.frontend.decorator",
     "eager": "graphcap.compiler.rules",
     "explain": "graphcap.compiler.debug.explain",
-    "hooks": "graphcap.cudagraph",
-    "memory": "graphcap.cudagraph.memory",
-    "register_generator": "graphcap.cudagraph.generators",
+    "hooks": "graphcap.cudagraph.hardware",
+    "memory": "graphcap.cudagraph.hardware.memory",
+    "register_generator": "graphcap.cudagraph.hardware.generators",
     "profile": "graphcap.compiler.debug.profile",
     "register_op": "graphcap.compiler.rules",
     "release": "graphcap.compiler.frontend.lifecycle",
     "reset": "graphcap.compiler.frontend.lifecycle",
-    "set_graph_pool": "graphcap.cudagraph.choose",
+    "set_graph_pool": "graphcap.cudagraph.hardware.choose",
     "suggest_ladder": "graphcap.compiler.debug.suggest",
     "support_graph_compile": "graphcap.compiler.frontend.decorator",
 }

@@ -26,7 +26,7 @@ from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.config import CompilationMode, Config
 from graphcap.cudagraph import GraphRunner, PlanStats
-from graphcap.cudagraph.revision import revise
+from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.errors import RecompileError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from graphcap.config import Config
-from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.runner import GraphRunner
 

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphcap.cudagraph.metadata import Serving, dims_of_step
-from graphcap.cudagraph.observe import Observation, observe, signature_of
+from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
+from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.step import Asked, current, step
+from graphcap.cudagraph.padded.proof import prove
 from graphcap.cudagraph.parts import Parts
-from graphcap.cudagraph.plan import Plan
 from graphcap.cudagraph.plan_capture import Made, PlanCapture
 from graphcap.cudagraph.program import InputKind
-from graphcap.cudagraph.proof import prove
-from graphcap.cudagraph.routes import Route
-from graphcap.cudagraph.step import Asked, current, step
+from graphcap.cudagraph.recording.observe import Observation, observe, signature_of
+from graphcap.cudagraph.replaying.plan import Plan
 
 _log = logging.getLogger("graphcap.cudagraph")
 

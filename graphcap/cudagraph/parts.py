@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from graphcap.config import Config
 from graphcap.cudagraph.agreement import Agreement
-from graphcap.cudagraph.attempts import Attempts
-from graphcap.cudagraph.device import GraphDevice
-from graphcap.cudagraph.moves import MoveRecord
-from graphcap.cudagraph.padding import Padding
-from graphcap.cudagraph.plan_table import PlanTable
+from graphcap.cudagraph.counters.stats import RunnerStats
+from graphcap.cudagraph.dispatch.routes import Route, Router
+from graphcap.cudagraph.hardware.device import GraphDevice
+from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.program import Program
-from graphcap.cudagraph.routes import Route, Router
-from graphcap.cudagraph.stats import RunnerStats
+from graphcap.cudagraph.recording.attempts import Attempts
+from graphcap.cudagraph.recording.moves import MoveRecord
+from graphcap.cudagraph.replaying.plan_table import PlanTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,28 +17,28 @@ import torch
 
 from graphcap import native
 from graphcap.cache_root import cache_root
-from graphcap.cudagraph.annotate import annotate
-from graphcap.cudagraph.arena import Arena
-from graphcap.cudagraph.bindings import Choice
-from graphcap.cudagraph.bridges import BridgeSpace
-from graphcap.cudagraph.budget import Room, Usage
-from graphcap.cudagraph.capture import SegmentedCapture
-from graphcap.cudagraph.fitted import Fitter
-from graphcap.cudagraph.handout import Policy
-from graphcap.cudagraph.layout import Layout, lay_out
-from graphcap.cudagraph.metadata import Serving
-from graphcap.cudagraph.observe import Observation
+from graphcap.cudagraph.checks.annotate import annotate
+from graphcap.cudagraph.checks.verify import Checks, Inspector
+from graphcap.cudagraph.checks.worth import Worth
+from graphcap.cudagraph.counters.stats import PlanStats
+from graphcap.cudagraph.dispatch.metadata import Serving
+from graphcap.cudagraph.dispatch.revision import revise
+from graphcap.cudagraph.dispatch.routes import FULL, Route
+from graphcap.cudagraph.dispatch.step import Asked, current
+from graphcap.cudagraph.hardware.budget import Room, Usage
+from graphcap.cudagraph.padded.fitted import Fitter
 from graphcap.cudagraph.parts import Parts
-from graphcap.cudagraph.plan import Plan, static_addresses
-from graphcap.cudagraph.plan_table import PlanTable
-from graphcap.cudagraph.recorded import Failure, Recorded
-from graphcap.cudagraph.replay import generate
-from graphcap.cudagraph.revision import revise
-from graphcap.cudagraph.routes import FULL, Route
-from graphcap.cudagraph.stats import PlanStats
-from graphcap.cudagraph.step import Asked, current
-from graphcap.cudagraph.verify import Checks, Inspector
-from graphcap.cudagraph.worth import Worth
+from graphcap.cudagraph.recording.arena import Arena
+from graphcap.cudagraph.recording.bindings import Choice
+from graphcap.cudagraph.recording.bridges import BridgeSpace
+from graphcap.cudagraph.recording.capture import SegmentedCapture
+from graphcap.cudagraph.recording.layout import Layout, lay_out
+from graphcap.cudagraph.recording.observe import Observation
+from graphcap.cudagraph.recording.recorded import Failure, Recorded
+from graphcap.cudagraph.replaying.handout import Policy
+from graphcap.cudagraph.replaying.plan import Plan, static_addresses
+from graphcap.cudagraph.replaying.plan_table import PlanTable
+from graphcap.cudagraph.replaying.replay import generate
 from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 

@@ -1,7 +1,7 @@
 """What happens when a region is called: replay, or the way to a plan, or a live run, and what is remembered of it.
 
-A call is known by its sizes, and by the :class:`~graphcap.cudagraph.step.step` in force. The first call of each kind
-finds its route (:mod:`~graphcap.cudagraph.routes`); where that leads to a plan, the way is kept in one table, so that
+A call is known by its sizes, and by the ``step`` in force. The first call of each kind
+finds its route (``routes.py``); where that leads to a plan, the way is kept in one table, so that
 the next such call is one look-up and one replay. Plans are made by :mod:`~graphcap.cudagraph.maker`.
 """
 
@@ -16,23 +16,23 @@ import torch
 
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.agreement import agreement_of
-from graphcap.cudagraph.alerts import warn_once
-from graphcap.cudagraph.attempts import Attempts
-from graphcap.cudagraph.device import GraphDevice
+from graphcap.cudagraph.checks.verify import Inspector
+from graphcap.cudagraph.counters.alerts import warn_once
+from graphcap.cudagraph.counters.stats import RunnerStats, SizeStats
+from graphcap.cudagraph.dispatch.metadata import Serving
+from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
+from graphcap.cudagraph.dispatch.routes import Route, Router
+from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey, current, step
+from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.maker import PlanMaker
-from graphcap.cudagraph.metadata import Serving
-from graphcap.cudagraph.moves import MoveRecord
-from graphcap.cudagraph.padding import Padding
+from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.parts import Parts
-from graphcap.cudagraph.phase import Phase, current_purpose
-from graphcap.cudagraph.plan import Plan, Served, Unfit
 from graphcap.cudagraph.plan_capture import ELSEWHERE
-from graphcap.cudagraph.plan_table import PlanTable
 from graphcap.cudagraph.program import InputKind, Program
-from graphcap.cudagraph.routes import Route, Router
-from graphcap.cudagraph.stats import RunnerStats, SizeStats
-from graphcap.cudagraph.step import Dispatch, GraphKey, current, step
-from graphcap.cudagraph.verify import Inspector
+from graphcap.cudagraph.recording.attempts import Attempts
+from graphcap.cudagraph.recording.moves import MoveRecord
+from graphcap.cudagraph.replaying.plan import Plan, Served, Unfit
+from graphcap.cudagraph.replaying.plan_table import PlanTable
 
 _ALERT_EVERY = 128  #: live calls between two looks at the counters
 _MAX_REPLACED = 2  #: how often a plan gives way to one for another layout of the inputs under the same key
@@ -109,7 +109,7 @@ class GraphRunner:
         return self.decide(key, max_mode)[0]
 
     def decide(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> tuple[Dispatch, bool]:
-        """:meth:`dispatch`, and whether that holds until the next :func:`~graphcap.cudagraph.revision.revise`. It does
+        """:meth:`dispatch`, and whether that holds until the next ``revise``. It does
         not where the device has no room: that is asked about again after some calls, so calls are counted."""
         routes = self.router.routes_of(key, max_mode)
         reasons, lasts = [routes] if isinstance(routes, str) else [], True
@@ -141,7 +141,7 @@ class GraphRunner:
 
     def reconsider(self) -> None:
         """Try again what was given up for want of memory: plans, and the proof that padding changes nothing. The next
-        call of each kind looks for its plan again, so that a :class:`~graphcap.cudagraph.phase.Keeper` sees it."""
+        call of each kind looks for its plan again, so that a ``Keeper`` sees it."""
         with self.device.lock:
             self._wait()
             self._maker.reconsider()

@@ -18,7 +18,7 @@ import graphcap
 import graphcap.compiler.backend as backend
 from graphcap.compiler.rules import eager
 from graphcap.cudagraph import Program
-from tests.cudagraph.padded import PaddedCalls, cloned, padding_of, proof_of
+from tests.cudagraph.padded_regions import PaddedCalls, cloned, padding_of, proof_of
 
 WIDTH = 8
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from graphcap.cudagraph.cost import StepTime
-from graphcap.cudagraph.simulated import SimulatedDevice, SimulatedSegment
+from graphcap.cudagraph.counters.cost import StepTime
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedSegment
 
 
 class Clock:

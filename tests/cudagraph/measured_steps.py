@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from graphcap.cudagraph.cost import StepCost
+from graphcap.cudagraph.counters.cost import StepCost
 
 
 class Measured(NamedTuple):

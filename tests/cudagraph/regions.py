@@ -9,7 +9,7 @@ import torch
 
 from graphcap.config import Config
 from graphcap.cudagraph import Capture, Constant, GraphDevice, GraphRunner, InputKind, InputSpec, Program, Step
-from graphcap.cudagraph.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 
 LIVE = Capture.NEVER
 

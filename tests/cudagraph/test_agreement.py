@@ -15,7 +15,7 @@ import torch.distributed as dist
 import graphcap
 from graphcap import Config, ConfigError, RankError
 from graphcap.cudagraph.agreement import agreement_of, alone
-from graphcap.cudagraph.recorded import Failure
+from graphcap.cudagraph.recording.recorded import Failure
 from tests.cudagraph.regions import Region, runner_of
 
 

@@ -14,7 +14,7 @@ import graphcap
 from graphcap.compiler.backend import graphcap as backend
 from graphcap.config import Config
 from graphcap.cudagraph import GraphRunner, InputKind, InputSpec, Program, Step, graph_runner
-from graphcap.cudagraph.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 
 
 def scale(weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from graphcap.cudagraph import Capture, Constant
-from graphcap.cudagraph.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 
 

@@ -15,10 +15,10 @@ import graphcap
 from graphcap.config import CUDAGraphMode
 from graphcap.cudagraph import Capture, Dispatch, GraphKey, GraphRunner, Program, step
 from graphcap.cudagraph.agreement import agreement_of
-from graphcap.cudagraph.budget import RECENT_USES
-from graphcap.cudagraph.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.budget import RECENT_USES
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from graphcap.errors import RankError
-from tests.cudagraph.padded import N, PaddedRegion
+from tests.cudagraph.padded_regions import N, PaddedRegion
 from tests.cudagraph.regions import LIVE, Region, runner_of
 from tests.distributed.two_ranks import Rank
 

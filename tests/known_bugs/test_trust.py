@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 import graphcap
-from graphcap.cudagraph import hooks
+from graphcap.cudagraph.hardware import hooks
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 from tests.known_bugs.models import WIDTH, Beside, Mlp, repeated, rows
 

@@ -17,9 +17,9 @@ from graphcap.compiler.debug.state import SavedState
 from graphcap.compiler.frontend.subject import regions_of
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.cudagraph import GraphRunner
-from graphcap.cudagraph.phase import allow_capture
-from graphcap.cudagraph.profile import Timers, timed
-from graphcap.cudagraph.rehearsal import forked_generators
+from graphcap.cudagraph.checks.profile import Timers, timed
+from graphcap.cudagraph.checks.rehearsal import forked_generators
+from graphcap.cudagraph.dispatch.phase import allow_capture
 
 REPEATS = 15  #: calls that are timed; every figure is a median over them
 _MAX_CALLS = 12  #: in which a graph has to be there

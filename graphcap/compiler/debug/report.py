@@ -13,7 +13,7 @@ from typing import Any
 
 from graphcap.compiler.debug.metrics import metrics_of
 from graphcap.compiler.debug.report_table import table
-from graphcap.cudagraph.traffic import Traffic
+from graphcap.cudagraph.counters.traffic import Traffic
 
 
 @dataclass(frozen=True)

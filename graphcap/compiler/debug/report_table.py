@@ -12,7 +12,7 @@ from graphcap.compiler.debug.rows import LABEL, WIDTH, count, duration, row, som
 
 if TYPE_CHECKING:
     from graphcap.compiler.debug.report import PieceReport, PlanReport, RegionReport, Report
-    from graphcap.cudagraph.traffic import Traffic
+    from graphcap.cudagraph.counters.traffic import Traffic
 
 _SHOWN_TWINS = 3
 _SHOWN_PLANS = 12

@@ -10,8 +10,8 @@ from graphcap.compiler.debug.report import FusionReport, PieceReport, PlanReport
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.config import Config
 from graphcap.cudagraph import PlanStats, RunnerStats
-from graphcap.cudagraph.alerts import alerts
-from graphcap.cudagraph.traffic import traffic_of
+from graphcap.cudagraph.counters.alerts import alerts
+from graphcap.cudagraph.counters.traffic import traffic_of
 
 MIB = 2**20
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from graphcap.compiler.debug.report import RegionReport, Report
 from graphcap.compiler.debug.snapshot import MIB
-from graphcap.cudagraph.ladders import TOKENS
-from graphcap.cudagraph.suggest import Demand, Prices, Suggestion, best_rungs
-from graphcap.cudagraph.traffic import Traffic
+from graphcap.cudagraph.counters.suggest import Demand, Prices, Suggestion, best_rungs
+from graphcap.cudagraph.counters.traffic import Traffic
+from graphcap.cudagraph.dispatch.ladders import TOKENS
 from graphcap.errors import ConfigError
 
 #: What sizes can be read from: a report, or a histogram of sizes (``{7: 120, 8: 3000}``).

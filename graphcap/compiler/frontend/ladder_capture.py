@@ -18,8 +18,8 @@ from graphcap.compiler.frontend.target import DYNAMIC
 from graphcap.compiler.region import Region
 from graphcap.config import Config
 from graphcap.cudagraph import GraphKey, GraphRunner, step
-from graphcap.cudagraph.ladder import default_sizes
-from graphcap.cudagraph.phase import Keeper, Phase, in_phase
+from graphcap.cudagraph.dispatch.ladder import default_sizes
+from graphcap.cudagraph.dispatch.phase import Keeper, Phase, in_phase
 from graphcap.errors import StepError
 from graphcap.progress import Progress
 

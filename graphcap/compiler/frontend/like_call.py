@@ -18,8 +18,8 @@ from graphcap.compiler.frontend.call_dims import CallDims, leaves
 from graphcap.compiler.frontend.dims import DynamicDim
 from graphcap.config import Config
 from graphcap.cudagraph import GraphKey, step
-from graphcap.cudagraph.corner import Fill, declared_fill
-from graphcap.cudagraph.metadata import PREFIX
+from graphcap.cudagraph.dispatch.metadata import PREFIX
+from graphcap.cudagraph.padded.corner import Fill, declared_fill
 from graphcap.errors import StepError
 
 

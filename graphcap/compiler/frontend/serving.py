@@ -12,8 +12,8 @@ from graphcap.compiler.frontend.subject import runners_of
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.config import Config
 from graphcap.cudagraph import step
-from graphcap.cudagraph.phase import Keeper
-from graphcap.cudagraph.step import current
+from graphcap.cudagraph.dispatch.phase import Keeper
+from graphcap.cudagraph.dispatch.step import current
 from graphcap.errors import StepError
 
 #: State that a ladder's calls write into is kept and put back up to this part of a gibibyte.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from graphcap.compiler.debug.report import PlanReport, RegionReport
-from graphcap.cudagraph.stats import RunnerStats
-from graphcap.cudagraph.traffic import Traffic, traffic_of
+from graphcap.cudagraph.counters.stats import RunnerStats
+from graphcap.cudagraph.counters.traffic import Traffic, traffic_of
 
 
 def region(name: str, **fields: object) -> RegionReport:

@@ -12,7 +12,7 @@ import graphcap
 from graphcap.compiler import backend
 from graphcap.compiler.region import all_regions
 from graphcap.cudagraph import device_for
-from graphcap.cudagraph.memory import GraphMemory
+from graphcap.cudagraph.hardware.memory import GraphMemory
 from tests.compiler.small import Mlp
 
 OPTIONS = {"compiler": "eager", "simulate": True}

@@ -13,8 +13,8 @@ from torch import nn
 import graphcap
 from graphcap import GraphKey
 from graphcap.compiler.frontend.subject import runners_of
-from graphcap.cudagraph.cost import StepTime
-from graphcap.cudagraph.simulated import SimulatedDevice, SimulatedSegment
+from graphcap.cudagraph.counters.cost import StepTime
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedSegment
 from graphcap.errors import StepError
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}

@@ -1,0 +1,1 @@
+"""Where a call goes: what batch it is, which sizes are captured, which plan serves it."""

@@ -1,0 +1,1 @@
+"""What graphs run on: the CUDA device and the simulated one, their memory, and whom they tell."""

@@ -1,0 +1,137 @@
+"""A warm-up call, run step by step, that learns what a capture must know beforehand: which values share memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphcap.cudagraph.private import storage_address
+from graphcap.cudagraph.program import Capture, Constant, InputKind, Program
+from graphcap.cudagraph.recording.arena import span_bytes
+from graphcap.cudagraph.recording.liveness import StorageTable, num_slots
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one live call showed.
+
+    Attributes:
+        roots: for each slot the first slot with the same storage; ``-1`` for what is no tensor.
+        identity: for each slot the first slot that held the very same object.
+        foreign: slots whose tensor cannot be part of a graph, each with the reason.
+        needing_grad: slots whose tensor says that it requires grad.
+        nbytes: for each input the bytes a copy takes; 0 for what is no tensor.
+        signature: what a later call must have in common for all this to hold; see :func:`signature_of`.
+    """
+
+    roots: tuple[int, ...]
+    identity: tuple[int, ...]
+    foreign: Mapping[int, str]
+    needing_grad: frozenset[int]
+    nbytes: tuple[int, ...]
+    signature: tuple[Any, ...]
+
+
+def observe(
+    program: Program, args: Sequence[Any], device: torch.device, captured: Collection[int] | None = None
+) -> tuple[Observation, tuple[Any, ...]]:
+    """Run every step live, once.
+
+    Args:
+        program: the steps.
+        args: of the call.
+        device: where captured steps find their tensors.
+        captured: the steps that may be captured; those that are not NEVER where it is not given.
+
+    Returns:
+        What was seen, and the program's outputs.
+    """
+    table = StorageTable(program)
+    roots = [-1] * num_slots(program)
+    identity = [*first_holders(args), *range(len(args), len(roots))]
+    foreign: dict[int, str] = {}
+    needing_grad = {index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad}
+    slots: list[Any] = [*args, *[None] * (len(roots) - len(args))]
+    for index, root in enumerate(argument_roots(args)):
+        roots[index] = root
+        if root >= 0:
+            table.alias(storage_address(args[index]), root)
+            foreign |= _why_foreign(index, args[index], device)
+    for number, step in enumerate(program.steps):
+        holders = {id(slots[slot]): identity[slot] for slot in step.reads}
+        for slot, value in zip(step.writes, step.fn(*[slots[slot] for slot in step.reads]), strict=True):
+            slots[slot] = value
+            roots[slot] = table.add(slot, value)
+            if roots[slot] >= 0:
+                identity[slot] = holders.setdefault(id(value), slot)
+                foreign |= _why_foreign(slot, value, device)
+                needing_grad.update([slot] if value.requires_grad else [])
+        for slot in table.expire(number):
+            slots[slot] = None
+    nbytes = tuple(_copy_bytes(arg) for arg in args)
+    signature = signature_of(program, args, captured)
+    seen = Observation(tuple(roots), tuple(identity), foreign, frozenset(needing_grad), nbytes, signature)
+    return seen, tuple(each.value if isinstance(each, Constant) else slots[each] for each in program.outputs)
+
+
+def signature_of(program: Program, args: Sequence[Any], captured: Collection[int] | None = None) -> tuple[Any, ...]:
+    """Layout of the tensors that may differ from call to call, and how arguments share memory.
+
+    What only live steps read may have another size on every call (a cache that grows) and does not count.
+    """
+    if captured is None:
+        captured = [number for number, step in enumerate(program.steps) if step.capture is not Capture.NEVER]
+    read = {slot for number in captured for slot in program.steps[number].reads}
+    layouts = tuple(
+        (arg.size(), arg.stride() if arg.layout is torch.strided else None, arg.dtype) if torch.is_tensor(arg) else None
+        for index, (arg, spec) in enumerate(zip(args, program.inputs, strict=True))
+        if spec.kind is InputKind.TENSOR and index in read
+    )
+    roots, firsts = argument_roots(args), first_holders(args)
+    shared = tuple(
+        (index, root, args[index].data_ptr() - args[root].data_ptr())
+        for index, root in enumerate(roots)
+        if root not in (-1, index)
+    )
+    same = tuple((index, first) for index, first in enumerate(firsts) if first != index)
+    return layouts, shared, same
+
+
+def first_holders(args: Sequence[Any]) -> list[int]:
+    """For each argument the first one that is the very same tensor; an argument that is no tensor is its own."""
+    holders: dict[int, int] = {}
+    return [
+        holders.setdefault(id(arg), index) if isinstance(arg, torch.Tensor) else index for index, arg in enumerate(args)
+    ]
+
+
+def argument_roots(args: Sequence[Any]) -> list[int]:
+    """For each argument one of those whose storage overlaps its own, the same for all of them; ``-1`` for no tensor."""
+    roots = [index if isinstance(arg, torch.Tensor) else -1 for index, arg in enumerate(args)]
+    ranges = []
+    for index, root in enumerate(roots):
+        if root >= 0 and (address := storage_address(args[index])):
+            ranges.append((address, address + args[index].untyped_storage().nbytes(), index))
+    end, first = -1, -1
+    for start, stop, index in sorted(ranges):
+        first = index if start >= end else first
+        end = max(end, stop)
+        roots[index] = first
+    return roots
+
+
+def _copy_bytes(arg: Any) -> int:
+    return span_bytes(arg) if isinstance(arg, torch.Tensor) and arg.layout is torch.strided else 0
+
+
+def _why_foreign(slot: int, tensor: torch.Tensor, device: torch.device) -> dict[int, str]:
+    if tensor.device != device:
+        return {slot: f"is on {tensor.device}, the graph is on {device}"}
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return {slot: f"is a {type(tensor).__name__} with layout {tensor.layout}"}
+    if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return {slot: "is quantized, or a lazily conjugated or negated tensor"}
+    return {}

@@ -100,7 +100,13 @@ def test_a_result_of_one_graph_lasts_while_others_of_the_forward_run(
 ) -> None:
     """The check must not make Dynamo compile again, either: every call after the capture is a replay."""
     monkeypatch.setenv("GRAPHCAP_CHECK_OUTPUTS", str(check))
-    regions = assert_like_eager(Chained, lambda i: (torch.randn(4, 6),), calls=6, outputs=outputs)
+    models: list[Chained] = []  # the counters go with the model
+
+    def make() -> Chained:
+        models.append(Chained())
+        return models[-1]
+
+    regions = assert_like_eager(make, lambda i: (torch.randn(4, 6),), calls=6, outputs=outputs)
     assert [runner.stats.replays for each in regions for runner in each.runners] == [4] * 3
 
 

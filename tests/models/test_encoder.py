@@ -46,10 +46,11 @@ def embed(model: Any, tokenizer: Any, sentences: list[str]) -> torch.Tensor:
 def test_embeddings_are_eagers(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    batches = [SENTENCES[:1], SENTENCES[:2], SENTENCES[2:5], SENTENCES[:2], SENTENCES[:2], SENTENCES[:2], SENTENCES]
+    # The third and later sights of two sentences: the proof of padding, its warm-up, the capture, and replays.
+    batches = [SENTENCES[:1], SENTENCES[:2], SENTENCES[2:5], *[SENTENCES[:2]] * 6, SENTENCES]
     eager = [embed(model, tokenizer, batch) for batch in batches]
     assert eager[1][0] @ eager[1][1] > 0.7, "two sentences of one meaning: the weights are real"
-    assert eager[6][0] @ eager[6][2] < 0.3
+    assert eager[-1][0] @ eager[-1][2] < 0.3
 
     sizes = {0: "batch", 1: "length"}
     dims = {"input_ids": sizes, "attention_mask": sizes, "token_type_ids": sizes}
@@ -58,7 +59,7 @@ def test_embeddings_are_eagers(folder: Path) -> None:
         torch.testing.assert_close(embed(model, tokenizer, batch), expected, rtol=0, atol=1e-4)
 
     assert served(model).total == len(batches)
-    assert served(model).replayed == 1
+    assert served(model).replayed >= 2
     # One sentence, and any number of them. Six layers: five of the seven pieces around attention are the same code.
     assert [(len(region.pieces), distinct_pieces(region)) for region in regions_of(model)] == [(13, 4)] * 2
     assert [len({piece.key for piece in region.pieces if piece.key}) for region in regions_of(model)] == [3, 3]

@@ -12,6 +12,7 @@ import torch
 
 from graphcap.cudagraph import Capture, Constant
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
+from graphcap.cudagraph.replaying import plan_table
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 
 
@@ -414,3 +415,17 @@ def test_threads_share_a_device():
         thread.join()
     assert not wrong
     assert len(split.stats.plans) == len(whole.stats.plans) == 3
+
+
+def test_ways_to_plans_are_forgotten_together(monkeypatch):
+    """A table that is full begins anew; nothing that a plan keeps about its calls grows for ever."""
+    monkeypatch.setattr(plan_table, "_MAX_SERVED", 2)
+    runner = runner_of(sized())
+    for n in (1, 2, 3):
+        for _ in range(3):
+            runner(n, randn(4))
+    for n in (1, 2, 3) * 4:
+        runner(n, randn(4))
+    kept = [key for plan in runner._table.plans.values() for key in plan.served]
+    assert sorted(kept) == sorted(runner._table.served)
+    assert len(kept) <= 2

@@ -34,7 +34,7 @@ class PlanTable:
     def lead(self, served: Served) -> None:
         """A kind of call leads to its plan from now on."""
         if len(self.served) >= _MAX_SERVED:
-            self.served.clear()
+            self.forget_ways()
         self.served[served.key] = served
         served.plan.served.append(served.key)  # the key alone: no cycle that would wait for the collector
 

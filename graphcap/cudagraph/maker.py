@@ -66,15 +66,12 @@ class PlanMaker:
     def clear(self) -> None:
         """Give up the buffers of step inputs, and what is known about the room on the device."""
         for key in self._servings:  # a capture finds no buffers: another warm-up has to make them
-            self._forget(key)
+            self.forget(key)
         self._servings.clear()
         self.capture.room.clear()
 
-    def forget(self, route: Route) -> None:
-        """Let the next call be a warm-up again."""
-        self._forget(route.key)
-
-    def _forget(self, key: Hashable) -> None:
+    def forget(self, key: Hashable) -> None:
+        """Let the next call of a route be a warm-up again."""
         known = self._observations.pop(key, None)
         if known is not None:
             self._observations[None] = known  # a proof asks for any call that was seen
@@ -103,7 +100,7 @@ class PlanMaker:
         """Serve a call that leads to the plan of a route, or has just lost it."""
         if (asked := self._asked.pop(route.key, None)) is not None and not asked.is_alike(said):
             self._servings.pop(route.key, None)  # what the warm-up showed does not hold for such a step
-            self.forget(route)
+            self.forget(route.key)
         serving = self._serving_of(route, said)
         reason = self._padding.why_not_to(route.rung, args) if route.rung else ""
         reason = self._agreement.reason(self._question("may it be captured", route), reason)

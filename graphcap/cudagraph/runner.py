@@ -203,7 +203,7 @@ class GraphRunner:
         if phase is Phase.TRAFFIC and not self._attempts.is_due(route):
             return self._live(args, "warm-up")
         if phase is Phase.WARM_UP:
-            self._maker.forget(route)
+            self._maker.forget(route.key)
         return self._make(route, args, said)
 
     def _make(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:

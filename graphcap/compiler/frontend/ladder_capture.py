@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from graphcap.config import Config
 from graphcap.cudagraph import GraphKey, GraphRunner, step
 from graphcap.cudagraph.dispatch.ladder import default_sizes
 from graphcap.cudagraph.dispatch.phase import Keeper, Phase, in_phase
+from graphcap.cudagraph.hardware.collector import without_collector
 from graphcap.errors import StepError
 from graphcap.progress import Progress
 
@@ -108,7 +108,7 @@ class LadderCapture:
         """
         started, summary = time.perf_counter(), self._summary
         with contextlib.ExitStack() as session:
-            session.enter_context(_without_collector())
+            session.enter_context(without_collector())
             if torch.is_grad_enabled():
                 session.enter_context(torch.no_grad())
             session.callback(self._keeper.restore)
@@ -209,15 +209,3 @@ def _first_key(config: Config) -> GraphKey:
     sizes = None if isinstance(declared, Mapping) else declared
     tokens = largest.get("num_tokens") or max(sizes or default_sizes(config.max_capture_size))
     return GraphKey.of_sizes(further, tokens, num_reqs=min(tokens, config.max_num_reqs or tokens))
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """No automatic garbage collection; whether it was on, and what is frozen, is as before afterwards."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()

@@ -14,6 +14,7 @@ from graphcap.config import Config
 from graphcap.cudagraph import step
 from graphcap.cudagraph.dispatch.phase import Keeper
 from graphcap.cudagraph.dispatch.step import current
+from graphcap.cudagraph.recording.recorded import describe
 from graphcap.errors import StepError
 
 #: State that a ladder's calls write into is kept and put back up to this part of a gibibyte.
@@ -77,8 +78,7 @@ class _AtNextCall:
             try:
                 self._capture(target, said, bound, args, kwargs)
             except Exception as error:  # the call was served, and so is every later one
-                text = str(error).strip().splitlines() or [""]
-                self._summary.warn(f"{target.name}: the ladder is not captured: {type(error).__name__}: {text[0]}")
+                self._summary.warn(f"{target.name}: the ladder is not captured: {describe(error)}")
         return result
 
     def _capture(

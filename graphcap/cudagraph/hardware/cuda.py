@@ -22,6 +22,7 @@ import torch
 from graphcap.cudagraph.counters.cost import StepTime
 from graphcap.cudagraph.hardware import hooks
 from graphcap.cudagraph.hardware.budget import Account, Usage
+from graphcap.cudagraph.hardware.collector import without_collector
 from graphcap.cudagraph.hardware.device import Pool, UnjoinedStreamError
 from graphcap.cudagraph.hardware.devices import Device
 from graphcap.cudagraph.hardware.generators import registered
@@ -216,14 +217,9 @@ class CudaDevice(Device):
     @contextmanager
     def session(self) -> Iterator[Pool]:
         """No garbage collection while recording: it might free CUDA memory of somebody else in the middle."""
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with without_collector():
             self._prime()
             yield self._pool_in_use()
-        finally:
-            if collecting:
-                gc.enable()
 
     def _pool_in_use(self) -> CudaPool:
         pool = self._pool() if self._pool else None

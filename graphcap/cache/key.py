@@ -1,7 +1,8 @@
 """The identity of a compiled piece: everything that decides its bytes, and nothing else.
 
 Left out on purpose, because they change nothing in the generated code and would only cost hits: host names, paths,
-environment variables, layer names and indices, the device's index, the rank.
+environment variables, layer names and indices, the rank. A device's index is part of a key: Inductor's wrapper selects
+its device and stream by number, so ranks that see their GPUs under different numbers share nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from graphcap.cache.private import torch_git_version, torch_source_digest
 
 #: Joins every digest: raise it when the meaning of a part changes, and old entries are simply not found.
-KEY_VERSION = 1
+KEY_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class PieceKey:
         passes: fingerprints of the passes that run inside, in order (``PassPipeline.fingerprint()``).
         toolchain: what generates and loads the code; :func:`toolchain_identity`.
         config: settings that reach the generated code: compiler, Inductor options, static sizes, grad mode.
-        device: architecture and capability of the device, not its index.
+        device: index, architecture and capability of the device.
     """
 
     graph: str

@@ -22,12 +22,12 @@ def ambient_state(device_type: str) -> tuple[str, ...]:
 
 
 def device_identity(device: torch.device) -> str:
-    """What generated code depends on: the architecture, never the index."""
+    """What generated code depends on: the architecture, and the index, which Inductor writes into its wrapper."""
     if device.type == "cuda" and torch.version.hip is None:
         properties = torch.cuda.get_device_properties(device)
-        return f"cuda {properties.major}.{properties.minor} {properties.multi_processor_count} multiprocessors"
+        return f"{device} {properties.major}.{properties.minor} {properties.multi_processor_count} multiprocessors"
     if device.type == "cuda":
-        return f"rocm {torch.cuda.get_device_properties(device).gcnArchName}"
+        return f"{device} rocm {torch.cuda.get_device_properties(device).gcnArchName}"
     if device.type == "cpu":
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
     return device.type

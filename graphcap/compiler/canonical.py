@@ -1,7 +1,7 @@
 """A piece's identity: what it computes and on what kind of inputs, with every name taken out.
 
 Decoder layers are the same piece 32 times. Node names, parameter names, layer indices and symbol names do not matter;
-the operations, their constants, how inputs alias each other, and every input's dtype, device type, sizes and strides
+the operations, their constants, how inputs alias each other, and every input's dtype, device, sizes and strides
 do. Two pieces with equal text are twins: one artifact serves both.
 
 What is known about sizes (ranges, guards of the trace) belongs to the text too, since Inductor builds on it. Compiling
@@ -81,7 +81,7 @@ class _Canonical:
     def _describe(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):
             aliases = self.storages.setdefault(private.storage_id(value), len(self.storages))
-            facts = [value.dtype, value.device.type, self._sizes(value.shape), self._sizes(value.stride())]
+            facts = [value.dtype, value.device, self._sizes(value.shape), self._sizes(value.stride())]
             facts += [self._size(value.storage_offset()), value.requires_grad, value.layout, f"storage {aliases}"]
             return f"tensor({', '.join(map(str, facts))}{self._subclass(value)})"
         if isinstance(value, (tuple, list)):
@@ -128,7 +128,7 @@ class _Canonical:
             return f"graph<{'; '.join(_Canonical(attribute, self)._nodes())}>"
         if isinstance(attribute, torch.Tensor):
             digest = hashlib.sha256(_bytes_of(attribute)).hexdigest()
-            return f"constant<{attribute.dtype}, {tuple(attribute.shape)}, {attribute.device.type}, {digest}>"
+            return f"constant<{attribute.dtype}, {tuple(attribute.shape)}, {attribute.device}, {digest}>"
         return repr(attribute)
 
 

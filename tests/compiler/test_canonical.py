@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import mark_dynamic
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphcap.compiler.canonical import canonical_symbols, canonical_text
 from graphcap.compiler.rules import eager
@@ -51,6 +53,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return live(nn.functional.leaky_relu(self.fc(x), self.slope))
+
+
+def on_device(name: str) -> str:
+    """The canonical text of ``x + 1`` for an x on that device, which need not exist."""
+    with FakeTensorMode():
+        return canonical_text(make_fx(lambda x: x + 1)(torch.empty(2, device=name)))
+
+
+def test_code_for_one_gpu_is_not_for_another() -> None:
+    # Ranks with one cache directory: rank 0 loaded what rank 1 had compiled, and launched it on the wrong GPU.
+    assert on_device("cuda:0") == on_device("cuda:0") != on_device("cuda:1")
 
 
 @pytest.mark.parametrize("x", [X, rows(4, 6)], ids=["static", "dynamic"])

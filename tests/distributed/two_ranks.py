@@ -7,9 +7,11 @@ one that loses step harms no other. Every wait ends: a scenario that hangs is an
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ import graphcap
 
 WORLD = 2
 PATIENCE = 60.0  #: seconds until a rank gives up waiting for another one
+STUCK = 45.0  #: seconds until a scenario shows where it is
 LIMIT = 240.0  #: seconds for all scenarios together
 
 
@@ -77,14 +80,16 @@ def run_on_two_ranks(scenarios: Mapping[str, Scenario], folder: Path, backend: s
     workers = [context.Process(target=_work, args=job, daemon=True) for job in jobs]
     for worker in workers:
         worker.start()
+    end = time.monotonic() + LIMIT
     for worker in workers:
-        worker.join(LIMIT)
+        worker.join(max(0.0, end - time.monotonic()))
         if worker.is_alive():
             worker.kill()
             worker.join()
     files = [folder / f"rank{rank}" for rank in range(WORLD)]
     found = [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files]
-    results = {name: [each.get(name, "did not come so far") for each in found] for name in scenarios}
+    stuck = [f"did not come so far\n{file.with_suffix('.stack').read_text()}" for file in files]
+    results = {name: [each.get(name, at) for each, at in zip(found, stuck, strict=True)] for name in scenarios}
     return results | {"exit codes": [worker.exitcode for worker in workers]}
 
 
@@ -97,12 +102,15 @@ def _work(rank: int, scenarios: Mapping[str, Scenario], folder: Path, backend: s
         torch.cuda.set_device(device)
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=wait)
     results: dict[str, Any] = {}
+    stack = (folder / f"rank{rank}.stack").open("w")
     for name, scenario in scenarios.items():
+        faulthandler.dump_traceback_later(STUCK, file=stack)
         groups = [dist.new_group(range(WORLD), timeout=wait, backend=backend) for _ in range(2)]
         try:
             results[name] = scenario(Rank(rank, device, *groups))
         except BaseException:
             results[name] = "raised " + traceback.format_exc()
         (folder / f"rank{rank}").write_bytes(pickle.dumps(results))
+    faulthandler.cancel_dump_traceback_later()
     graphcap.reset()
     dist.destroy_process_group()

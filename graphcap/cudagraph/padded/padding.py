@@ -22,7 +22,7 @@ from graphcap.config import Config
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.padded.corner import Fill, corner, cut, declared_fill, fill_around
 from graphcap.cudagraph.program import DimSize, InputKind, InputSpec, Program, Size
-from graphcap.cudagraph.recording.bindings import MemoryFacts
+from graphcap.cudagraph.recording.liveness import mutated_roots
 from graphcap.cudagraph.recording.observe import Observation
 
 
@@ -142,7 +142,7 @@ class Padding:
 
     def written(self, seen: Observation) -> list[int]:
         """The padded inputs that a step writes into."""
-        mutated = MemoryFacts(self.program, seen).mutated
+        mutated = mutated_roots(self.program, seen.roots)
         return sorted(index for index in self.inputs if seen.roots[index] in mutated)
 
     def cut(self, args: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from graphcap.cudagraph.private import over_storage
 from graphcap.cudagraph.program import Program
-from graphcap.cudagraph.recording.liveness import mutated_roots
+from graphcap.cudagraph.recording.bindings import MemoryFacts
 from graphcap.cudagraph.recording.observe import Observation, argument_roots
 
 
@@ -44,7 +44,7 @@ def state_bytes(program: Program, seen: Observation, args: Sequence[Any]) -> int
 def _written_storages(
     program: Program, seen: Observation, args: Sequence[Any]
 ) -> tuple[list[int], dict[int, torch.UntypedStorage]]:
-    mutated = mutated_roots(program, seen.roots)
+    mutated: Collection[int] = MemoryFacts(program, seen).mutated
     roots = argument_roots(args)
     groups = {roots[index] for index in range(len(args)) if roots[index] >= 0 and seen.roots[index] in mutated}
     written = [index for index, root in enumerate(roots) if root in groups]

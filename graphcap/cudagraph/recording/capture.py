@@ -135,7 +135,7 @@ class SegmentedCapture:
                     self._ended = []
                 read = [self._values.bound[slot] for slot in step.reads]
                 results = self._recording.call(step.fn, read)
-            self._values.recorded_step(step, read, results)
+                self._values.recorded_step(step, read, results)
         except Exception as error:
             self._abort()
             return Failure.of(error, (number,))

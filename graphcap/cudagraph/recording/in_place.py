@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from graphcap.cudagraph.private import storage_address, weak_view
+from graphcap.cudagraph.private import weak_view
 
 
 class InPlace:
@@ -21,14 +21,9 @@ class InPlace:
 
     def view(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         """A non-owning view of input ``index``, which is this tensor now."""
-        form = (
-            storage_address(tensor),
-            tensor.untyped_storage().nbytes(),
-            tensor.storage_offset(),
-            tensor.size(),
-            tensor.stride(),
-            tensor.dtype,
-        )
+        storage = tensor.untyped_storage()
+        where = storage.data_ptr(), storage.nbytes(), tensor.storage_offset()
+        form = where, tensor.size(), tensor.stride(), tensor.dtype
         known = self._views.get(index)
         if known is None or known[0] != form:
             known = self._views[index] = form, weak_view(tensor)

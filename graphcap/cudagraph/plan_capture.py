@@ -18,6 +18,7 @@ import torch
 from graphcap.cudagraph.checks.verify import Checks, Inspector
 from graphcap.cudagraph.checks.worth import Worth
 from graphcap.cudagraph.dispatch.metadata import Serving
+from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.dispatch.routes import FULL, Route
 from graphcap.cudagraph.hardware.budget import Room, Usage
@@ -196,8 +197,7 @@ class PlanCapture:
             if (failure := self._first_failure("is it ready", route, failure)) is not None:
                 self._note_failure(route, failure)
                 return None
-            label = f"capturing {self._program.name}"
-            bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
+            bar = session.enter_context(self._bar())
             session.enter_context(_frozen(serving))
             with torch.no_grad():
                 scales = self._worth.scales(route, layout)
@@ -224,6 +224,11 @@ class PlanCapture:
         seconds = time.perf_counter() - started
         self._table.add(self._writer.write(route, capture.recorded, holding, grown, seconds, serving, self.inspector))
         return Made(outputs)
+
+    def _bar(self) -> Progress:
+        """Shows the steps, unless somebody shows how many captures are done."""
+        wanted = self._config.progress and current_purpose().phase is not Phase.RECORD
+        return Progress(f"capturing {self._program.name}", len(self._program.steps), enabled=wanted)
 
     def _first_failure(self, what: str, route: Route, failure: Failure | None) -> Failure | None:
         """What went wrong on any rank."""

@@ -5,7 +5,6 @@ A model has hundreds of them, and they lie where they lay when the last plan was
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,3 @@ class InPlace:
         if known is None or known[0] != form:
             known = self._views[index] = form, weak_view(tensor)
         return known[1]
-
-    def views(self, args: Sequence[Any], indices: Sequence[int]) -> dict[int, torch.Tensor]:
-        """Views of these inputs of a call."""
-        return {index: self.view(index, args[index]) for index in indices}

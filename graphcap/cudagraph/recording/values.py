@@ -49,19 +49,19 @@ class Values:
         copied = layout.inputs_bound(Binding.COPIED, Binding.COPIED_BACK, Binding.PADDED)
         buffers, block = arena.buffers([self.slots[index] for index in copied])
         recorded.blocks.append(block)
-        count = len(layout.bindings)
-        self._sharing.add_inputs([_address(each) for each in self.slots[:count]])
+        addresses = [_address(each) for each in self.slots[: len(layout.bindings)]]
+        self._sharing.add_inputs(addresses)
         for index, stand_in in zip(copied, buffers, strict=True):
-            self._stand_in(index, stand_in)
+            self._stand_in(index, stand_in, storage_address(stand_in))
             copy_into(stand_in, self.slots[index])
-        for index, view in in_place.views(self.slots, layout.inputs_bound(Binding.STATIC)).items():
-            self._stand_in(index, view)
+        for index in layout.inputs_bound(Binding.STATIC):
+            self._stand_in(index, in_place.view(index, self.slots[index]), addresses[index])
         for index in self._padded:
             self.slots[index] = self.bound[index]
 
-    def _stand_in(self, index: int, stand_in: torch.Tensor) -> None:
+    def _stand_in(self, index: int, stand_in: torch.Tensor, address: int) -> None:
         self.bound[index] = self._recorded.stand_ins[index] = stand_in
-        if address := storage_address(stand_in):
+        if address:
             self._recorded.memory.homes.setdefault(address, (index, stand_in))
         self._sharing.add_stand_in(index, address)
 

@@ -172,7 +172,7 @@ class PlanMaker:
             self._proven.setdefault(self._family(route), []).append(proof)
             if verdict.seen is not None:
                 self._observations.setdefault(route.key, verdict.seen)
-                self._asked[route.key] = Asked.of(said)
+                self._asked[route.key] = Asked.of(said, verdict.seen.decisive(self._step_dims))
         return verdict.outputs
 
     def _at_size(self, route: Route, args: tuple[Any, ...], padded: tuple[Any, ...], serving: Serving | None) -> Made:
@@ -187,7 +187,7 @@ class PlanMaker:
                 known, outputs = observe(self._program, padded, self._device.device, captured)
                 self._observations[route.key] = known
                 made = Made(outputs, _WARM_UP)
-                self._asked[route.key] = Asked.of(current())
+                self._asked[route.key] = Asked.of(current(), known.decisive(self._step_dims))
             else:
                 made = self.capture.serve(route, known, padded, serving)
         if route.rung:

@@ -21,7 +21,7 @@ from graphcap.cudagraph.checks.annotate import annotate
 from graphcap.cudagraph.checks.verify import Checks, Inspector
 from graphcap.cudagraph.checks.worth import Worth
 from graphcap.cudagraph.counters.stats import PlanStats
-from graphcap.cudagraph.dispatch.metadata import Serving
+from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.dispatch.routes import FULL, Route
 from graphcap.cudagraph.dispatch.step import Asked, current
@@ -217,7 +217,7 @@ class PlanCapture:
         addresses = static_addresses(recorded)
         plan = Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter)
         if _may_read_step(recorded):
-            plan.asked = Asked.of(current())
+            plan.asked = Asked.of(current(), known.decisive(dims_of_step(self._config.dynamic_arg_dims)))
         self._table.add(plan)
         return outputs
 

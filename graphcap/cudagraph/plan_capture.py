@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -229,7 +229,7 @@ class PlanCapture:
 
     def _replay(
         self, route: Route, recorded: Recorded, stats: PlanStats
-    ) -> tuple[Callable[[tuple[Any, ...]], Any], Fitter | None]:
+    ) -> tuple[Callable[[Sequence[Any]], Any], Fitter | None]:
         """Write the replay of what was recorded."""
         at_end = self._device.at_end(recorded.segments, recorded.outputs.lent())
         if at_end is not None:

@@ -81,6 +81,9 @@ class SameLayout:
         """The guards, those on torch's modes as well, have held for these."""
         tensors = tuple(i for i, value in enumerate(values) if type(value) in _TENSORS)
         others = tuple((i, value) for i, value in enumerate(values) if i not in tensors)
+        known = self._known.get(_outline(values))
+        if known is not None and len(values) == self._count and known.fits(values):
+            return
         if not tensors or not all(type(value) in _CONSTANTS for _, value in others):
             return
         if len(self._known) >= _MAX_LAYOUTS or len(values) != self._count:

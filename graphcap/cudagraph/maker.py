@@ -170,7 +170,7 @@ class PlanMaker:
             self._proven.setdefault(self._family(route), []).append(proof)
             if verdict.seen is not None:
                 self._knowledge.note(route, verdict.seen)
-                self._asked[route.key] = Asked.of(said)
+                self._asked[route.key] = Asked.of(said, verdict.seen.decisive(self._step_dims))
         return verdict.outputs
 
     def _at_size(self, route: Route, args: tuple[Any, ...], padded: tuple[Any, ...], serving: Serving | None) -> Made:
@@ -184,7 +184,7 @@ class PlanMaker:
             if known is None or not all_know:
                 outputs, known = self._knowledge.warm_up(route, padded, captured)
                 made = Made(outputs, WARM_UP)
-                self._asked[route.key] = Asked.of(current())
+                self._asked[route.key] = Asked.of(current(), known.decisive(self._step_dims))
             else:
                 made = self.capture.serve(route, known, padded, serving)
                 if made.misjudged:

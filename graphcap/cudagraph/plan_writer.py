@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from graphcap import native
@@ -11,7 +11,7 @@ from graphcap.cache_root import cache_root
 from graphcap.cudagraph.checks.annotate import annotate
 from graphcap.cudagraph.checks.verify import Inspector
 from graphcap.cudagraph.counters.stats import PlanStats
-from graphcap.cudagraph.dispatch.metadata import Serving
+from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
 from graphcap.cudagraph.dispatch.routes import Route
 from graphcap.cudagraph.dispatch.step import Asked, current
 from graphcap.cudagraph.hardware.budget import Holding, Usage
@@ -33,6 +33,7 @@ class PlanWriter:
             parts.padding, parts.table, parts.attempts, parts.stats,
         )  # fmt: skip
         self._arena = arena
+        self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
 
     def write(
         self,
@@ -60,12 +61,12 @@ class PlanWriter:
         addresses = static_addresses(recorded)
         plan = Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter)
         if _may_read_step(recorded):
-            plan.asked = Asked.of(current())
+            plan.asked = Asked.of(current(), recorded.seen.decisive(self._step_dims))
         return plan
 
     def _replay(
         self, route: Route, recorded: Recorded, stats: PlanStats, inspector: Inspector
-    ) -> tuple[Callable[[tuple[Any, ...]], Any], Fitter | None]:
+    ) -> tuple[Callable[[Sequence[Any]], Any], Fitter | None]:
         """Write the replay of what was recorded."""
         at_end = self._device.at_end(recorded.segments, recorded.outputs.lent())
         if at_end is not None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcap.cudagraph import Capture, InputKind, InputSpec, Program
+from graphcap.cudagraph import Capture, GraphRunner, InputKind, InputSpec, Program, step
 from graphcap.cudagraph.dispatch.phase import Phase, in_phase
+from graphcap.cudagraph.dispatch.step import current_step
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedRecording, SimulatedSegment
 from graphcap.cudagraph.recording import in_place, knowledge, layout
 from graphcap.cudagraph.replaying import replay as replays
+from graphcap.cudagraph.replaying.plan import Plan
 from tests.cudagraph.padded_regions import LIVE, N, PaddedRegion
 from tests.cudagraph.regions import runner_of
 
@@ -46,6 +48,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(in_place, "weak_view", "inputs viewed")
     replays._code.cache_clear()
     return counts
+
+
+def plans_of(runner: GraphRunner) -> list[Plan]:
+    return list(runner._table.plans.values())
 
 
 def write_twice(x: Tensor, out: Tensor) -> tuple[()]:
@@ -118,7 +124,7 @@ def test_what_does_not_depend_on_a_size_is_done_once(counted: Counter[str]) -> N
         ladder.capture(size)
     assert counted["calls watched"] == counted["layouts"] == counted["inputs viewed"] == 0
     assert replays._code.cache_info().misses == 1
-    layouts = {id(plan.recorded.layout) for plan in ladder.runner._table.plans.values()}
+    layouts = {id(plan.recorded.layout) for plan in plans_of(ladder.runner)}
     assert len(layouts) == 1
 
 
@@ -196,3 +202,38 @@ def test_a_size_that_shares_memory_in_another_way_is_watched_itself(counted: Cou
     for size in (8, 4, 2, 4, 8):
         called(size, Phase.TRAFFIC)
     assert runner.stats.replays == 5
+
+
+@pytest.mark.parametrize("capture", [Capture.ALWAYS, LIVE])
+def test_a_size_at_which_a_step_looks_for_other_inputs_is_watched_itself(
+    counted: Counter[str], capture: Capture
+) -> None:
+    def look(x: Tensor) -> Tensor:
+        inputs = current_step().inputs
+        return x + inputs["scale"] * (inputs["shift"] if x.shape[0] == 4 else 1)
+
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    program = region.program(
+        region.step(look, x, capture=capture), region.step(lambda x: x + 1, x), sizes=[(N, WIDTH)] * 2
+    )
+    runner = runner_of(program, capture_sizes=[8, 4, 2])
+    given = {"scale": torch.ones(WIDTH), "shift": torch.ones(WIDTH)}
+    for size, watched, recordings in ((8, 1, 1), (4, 2, 3), (2, 2, 1)):
+        for phase in (Phase.WARM_UP, *[Phase.RECORD] * recordings):
+            with step(num_tokens=size, inputs=given), in_phase(phase):
+                runner(size, torch.randn(size, WIDTH))
+        assert counted["calls watched"] == watched
+        assert runner.stats.plans[-1].key == (size,)
+    asked = {plan.stats.key: plan.recorded.seen.asked | plan.recorded.seen.asked_live for plan in plans_of(runner)}
+    assert asked == {(8,): {"scale"}, (4,): {"scale", "shift"}, (2,): {"scale"}}
+
+
+def test_steps_that_bring_other_inputs_are_another_family(counted: Counter[str]) -> None:
+    program = decoder()
+    runner = runner_of(program, capture_sizes=SIZES)
+    weights = [torch.randn(WIDTH) for _ in range(NUM_LAYERS)]
+    for size, names, watched in ((8, (), 1), (4, ("a",), 2), (2, ("a",), 2), (12, (), 2)):
+        with step(num_tokens=size, inputs={name: torch.ones(1) for name in names}), in_phase(Phase.WARM_UP):
+            runner(size, torch.randn(size, WIDTH), *weights)
+        assert counted["calls watched"] == watched

@@ -20,6 +20,7 @@ import torch
 
 from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.checks.scales import Scales
+from graphcap.cudagraph.dispatch.step import inputs_asked_for
 from graphcap.cudagraph.hardware.device import GraphDevice, Pool, Recording, UnjoinedStreamError
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.arena import Arena
@@ -55,6 +56,7 @@ class SegmentedCapture:
         self._recording: Recording | None = None
         self._first = 0  # the first step of the current segment
         self._ended: list[torch.Tensor] = []  # released between two segments, for the next one
+        self._asked = set[str]()  # what the present step looks for among the inputs of the ``graphcap.step``
         self._scales: Scales | None = None
 
     def bind_inputs(self, arena: Arena, space: BridgeSpace, in_place: InPlace) -> None:
@@ -79,7 +81,8 @@ class SegmentedCapture:
         """
         self._scales = scales
         try:
-            failure = self._run_segments(bar)
+            with inputs_asked_for() as self._asked:
+                failure = self._run_segments(bar)
             if failure is not None and failure is not self._verdict:
                 failure = self._agree(failure)
         except BaseException:
@@ -135,7 +138,7 @@ class SegmentedCapture:
                     self._ended = []
                 read = [self._values.bound[slot] for slot in step.reads]
                 results = self._recording.call(step.fn, read)
-                self._values.recorded_step(step, read, results)
+                self._values.recorded_step(step, read, results, self._asked)
         except Exception as error:
             self._abort()
             return Failure.of(error, (number,))
@@ -153,7 +156,7 @@ class SegmentedCapture:
         self._first = number + 1
         values.ran(step, step.fn(*[values.slots[slot] for slot in step.reads]))
         try:
-            values.place_results(number, step)
+            values.place_results(number, step, self._asked)
         except Exception as error:
             return Failure.of(error)
         self.recorded.timeline.append(number)
@@ -161,6 +164,7 @@ class SegmentedCapture:
         return None
 
     def _release(self, number: int) -> None:
+        self._asked.clear()
         released = self._values.release(number)
         if self._recording is None:
             self._ended += released

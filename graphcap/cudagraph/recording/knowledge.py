@@ -5,8 +5,9 @@ itself. It follows from the code that runs, hardly ever from a size. So the firs
 warm-ups of its other routes are plain runs of the program, there for the libraries, and their captures compare what
 they see with what is taken for granted. Where that is wrong the route is watched itself.
 
-A family is a mode and a kind of batch, with sizes that are 0 or 1 apart: torch takes dims of these sizes for contiguous
-whatever their strides are, so that an operation may return a view there that copies elsewhere.
+A family is a mode and a kind of batch, in steps that bring the same inputs, with sizes that are 0 or 1 apart: torch
+takes dims of these sizes for contiguous whatever their strides are, so that an operation may return a view there that
+copies elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.step import current
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.observe import Observation, layouts_of, observe, signature_of
 
@@ -98,4 +100,6 @@ class Knowledge:
 def _family(route: Route) -> Hashable:
     batch = route.batch
     special = tuple((index, size) for index, size in enumerate((*route.sizes, batch.num_reqs)) if size in (0, 1))
-    return route.mode, batch.uniform_query_len, batch.tags, frozenset(route.rung), special
+    said = current()
+    names = None if said is None else said.inputs.names
+    return route.mode, batch.uniform_query_len, batch.tags, names, frozenset(route.rung), special

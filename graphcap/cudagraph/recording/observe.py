@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from graphcap.cudagraph.dispatch.step import inputs_asked_for
 from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import Capture, Constant, InputKind, Program
 from graphcap.cudagraph.recording.arena import span_bytes
@@ -25,6 +26,8 @@ class Observation:
         needing_grad: slots whose tensor says that it requires grad.
         nbytes: for each input the bytes a copy takes; 0 for what is no tensor.
         signature: what a later call must have in common for all this to hold; see :func:`signature_of`.
+        asked: names that the steps which may be captured looked for among the inputs of the ``graphcap.step``.
+        asked_live: the same of the other steps.
         is_of_another_size: whether a call of another size showed it; a capture then has more to compare.
     """
 
@@ -34,7 +37,14 @@ class Observation:
     needing_grad: frozenset[int]
     nbytes: tuple[int, ...]
     signature: tuple[Any, ...]
+    asked: frozenset[str]
+    asked_live: frozenset[str]
     is_of_another_size: bool = False
+
+    def decisive(self, padded: Container[str]) -> frozenset[str]:
+        """The names of step inputs whose presence decides what a plan is good for: what a graph has read or missed, and
+        for steps that run live, which look again, only what they get ``padded``."""
+        return self.asked | {name for name in self.asked_live if name in padded}
 
     def at_size_of(
         self, program: Program, args: Sequence[Any], device: torch.device, captured: Collection[int] | None = None
@@ -83,9 +93,14 @@ def observe(
         if root >= 0:
             table.alias(storage_address(args[index]), root)
             foreign |= why_foreign(index, args[index], device)
+    captured = _may_be_captured(program) if captured is None else frozenset(captured)
+    asked: dict[bool, set[str]] = {True: set(), False: set()}
     for number, step in enumerate(program.steps):
         holders = {id(slots[slot]): identity[slot] for slot in step.reads}
-        for slot, value in zip(step.writes, step.fn(*[slots[slot] for slot in step.reads]), strict=True):
+        with inputs_asked_for() as names:
+            values = step.fn(*[slots[slot] for slot in step.reads])
+        asked[number in captured] |= names
+        for slot, value in zip(step.writes, values, strict=True):
             slots[slot] = value
             roots[slot] = table.add(slot, value)
             if roots[slot] >= 0:
@@ -96,7 +111,10 @@ def observe(
             slots[slot] = None
     nbytes = tuple(_copy_bytes(arg) for arg in args)
     signature = _signature(program, args, captured, given, firsts)
-    seen = Observation(tuple(roots), tuple(identity), foreign, frozenset(needing_grad), nbytes, signature)
+    seen = Observation(
+        tuple(roots), tuple(identity), foreign, frozenset(needing_grad), nbytes, signature,
+        frozenset(asked[True]), frozenset(asked[False]),
+    )  # fmt: skip
     return seen, tuple(each.value if isinstance(each, Constant) else slots[each] for each in program.outputs)
 
 
@@ -123,13 +141,17 @@ def _signature(
 def layouts_of(program: Program, args: Sequence[Any], captured: Collection[int] | None = None) -> tuple[Any, ...]:
     """Size, strides and dtype of the tensors that captured steps read and that may differ from call to call."""
     if captured is None:
-        captured = [number for number, step in enumerate(program.steps) if step.capture is not Capture.NEVER]
+        captured = _may_be_captured(program)
     read = {slot for number in captured for slot in program.steps[number].reads}
     return tuple(
         (arg.size(), arg.stride() if arg.layout is torch.strided else None, arg.dtype) if torch.is_tensor(arg) else None
         for index, (arg, spec) in enumerate(zip(args, program.inputs, strict=True))
         if spec.kind is InputKind.TENSOR and index in read
     )
+
+
+def _may_be_captured(program: Program) -> frozenset[int]:
+    return frozenset(number for number, step in enumerate(program.steps) if step.capture is not Capture.NEVER)
 
 
 def first_holders(args: Sequence[Any]) -> list[int]:

@@ -6,7 +6,7 @@ the warm-up was one of another size, that is no fault of the step: the size has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,17 @@ class Sharing:
             raise self._error(f"slot {slot} shares memory with other values than in the warm-up")
         if self._seen.is_of_another_size:
             self._check_kind(slot, value, given[self._seen.identity[slot]])
+
+    def check_asked(self, asked: Collection[str], is_captured: bool) -> None:
+        """A step has looked for these names among the inputs of the ``graphcap.step``.
+
+        Raises:
+            UnlikeOtherSizes: such a step looked for others at the size that was observed.
+        """
+        if self._seen.is_of_another_size:
+            known = self._seen.asked if is_captured else self._seen.asked | self._seen.asked_live
+            if others := sorted(set(asked) - known):
+                raise self._error(f"a step looks for {others[0]!r} among the inputs of the step, at this size only")
 
     def _check_kind(self, slot: int, value: torch.Tensor, same: Any) -> None:
         """What a call of this very size would have shown besides."""

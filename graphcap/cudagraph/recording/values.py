@@ -7,7 +7,7 @@ non-owning view is left, and the memory is free for what follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -65,12 +65,13 @@ class Values:
             self._recorded.memory.homes.setdefault(address, (index, stand_in))
         self._sharing.add_stand_in(index, address)
 
-    def recorded_step(self, step: Step, read: Sequence[Any], results: Sequence[Any]) -> None:
-        """A captured step was recorded.
+    def recorded_step(self, step: Step, read: Sequence[Any], results: Sequence[Any], asked: Collection[str]) -> None:
+        """A captured step was recorded, and looked for the names ``asked`` among the inputs of the ``graphcap.step``.
 
         Raises:
             RuntimeError: a result shares memory in another way than in the warm-up.
         """
+        self._sharing.check_asked(asked, is_captured=True)
         recorded, layout = self._recorded, self._recorded.layout
         for slot, value in zip(step.reads, read, strict=True):
             if slot not in layout.captured:
@@ -89,13 +90,14 @@ class Values:
         for slot, value in zip(step.writes, results, strict=True):
             self.slots[slot] = self.bound[slot] = value
 
-    def place_results(self, number: int, step: Step) -> None:
-        """Let captured steps find a live step's results at an address that lasts.
+    def place_results(self, number: int, step: Step, asked: Collection[str]) -> None:
+        """Let captured steps find a live step's results at an address that lasts. ``asked`` as above.
 
         Raises:
             RuntimeError: a result shares memory in another way than in the warm-up.
             torch.OutOfMemoryError: there is no memory for a bridge.
         """
+        self._sharing.check_asked(asked, is_captured=False)
         for slot in step.writes:
             self._sharing.check(slot, self.slots[slot], self.slots)
             self._give_place(number, slot, self.slots[slot])

@@ -39,7 +39,7 @@ def generate(
     on_mismatch: Callable[[str], None],
     arena: Arena | None = None,
     fitter: Fitter | None = None,
-) -> tuple[Callable[[tuple[Any, ...]], Any], str]:
+) -> tuple[Callable[[Sequence[Any]], Any], str]:
     """Write the replay function.
 
     Args:
@@ -170,7 +170,7 @@ class _Writer(Lines):
                 source, target = self.copy_operands(slot)
                 self.line(f"{target}.copy_({source})")
 
-    def finish(self, places: Places | None) -> tuple[Callable[[tuple[Any, ...]], Any], str]:
+    def finish(self, places: Places | None) -> tuple[Callable[[Sequence[Any]], Any], str]:
         named = set(re.findall(r"\ba(\d+)\b", "\n".join(self.lines)))  # some were asked for and then not needed
         prelude = [f"a{index} = args[{index}]" for index in self.used if str(index) in named]
         source = "\n    ".join(["def replay(args):", *prelude, *self.lines]) + "\n"

@@ -16,9 +16,10 @@ import torch
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
 from graphcap.cudagraph.dispatch.routes import Route
 from graphcap.cudagraph.dispatch.step import Asked, current, step
+from graphcap.cudagraph.made import WARM_UP, Made
 from graphcap.cudagraph.padded.proof import prove
 from graphcap.cudagraph.parts import Parts
-from graphcap.cudagraph.plan_capture import WARM_UP, Made, PlanCapture
+from graphcap.cudagraph.plan_capture import PlanCapture
 from graphcap.cudagraph.program import InputKind
 from graphcap.cudagraph.recording.knowledge import Knowledge
 from graphcap.cudagraph.recording.observe import observe

@@ -9,9 +9,8 @@ import contextlib
 import logging
 import os
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.dispatch.routes import FULL, Route
 from graphcap.cudagraph.hardware.budget import Room, Usage
+from graphcap.cudagraph.made import ELSEWHERE, WARM_UP, Made
 from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.plan_writer import PlanWriter
 from graphcap.cudagraph.recording.arena import Arena
@@ -33,29 +33,10 @@ from graphcap.cudagraph.recording.layout import Layout, Layouts
 from graphcap.cudagraph.recording.observe import Observation
 from graphcap.cudagraph.recording.recorded import Failure
 from graphcap.cudagraph.replaying.handout import Policy
-from graphcap.cudagraph.replaying.plan_table import PlanTable
 from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 
 _log = logging.getLogger("graphcap.cudagraph")
-
-WARM_UP = "warm-up"  #: why a call ran live that a capture may follow
-ELSEWHERE = "inside another capture or replay"  #: why a plan cannot run, where the device is in use further up
-
-
-class Made(NamedTuple):
-    """A call on the way to a plan.
-
-    Attributes:
-        outputs: what it returns.
-        reason: why it ran without a graph; ``""`` for the one that was captured.
-        misjudged: whether its values share memory in another way than those of another size, which was taken for
-            granted: what a call of this size shows must be seen first.
-    """
-
-    outputs: tuple[Any, ...]
-    reason: str = ""
-    misjudged: bool = False
 
 
 class PlanCapture:
@@ -217,7 +198,7 @@ class PlanCapture:
             return Made(outputs)
         after = self._device.usage()
         grown = after.since(before)
-        holding = self.room.take(route.key, grown, after.shared, _dropper(self._table, route.key))
+        holding = self.room.take(route.key, grown, after.shared, self._table.dropper(route.key))
         if isinstance(holding, str):
             _log.info("%s: the plan for %s was given up: %s", self._program.name, route.sizes, holding)
             return Made(outputs)
@@ -254,14 +235,3 @@ def _frozen(serving: Serving | None) -> Iterator[None]:
         yield
     finally:
         serving.is_recording = False
-
-
-def _dropper(table: PlanTable, key: Hashable) -> Callable[[], None]:
-    """How the account gives up a plan; it does not keep the table alive."""
-    reference = weakref.ref(table)
-
-    def drop() -> None:
-        if (table := reference()) is not None:
-            table.drop(key)
-
-    return drop

@@ -62,7 +62,7 @@ class InputsSeen:
         watched = [
             (index, stand_in)
             for index, stand_in in recorded.stand_ins.items()
-            if index < len(bindings) and span_bytes(stand_in) <= _MAX_INPUT_BYTES and _moves(recorded, index)
+            if index < len(bindings) and _moves(recorded, index) and span_bytes(stand_in) <= _MAX_INPUT_BYTES
         ]
         with torch.inference_mode(False), torch.no_grad():
             self._seen = [(stand_in, stand_in.clone()) for _, stand_in in watched]

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcap.cudagraph import Capture, GraphRunner, InputKind, InputSpec, Program, step
+from graphcap.cudagraph import (
+    Capture,
+    GraphDevice,
+    GraphRunner,
+    InputKind,
+    InputSpec,
+    Program,
+    device_for,
+    step,
+)
+from graphcap.cudagraph.checks.worth import Worth
 from graphcap.cudagraph.dispatch.phase import Phase, in_phase
 from graphcap.cudagraph.dispatch.step import current_step
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedRecording, SimulatedSegment
@@ -79,13 +89,14 @@ def decoder() -> Program:
 class Ladder:
     """Captures rungs as ``graphcap.capture`` does."""
 
-    def __init__(self, program: Program | None = None) -> None:
+    def __init__(self, program: Program | None = None, device: GraphDevice | None = None) -> None:
         self.program = program or decoder()
-        self.weights = [torch.randn(WIDTH) for _ in range(NUM_LAYERS)]
-        self.runner = runner_of(self.program, capture_sizes=[*SIZES, 1], max_graph_bytes=2**30)
+        self.place = torch.device("cpu") if device is None else device.device
+        self.weights = [torch.randn(WIDTH, device=self.place) for _ in range(NUM_LAYERS)]
+        self.runner = runner_of(self.program, device, capture_sizes=[*SIZES, 1], max_graph_bytes=2**30)
 
     def call(self, size: int, phase: Phase) -> None:
-        args = size, torch.randn(size, WIDTH), *self.weights
+        args = size, torch.randn(size, WIDTH, device=self.place), *self.weights
         with in_phase(phase):
             (got,) = self.runner(*args)
         torch.testing.assert_close(got, self.program.run(*args)[0], rtol=0, atol=0)
@@ -237,3 +248,30 @@ def test_steps_that_bring_other_inputs_are_another_family(counted: Counter[str])
         with step(num_tokens=size, inputs={name: torch.ones(1) for name in names}), in_phase(Phase.WARM_UP):
             runner(size, torch.randn(size, WIDTH), *weights)
         assert counted["calls watched"] == watched
+
+
+@pytest.mark.gpu
+def test_what_each_rung_asks_of_a_gpu(counted: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        plain = getattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, lambda *args: looks.update([name]) or plain(*args))
+
+    monkeypatch.setattr(Worth, "scales", lambda *_: None)  # segments as small as these do not pay
+    device, reason = device_for({torch.device("cuda", 0)}, simulate=False, private=True)
+    assert device is not None, reason
+    ladder = Ladder(device=device)
+    for name in ("memory_snapshot", "mem_get_info"):
+        count(name)
+    ladder.capture(SIZES[0])
+    for size in (*SIZES[1:], 1):
+        looks.clear()
+        ladder.capture(size)
+        assert looks["memory_snapshot"] <= 1
+        assert looks["mem_get_info"] <= 2
+    assert counted["calls watched"] == 2, "for the largest, and for size 1"
+    ladder.call(3, Phase.TRAFFIC)  # proves padding
+    for size in (12, 11, 8, 7, 3, 2, 1):
+        ladder.call(size, Phase.TRAFFIC)
+    assert ladder.runner.stats.replays >= 6, ladder.runner.stats

@@ -109,12 +109,12 @@ class Account:
 
     def shared_bytes(self) -> int:
         """Pools, workspaces and static buffers."""
-        return sum(device.usage().shared for device in self._all_devices())
+        return sum(device.shared_bytes() for device in self._all_devices())
 
     def used_bytes(self, asking: GraphDevice, shared: int) -> int:
         """Exclusive and shared bytes together, where it is known what one of the device objects shares: to read that
         takes the host as long as many launches."""
-        others = sum(device.usage().shared for device in self._all_devices() if device is not asking)
+        others = sum(device.shared_bytes() for device in self._all_devices() if device is not asking)
         return self.exclusive_bytes() + others + shared
 
     def _all_devices(self) -> list[GraphDevice]:

@@ -151,8 +151,12 @@ class CudaDevice(Device):
         statistics = torch.cuda.memory_stats_as_nested_dict(self._index)  # memory_stats flattens hundreds of numbers
         reserved = statistics["reserved_bytes"]["all"]["current"] if statistics else 0
         outside = self.used_bytes() - reserved
+        return Usage(outside, self.shared_bytes())
+
+    def shared_bytes(self) -> int:
+        """Pools, workspaces of the libraries and static buffers."""
         pools = sum(pool.nbytes() for each in self._pools if (pool := each()) is not None)
-        return Usage(outside, pools + self._workspace_bytes + self._static.nbytes())
+        return pools + self._workspace_bytes + self._static.nbytes()
 
     def default_limit(self) -> int:
         """A tenth of the device's memory."""

@@ -86,6 +86,8 @@ class SameLayout:
             return
         if not tensors or not all(type(value) in _CONSTANTS for _, value in others):
             return
+        if any(values[index].__dict__ for index in tensors):
+            return  # the guards have seen more than will be compared
         if len(self._known) >= _MAX_LAYOUTS or len(values) != self._count:
             self._known.clear()
         # It reads both of these without asking whether they were given.

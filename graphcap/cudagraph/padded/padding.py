@@ -4,10 +4,9 @@ A symbol is padded only where the user declared it in every tensor that carries 
 size, and :attr:`Padding.refused` says why. Nothing here runs the program.
 
 The way of a call whose sizes meet a rung: :meth:`Padding.why_not_to` (else the call is an exact one); for the first
-plan of a program :func:`~graphcap.cudagraph.padded.proof.prove`, for further rungs
-:func:`~graphcap.cudagraph.padded.proof.warm_up_padded`, both of which serve the call; at the next call a capture of
-:meth:`Padding.pad` with ``Choice.padded``, ended by :meth:`Padding.hand_back`; from then on the plan's replay fitted to
-the real sizes (:mod:`~graphcap.cudagraph.padded.fitted`).
+plan of a program :func:`~graphcap.cudagraph.padded.proof.prove`, which serves the call; then a warm-up and a capture of
+:meth:`Padding.pad`, both ended by :meth:`Padding.hand_back`; from then on the plan's replay fitted to the real sizes
+(:mod:`~graphcap.cudagraph.padded.fitted`).
 """
 
 from __future__ import annotations

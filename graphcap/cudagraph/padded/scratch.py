@@ -9,17 +9,16 @@ runs that begin with the same can be compared, whatever it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from graphcap.cudagraph.hardware.thin import Filler, Pages, ThinMemory, pages_of
 from graphcap.cudagraph.padded.digest import digests
-from graphcap.cudagraph.private import over_storage, storage_address, unowned
+from graphcap.cudagraph.padded.state import State, states_of
+from graphcap.cudagraph.private import over_storage
 from graphcap.cudagraph.program import Program
-from graphcap.cudagraph.recording.bindings import MemoryFacts
-from graphcap.cudagraph.recording.observe import Observation, argument_roots
+from graphcap.cudagraph.recording.observe import Observation
 
 _COPIES = 3  #: of what is copied: as it was before the call, and on the two stages
 _NUM_STAGES = 2
@@ -29,27 +28,6 @@ _MAX_FILLER_PAGES = 16  #: in one block; all blocks of a filler are less than tw
 
 class Undecided(Exception):
     """A proof is not possible as things are, for want of memory mostly. Nothing is known against the program."""
-
-
-@dataclass(slots=True)
-class _State:
-    """One contiguous piece of memory that the call writes.
-
-    Attributes:
-        memory: uint8 over all of it, the caller's.
-        arguments: those that lie in it, each with its first element counted from the start of the memory.
-        dtypes: of the arguments.
-        before: a copy made before the call; ``None`` where it is stood in for.
-        digests: of its pages before the call, where it is.
-        touched: the pages that the call has written.
-    """
-
-    memory: torch.Tensor
-    arguments: dict[int, int]
-    dtypes: set[torch.dtype]
-    before: torch.Tensor | None = None
-    digests: torch.Tensor | None = None
-    touched: list[int] = field(default_factory=list)
 
 
 class Scratch:
@@ -77,17 +55,18 @@ class Scratch:
             Exception: what torch raises when it copies.
         """
         self._max_bytes = max_bytes
-        states = _states(program, seen, args)
+        states = states_of(program, seen, args)
         self.written = sorted(index for state in states for index in state.arguments)
         self._copied, self._thin = _divided(states, max_bytes)
         self._pages: dict[torch.device, Pages] = {}
         for state in self._thin:
             pages = self._pages_for(state)
-            if state.memory.numel() < _MIN_PAGES * pages.page_bytes:
-                raise Undecided(_too_little(_COPIES * sum(each.memory.numel() for each in states), max_bytes))
+            if state.nbytes < _MIN_PAGES * pages.page_bytes:
+                raise Undecided(_too_little(_COPIES * sum(each.nbytes for each in states), max_bytes))
             state.digests = digests(state.memory, pages.page_bytes)
-        for state in self._copied:
-            state.before = state.memory.clone()
+        with torch.inference_mode(False), torch.no_grad():
+            for state in self._copied:
+                state.before = state.memory.clone()
         self.is_complete = not self._thin
 
     def look_again(self) -> None:
@@ -96,7 +75,7 @@ class Scratch:
         Raises:
             Undecided: more than there is room for.
         """
-        needed = _COPIES * sum(state.memory.numel() for state in self._copied)
+        needed = _COPIES * sum(state.nbytes for state in self._copied)
         kinds = set[tuple[torch.device, torch.dtype | None]]()
         for state in self._thin:
             pages = self._pages_for(state)
@@ -125,13 +104,16 @@ class Scratch:
                 content = _content(num_pages, pages.page_bytes, device, dtype)
                 fillers[device, dtype] = Filler(pages, num_pages), content
             filler, content = fillers[device, dtype]
-            thin.append((state, ThinMemory(state.memory.numel(), state.touched, filler), content))
+            thin.append((state, ThinMemory(state.nbytes, state.touched, filler), content))
         return Stage(self._copied, thin)
 
-    def _pages_for(self, state: _State) -> Pages:
+    def _pages_for(self, state: State) -> Pages:
         device = state.memory.device
         if device not in self._pages:
-            self._pages[device] = pages_of(device)
+            try:
+                self._pages[device] = pages_of(device)
+            except RuntimeError as error:
+                raise Undecided(f"{_too_little(state.nbytes, self._max_bytes)} ({error})") from error
         return self._pages[device]
 
     def _filler_pages(self, pages: Pages) -> int:
@@ -142,76 +124,42 @@ class Scratch:
 class Stage:
     """Memory in the place of the state. What a run left in it stays until the next one begins."""
 
-    def __init__(self, copied: Sequence[_State], thin: Sequence[tuple[_State, ThinMemory, torch.Tensor]]) -> None:
+    def __init__(self, copied: Sequence[State], thin: Sequence[tuple[State, ThinMemory, torch.Tensor]]) -> None:
         self._copied, self._thin = copied, thin
-        self._copies = [torch.empty_like(state.memory) for state in copied]
+        with torch.inference_mode(False):
+            self._copies = [torch.empty_like(state.memory) for state in copied]
 
     def arguments(self, args: Sequence[Any]) -> list[Any]:
         """The arguments of the call, those that are written in this memory, as every run finds them."""
         again = list(args)
-        for state, copy in zip(self._copied, self._copies, strict=True):
-            assert state.before is not None
-            copy.copy_(state.before)
-            _put(again, state, copy)
-        for state, memory, content in self._thin:
-            memory.fill(content)
-            _put(again, state, memory.bytes)
+        with torch.inference_mode(False), torch.no_grad():
+            for state, copy in zip(self._copied, self._copies, strict=True):
+                assert state.before is not None
+                copy.copy_(state.before)
+                _put(again, state, copy)
+            for state, memory, content in self._thin:
+                memory.fill(content)
+                _put(again, state, memory.bytes)
         return again
 
 
-def _put(args: list[Any], state: _State, memory: torch.Tensor) -> None:
+def _put(args: list[Any], state: State, memory: torch.Tensor) -> None:
     for index, offset in state.arguments.items():
         args[index] = over_storage(memory.untyped_storage(), args[index], offset)
 
 
-def _states(program: Program, seen: Observation, args: Sequence[Any]) -> list[_State]:
-    """The memory that the program writes and the caller owns; storages that overlap are one piece."""
-    mutated = MemoryFacts(program, seen).mutated
-    roots = argument_roots(args)
-    written = [index for index, root in enumerate(roots) if root >= 0 and seen.roots[index] in mutated]
-    groups = {roots[index] for index in written if args[index].untyped_storage().nbytes()}
-    return [_state({i: args[i] for i, root in enumerate(roots) if root == group}) for group in sorted(groups)]
-
-
-def _state(tensors: dict[int, torch.Tensor]) -> _State:
-    storages = [tensor.untyped_storage() for tensor in tensors.values()]
-    start = min(storage.data_ptr() for storage in storages)
-    end = max(storage.data_ptr() + storage.nbytes() for storage in storages)
-    first = next(iter(tensors.values()))
-    with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=torch.uint8, device=first.device)
-        memory = empty.set_(unowned(start, first.device, end - start), 0, (end - start,), (1,))
-    places = {index: _place(each, start) for index, each in tensors.items()}
-    return _State(memory, places, {each.dtype for each in tensors.values()})
-
-
-def _place(tensor: torch.Tensor, start: int) -> int:
-    """How many elements lie between an address and the tensor."""
-    before, odd = divmod(storage_address(tensor) - start, tensor.element_size())
-    if odd:
-        raise ValueError("tensors of other dtypes overlap it at odd addresses")
-    return before + int(tensor.storage_offset())
-
-
-def _divided(states: Sequence[_State], max_bytes: int) -> tuple[list[_State], list[_State]]:
+def _divided(states: Sequence[State], max_bytes: int) -> tuple[list[State], list[State]]:
     """What is copied, and what is stood in for: nothing if it can be helped, otherwise the largest."""
-    by_size = sorted(states, key=lambda state: state.memory.numel())
-    thin: list[_State] = []
-    while _COPIES * sum(state.memory.numel() for state in by_size) > (max_bytes // 2 if thin else max_bytes):
+    by_size = sorted(states, key=lambda state: state.nbytes)
+    thin: list[State] = []
+    while _COPIES * sum(state.nbytes for state in by_size) > (max_bytes // 2 if thin else max_bytes):
         thin.append(by_size.pop())
-    if any(not _can_be_stood_in_for(state) for state in thin):
-        raise Undecided(_too_little(_COPIES * sum(state.memory.numel() for state in states), max_bytes))
+    if any(not state.can_be_stood_in_for() for state in thin):
+        raise Undecided(_too_little(_COPIES * sum(state.nbytes for state in states), max_bytes))
     return by_size, thin
 
 
-def _can_be_stood_in_for(state: _State) -> bool:
-    """Integers may say where something is: random ones, and even zeros, could lead a kernel astray."""
-    return state.memory.data_ptr() % 8 == 0 and all(
-        dtype.is_floating_point or dtype.itemsize == 1 for dtype in state.dtypes
-    )
-
-
-def _kind(state: _State) -> tuple[torch.device, torch.dtype | None]:
+def _kind(state: State) -> tuple[torch.device, torch.dtype | None]:
     """Where it is, and in which dtype it may hold random numbers; ``None`` where only zeros mean something whatever
     lies there."""
     dtype = next(iter(state.dtypes)) if len(state.dtypes) == 1 else torch.uint8

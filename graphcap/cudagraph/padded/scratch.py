@@ -160,20 +160,19 @@ def _divided(states: Sequence[State], max_bytes: int) -> tuple[list[State], list
 
 
 def _kind(state: State) -> tuple[torch.device, torch.dtype | None]:
-    """Where it is, and in which dtype it may hold random numbers; ``None`` where only zeros mean something whatever
-    lies there."""
+    """Where it is, and the format of its numbers; ``None`` where there are several or bytes may be part of others."""
     dtype = next(iter(state.dtypes)) if len(state.dtypes) == 1 else torch.uint8
-    return state.memory.device, dtype if dtype.is_floating_point and dtype.itemsize > 1 else None
+    return state.memory.device, dtype if dtype.itemsize > 1 else None
 
 
 def _content(num_pages: int, page_bytes: int, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-    """What pages hold when a run begins: uint8 ``[num_pages, page_bytes]``."""
+    """What pages hold when a run begins, uint8 ``[num_pages, page_bytes]``: numbers that are neither 0 nor large."""
     with torch.inference_mode(False):
-        if dtype is None:
-            return torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
         generator = torch.Generator(device).manual_seed(0)
-        size = num_pages, page_bytes // dtype.itemsize
-        numbers = torch.rand(size, generator=generator, device=device, dtype=torch.float32)
+        if dtype is None:  # small and finite in every format of floats
+            size = num_pages, page_bytes
+            return torch.randint(1, 8, size, generator=generator, device=device, dtype=torch.uint8)
+        numbers = torch.rand(num_pages, page_bytes // dtype.itemsize, generator=generator, device=device)
         return (numbers * 2 - 1).to(dtype).view(torch.uint8)
 
 

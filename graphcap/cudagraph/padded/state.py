@@ -13,6 +13,8 @@ from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.bindings import MemoryFacts
 from graphcap.cudagraph.recording.observe import Observation, argument_roots
 
+_BYTES = (torch.uint8, torch.int8)
+
 
 @dataclass(slots=True)
 class State:
@@ -40,8 +42,8 @@ class State:
         return self.memory.numel()
 
     def can_be_stood_in_for(self) -> bool:
-        """Integers may say where something is: random ones, and even zeros, could lead a kernel astray."""
-        of_numbers = all(dtype.is_floating_point or dtype.itemsize == 1 for dtype in self.dtypes)
+        """Whether other values lead no kernel astray: integers may say where something is. Bytes are narrow floats."""
+        of_numbers = all(each.is_floating_point or each in _BYTES for each in self.dtypes)
         return of_numbers and self.memory.data_ptr() % 8 == 0
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from graphcap.cudagraph import Program
 from graphcap.cudagraph.hardware.thin_cpu import CpuPages
+from graphcap.cudagraph.padded.blame import trace
 from graphcap.cudagraph.padded.proof import Verdict, prove
+from graphcap.cudagraph.padded.scratch import Scratch
 from graphcap.cudagraph.recording.observe import observe
 from tests.cudagraph.padded_regions import CPU, N, PaddedRegion, cloned, padding_of, proof_of
 
@@ -265,21 +267,54 @@ def test_random_numbers_are_drawn_once_all_the_same() -> None:
     assert torch.equal(verdict.outputs[0], expected[0])
 
 
-def test_a_cache_in_bytes_begins_with_zeros() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
+def test_a_cache_in_bytes_begins_with_small_numbers_in_every_format(dtype: torch.dtype) -> None:
     """Numbers of more than one kind may be packed into it."""
     begun = []
 
     def packed(cache: Tensor, slots: Tensor, x: Tensor) -> Tensor:
-        begun.append(bool(cache.any()))
+        begun.append(cache.view(dtype)[-1].double().abs())
         cache[slots[slots >= 0]] = 1
         return x * 2
 
     program, (n, x, slots, _) = program_of(packed), call_of([3, 4])
-    args = [n, x, slots, torch.full((8 * ROWS, WIDTH), 7, dtype=torch.uint8)]
+    args = [n, x, slots, torch.full((ROWS, 8 * WIDTH), 255, dtype=torch.uint8)]
     assert verdict_of(program, args, 4, room_for(2)).reason == ""
-    assert begun[:2] == [True, True]
-    assert not any(begun[2:])
     assert len(begun) > 3
+    assert all(float(each.min()) > 0 and float(each.max()) < 1 for each in begun[2:])
+
+
+@given(st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=20, unique=True), st.integers(1, 63))
+@settings(max_examples=30)
+def test_a_run_finds_every_row_as_it_has_written_it(rows: list[int], pages_apart: int) -> None:
+    """Also where rows are in the same place of their pages. What it has not written is as before the run."""
+    rows = list(dict.fromkeys([*rows, 5, 5 + pages_apart * ROWS_OF_A_PAGE]))
+    program, args = program_of(store), call_of(rows)
+    _, x, slots, _ = args
+    seen, _ = observe(program, cloned(args), CPU)
+    scratch = Scratch(program, seen, args, room_for(len(rows)))
+    program.run(*args)
+    scratch.look_again()
+    stage = scratch.stage()
+    before = stage.arguments(args)[-1].clone()
+    again = stage.arguments(args)
+    assert torch.equal(before, again[-1])
+    program.run(*again)
+    assert torch.equal(again[-1][slots], x)
+    before[slots] = x
+    assert torch.equal(again[-1], before)
+
+
+def test_two_stages_have_nothing_in_common() -> None:
+    program, args = program_of(store), call_of([3, 4])
+    seen, _ = observe(program, cloned(args), CPU)
+    scratch = Scratch(program, seen, args, room_for(2))
+    scratch.look_again()
+    first, second = scratch.stage().arguments(args)[-1], scratch.stage().arguments(args)[-1]
+    before = second.clone()
+    first.zero_()
+    assert torch.equal(second, before)
+    assert not torch.equal(args[-1], before)
 
 
 @pytest.mark.parametrize("max_bytes", [PLENTY, room_for(2)], ids=["copied", "stood in for"])
@@ -291,3 +326,14 @@ def test_in_inference_mode(max_bytes: int) -> None:
         program.run(*alone)
         assert verdict_of(program, args, 4, max_bytes).reason == ""
         assert torch.equal(args[-1], alone[-1])
+
+
+def test_a_cache_that_is_returned_is_not_copied_for_the_blame() -> None:
+    region = PaddedRegion()
+    x, cache = region.rows("x", WIDTH), region.state("cache", ROWS, WIDTH)
+    whole = region.step(lambda cache, x: cache.mul_(2), cache, x, mutates=[cache])
+    program = region.program(region.step(lambda c, x: x + c[0], whole, x), sizes=[(N, WIDTH)])
+    made = trace(program, [3, torch.ones(3, WIDTH), torch.ones(ROWS, WIDTH)], None)
+    ((nothing,), (rows,)) = made.results
+    assert nothing is None
+    assert torch.equal(rows, torch.full((3, WIDTH), 3.0))

@@ -22,7 +22,7 @@ import torch
 
 from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.hardware.generators import generator_states
-from graphcap.cudagraph.padded.compare import departs, distance
+from graphcap.cudagraph.padded.compare import departs, distance, is_finite
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.padded.scratch import Scratch, Undecided
 from graphcap.cudagraph.padded.trial import Result, Trials
@@ -164,7 +164,8 @@ class _Proof:
         except Exception as error:
             raise Undecided(f"the call fails where its state is stood in for: {describe(error)}") from error
         for number, value in enumerate(self._outputs):
-            if _is_finite(value) and not _is_finite(self._truth[f"output {number}"]):
+            made = self._truth[f"output {number}"]
+            if isinstance(made, torch.Tensor) and not is_finite(made) and is_finite(value):
                 raise Undecided(f"output {number} is not finite where the call's state is stood in for")
         return ""
 
@@ -211,8 +212,3 @@ def _differs(a: Any, b: Any) -> bool:
 def _distance(a: Any, b: Any) -> float:
     both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
     return distance(a, b) if both else 0.0 if a == b else float("inf")
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether it holds no infinity and no NaN."""
-    return not isinstance(value, torch.Tensor) or not value.is_floating_point() or bool(value.isfinite().all())

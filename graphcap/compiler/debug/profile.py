@@ -108,7 +108,9 @@ def profile(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Profile:
     def call() -> None:
         model(*args, **kwargs)
 
-    with same_random_numbers(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")):
+    used = torch.cuda.is_initialized()
+    device = torch.device("cuda", torch.cuda.current_device()) if used else torch.device("cpu")
+    with same_random_numbers(device):
         active = _until_replayed(call, model, state)
         original, _ = private.original_of(model)
         name = getattr(original, "__qualname__", type(original).__qualname__)

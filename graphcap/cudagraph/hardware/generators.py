@@ -53,11 +53,13 @@ GeneratorStates = list[tuple[torch.Generator, torch.Tensor]]
 
 
 def generator_states(device: torch.device) -> GeneratorStates:
-    """Where the generators stand that code on a device draws from: the CPU's, the device's, and those registered."""
+    """Where the generators stand that code on a device draws from: the CPU's, the device's, and those registered.
+
+    A CUDA device must have an index.
+    """
     generators = [torch.default_generator]
     if device.type == "cuda":
-        index: int | None = device.index
-        generators.append(torch.cuda.default_generators[torch.cuda.current_device() if index is None else index])
+        generators.append(torch.cuda.default_generators[device.index])
     return [(each, each.get_state()) for each in (*generators, *registered(device))]
 
 

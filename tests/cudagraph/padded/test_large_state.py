@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -337,3 +339,49 @@ def test_a_cache_that_is_returned_is_not_copied_for_the_blame() -> None:
     ((nothing,), (rows,)) = made.results
     assert nothing is None
     assert torch.equal(rows, torch.full((3, WIDTH), 3.0))
+
+
+class Ranks:
+    """Two threads that decide together; both must ask the same."""
+
+    is_group = True
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=60)
+        self._said: dict[int, tuple[str, Any]] = {}
+
+    def gather(self, question: str, mine: Any, usual: Any = None) -> list[Any]:
+        self._said[threading.get_ident()] = question, mine
+        self._barrier.wait()
+        said = list(self._said.values())
+        self._barrier.wait()
+        assert len({asked for asked, _ in said}) == 1
+        return [answer for _, answer in said]
+
+    def reason(self, question: str, mine: str) -> str:
+        return mine or next((each for each in self.gather(question, mine) if each), "")
+
+
+@pytest.mark.parametrize("writer", [store, astray])
+def test_ranks_run_as_often_as_each_other_where_one_has_no_room_for_copies(writer: Any) -> None:
+    """A collective that one rank runs more often is a hang."""
+    runs: dict[int, int] = {}
+
+    def counting(cache: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+        runs[threading.get_ident()] = runs.get(threading.get_ident(), 0) + 1
+        return writer(cache, slots, x)
+
+    program, ranks = program_of(counting), Ranks()
+    padding = padding_of(program, pad={"slots": -1})
+
+    def rank(max_bytes: int) -> Verdict:
+        args = call_of([3, 4])
+        seen, _ = observe(program, cloned(args), CPU)
+        return prove(program, args, padding, {"n": 4}, seen, CPU, max_bytes, agreement=ranks)
+
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(rank, [PLENTY, room_for(2)]))
+    assert len(set(runs.values())) == 1
+    assert len(runs) == 2
+    assert [bool(verdict.reason) for verdict in verdicts] == [writer is astray] * 2
+    assert not any(verdict.is_open for verdict in verdicts)

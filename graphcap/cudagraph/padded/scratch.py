@@ -2,8 +2,8 @@
 
 What is small is copied. What is too large for that is *stood in for*: by memory of the same size in which the pages
 that the call writes are real and all others share a few (:mod:`~graphcap.cudagraph.hardware.thin`). Which pages those
-are is seen at the call itself, by digests before and after it. They hold random numbers, not what the caller's do:
-runs that begin with the same can be compared, whatever it is.
+are is seen at the call itself, by digests before and after it. They hold random numbers, not what the caller's do, but
+at the edges: runs that begin with the same can be compared, whatever it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from graphcap.cudagraph.hardware.thin import Filler, Pages, ThinMemory, pages_of
 from graphcap.cudagraph.padded.digest import digests
-from graphcap.cudagraph.padded.state import State, states_of
+from graphcap.cudagraph.padded.state import State, edges_of, states_of
 from graphcap.cudagraph.private import over_storage
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.observe import Observation
@@ -64,6 +64,8 @@ class Scratch:
             if state.nbytes < _MIN_PAGES * pages.page_bytes:
                 raise Undecided(_too_little(_COPIES * sum(each.nbytes for each in states), max_bytes))
             state.digests = digests(state.memory, pages.page_bytes)
+            with torch.inference_mode(False), torch.no_grad():
+                state.edges = [edge for index in state.arguments for edge in edges_of(index, args[index])]
         with torch.inference_mode(False), torch.no_grad():
             for state in self._copied:
                 state.before = state.memory.clone()
@@ -83,6 +85,7 @@ class Scratch:
             differs = digests(state.memory, pages.page_bytes).ne(state.digests)
             state.digests, state.touched = None, differs.nonzero().flatten().tolist()
             needed += _NUM_STAGES * len(state.touched) * pages.page_bytes
+            needed += sum(edge.copy.nbytes for edge in state.edges)
             if (kind := _kind(state)) not in kinds:
                 kinds.add(kind)
                 needed += _NUM_STAGES * 3 * self._filler_pages(pages) * pages.page_bytes
@@ -140,6 +143,9 @@ class Stage:
             for state, memory, content in self._thin:
                 memory.fill(content)
                 _put(again, state, memory.bytes)
+            for state, _, _ in self._thin:
+                for edge in state.edges:
+                    again[edge.argument][edge.index].copy_(edge.copy)
         return again
 
 

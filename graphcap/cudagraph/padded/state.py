@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,23 @@ from graphcap.cudagraph.recording.bindings import MemoryFacts
 from graphcap.cudagraph.recording.observe import Observation, argument_roots
 
 _BYTES = (torch.uint8, torch.int8)
+_MAX_EDGE_BYTES = 2**18
+_MAX_EDGE_PART = 64  #: an edge is no larger than this part of its tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Part of an argument that was as the copy is.
+
+    Attributes:
+        argument: its number.
+        index: of the part, for the leading dims.
+        copy: the part.
+    """
+
+    argument: int
+    index: tuple[int, ...]
+    copy: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -26,6 +44,7 @@ class State:
         dtypes: of the arguments.
         before: a copy made before the call; ``None`` where it is stood in for.
         digests: of its pages before the call, where it is.
+        edges: copies made before the call of the first and last rows of the arguments, where it is.
         touched: the pages that the call has written.
     """
 
@@ -34,6 +53,7 @@ class State:
     dtypes: set[torch.dtype]
     before: torch.Tensor | None = None
     digests: torch.Tensor | None = None
+    edges: list[Edge] = field(default_factory=list)
     touched: list[int] = field(default_factory=list)
 
     @property
@@ -74,3 +94,20 @@ def _place(tensor: torch.Tensor, start: int) -> int:
     if odd:
         raise ValueError("tensors of other dtypes overlap it at odd addresses")
     return before + int(tensor.storage_offset())
+
+
+def edges_of(index: int, tensor: torch.Tensor) -> list[Edge]:
+    """The first and last parts of a tensor, along as few leading dims as make them small: blocks, or rows.
+
+    Rows that belong to nobody are kept there, for writes that are to go nowhere. Such a write is none where it writes
+    what is there.
+    """
+    if tensor.numel() == 0:
+        return []
+    limit = min(_MAX_EDGE_BYTES, tensor.nbytes // _MAX_EDGE_PART)
+    for num_dims in range(1, tensor.dim() + 1):
+        leading, rest = tensor.shape[:num_dims], tensor.shape[num_dims:]
+        if rest.numel() * tensor.element_size() <= limit:
+            places = itertools.product(*(sorted({0, size - 1}) for size in leading))
+            return [Edge(index, place, tensor[place].detach().clone()) for place in places]
+    return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,8 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attends]:
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attends]:
+    gc.collect()
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     cache = torch.zeros(int(free * 0.6) // (2 * WIDTH), WIDTH, dtype=torch.bfloat16, device="cuda")
     return lambda **settings: attends(cache, **settings)

@@ -85,6 +85,12 @@ def by_the_batch(cache: Tensor, slots: Tensor, x: Tensor) -> Tensor:
     return store(cache, slots, x / x.abs().max())
 
 
+def to_nobody(cache: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+    """The last row belongs to nobody and only ever gets zeros."""
+    cache[slots] = x * (slots >= 0)[:, None]
+    return x + cache[slots]
+
+
 FAITHFUL = [store, accumulate, by_address]
 UNFAITHFUL = [astray, at_the_start, one_row_less, wiped_when_padded, by_the_batch]
 
@@ -149,6 +155,32 @@ def test_a_row_hit_in_the_page_of_a_real_one_is_seen() -> None:
     """All rows of the call are in one page, as is the one that is hit."""
     verdict = verdict_of(program_of(astray), call_of([ROWS - 3, ROWS - 2]), 4, room_for(2))
     assert "what is left in cache_0" in verdict.reason
+
+
+@pytest.mark.parametrize("shape", [(ROWS, WIDTH), (2, ROWS // 2, WIDTH), (ROWS // 16, 2, 8, WIDTH)])
+@pytest.mark.parametrize("row_of_nobody", [0.0, 1.0])
+def test_a_row_that_belongs_to_nobody_may_get_what_it_has(shape: tuple[int, ...], row_of_nobody: float) -> None:
+    """As in the examples, and wherever an engine keeps its null block."""
+    region = PaddedRegion()
+    x, slots = region.rows("x", WIDTH), region.rows("slots", index=True)
+    cache = region.state("cache", *shape)
+    parts = len(shape) == 3
+
+    def write(cache: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+        for half in cache if parts else [cache.view(-1, WIDTH)]:
+            to_nobody(half, slots, x)
+        return x * 2
+
+    program = region.program(region.step(write, cache, slots, x, mutates=[cache]), sizes=[(N, WIDTH)])
+    n, rows, places, _ = call_of([3, 400])
+    values = torch.randn(shape)
+    for half in values if parts else [values.view(-1, WIDTH)]:
+        half[-1] = row_of_nobody
+    args = [n, rows, places, values]
+    assert bool(verdict_of(program, args, 4, PLENTY).reason) == bool(row_of_nobody)
+    verdict = verdict_of(program, args, 4, room_for(4))
+    assert bool(verdict.reason) == bool(row_of_nobody)
+    assert not verdict.is_open
 
 
 def test_no_room_for_the_pages_of_a_call_says_what_to_do_and_serves_it() -> None:
@@ -239,12 +271,12 @@ def test_a_call_that_is_finite_only_with_its_own_cache_is_left_undecided() -> No
 
 def test_a_call_that_fails_with_another_cache_is_left_undecided() -> None:
     def picky(cache: Tensor, slots: Tensor, x: Tensor) -> Tensor:
-        if float(cache[0, 0]) != 42:
+        if float(cache[ROWS // 2, 0]) != 42:
             raise ValueError("what is this")
         return store(cache, slots, x)
 
     args = call_of([3, 4])
-    args[-1][0, 0] = 42
+    args[-1][ROWS // 2, 0] = 42
     verdict = verdict_of(program_of(picky), args, 4, room_for(2))
     assert verdict.is_open
     assert "stood in for: ValueError: what is this" in verdict.reason
@@ -275,7 +307,7 @@ def test_a_cache_in_bytes_begins_with_small_numbers_in_every_format(dtype: torch
     begun = []
 
     def packed(cache: Tensor, slots: Tensor, x: Tensor) -> Tensor:
-        begun.append(cache.view(dtype)[-1].double().abs())
+        begun.append(cache.view(dtype)[ROWS // 2].double().abs())
         cache[slots[slots >= 0]] = 1
         return x * 2
 

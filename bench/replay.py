@@ -5,8 +5,8 @@ error against fp32), with three differences: every variant is compiled once, wit
 batch size; graphcap's output policies and guard settings are variants of their own; and eager is left out. The rows of
 many batch sizes are a curve: ``python -m bench.plot`` draws it.
 
-Floats of the model are constants (``specialize_float``), as they are without ``dynamic=True``: with it Dynamo makes each
-of them, 57 here, a tensor on every call and a number again, in every variant that goes through it.
+Floats of the model are constants (``specialize_float``), as they are without ``dynamic=True``: with it Dynamo makes
+each of them, 57 here, a tensor on every call and a number again, in every variant that goes through it.
 
     PYTHONPATH=. python -m bench.replay                    # batch sizes 1 to 256, 0.6b
     PYTHONPATH=. python -m bench.replay --batch 1,64 --rounds 7

@@ -24,10 +24,10 @@ from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.routes import Route, Router
 from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey, current, step
 from graphcap.cudagraph.hardware.device import GraphDevice
+from graphcap.cudagraph.made import ELSEWHERE
 from graphcap.cudagraph.maker import PlanMaker
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.parts import Parts
-from graphcap.cudagraph.plan_capture import ELSEWHERE
 from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.recording.attempts import Attempts
 from graphcap.cudagraph.recording.moves import MoveRecord

@@ -20,6 +20,7 @@ from graphcap.cudagraph.recording.arena import Arena
 from graphcap.cudagraph.recording.bindings import Choice
 from graphcap.cudagraph.recording.bridges import BridgeSpace
 from graphcap.cudagraph.recording.capture import SegmentedCapture
+from graphcap.cudagraph.recording.in_place import InPlace
 from graphcap.cudagraph.recording.layout import lay_out
 from graphcap.cudagraph.recording.observe import Observation, observe
 from graphcap.cudagraph.recording.recorded import Recorded
@@ -108,6 +109,7 @@ class PaddedCalls:
         self.device: GraphDevice = device or SimulatedDevice()
         self.arena = Arena(self.device)
         self.bridges = BridgeSpace(self.device)
+        self.in_place = InPlace()
         self.plans: dict[tuple[int, ...], Plan] = {}
         self.mismatches: list[str] = []
         assert self.padding, self.padding.refused
@@ -121,7 +123,7 @@ class PaddedCalls:
         with contextlib.ExitStack() as session, torch.no_grad():
             pool = session.enter_context(self.device.session())
             capture = SegmentedCapture(self.program, known, layout, self.device, pool, padded)
-            capture.bind_inputs(self.arena, self.bridges)
+            capture.bind_inputs(self.arena, self.bridges, self.in_place)
             outputs, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         recorded = capture.recorded
@@ -136,7 +138,7 @@ class PaddedCalls:
         layout = lay_out(self.program, seen, Choice(self.full, {}, (), (), self.config.max_copy_bytes))
         with self.device.session() as pool, torch.no_grad():
             capture = SegmentedCapture(self.program, seen, layout, self.device, pool, args)
-            capture.bind_inputs(self.arena, self.bridges)
+            capture.bind_inputs(self.arena, self.bridges, self.in_place)
             _, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         return self._plan((), {}, capture.recorded, None)

@@ -15,7 +15,6 @@ import torch
 from graphcap.cudagraph.hardware.generators import same_random_numbers
 from graphcap.cudagraph.private import over_storage, storage_address
 from graphcap.cudagraph.recording.arena import copy_into, span_bytes
-from graphcap.cudagraph.recording.layout import segment_of
 from graphcap.cudagraph.recording.recorded import Recorded, captured_slots
 
 _ALIGNMENT = (
@@ -203,8 +202,11 @@ class Segment:
 
 def segments_of(recorded: Recorded) -> list[list[int]]:
     """For each segment the numbers of its steps."""
-    numbered = segment_of(recorded.program, recorded.layout)
-    return [[n for n, each in enumerate(numbered) if each == segment] for segment in range(len(recorded.segments))]
+    groups: list[list[int]] = [[] for _ in recorded.segments]
+    for number, segment in enumerate(recorded.layout.segments):
+        if segment >= 0:
+            groups[segment].append(number)
+    return groups
 
 
 @dataclass(slots=True)

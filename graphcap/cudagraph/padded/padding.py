@@ -22,7 +22,7 @@ from graphcap.cudagraph.padded.corner import Fill, corner, cut, declared_fill, f
 from graphcap.cudagraph.padded.eligible import declared_names, tensors, why_not_padded
 from graphcap.cudagraph.padded.sizes import known_sizes, scalars_that_tell, sizes_at, strides_at, symbols_in
 from graphcap.cudagraph.program import Program
-from graphcap.cudagraph.recording.bindings import MemoryFacts
+from graphcap.cudagraph.recording.liveness import mutated_roots
 from graphcap.cudagraph.recording.observe import Observation
 
 
@@ -139,7 +139,7 @@ class Padding:
 
     def written(self, seen: Observation) -> list[int]:
         """The padded inputs that a step writes into."""
-        mutated = MemoryFacts(self.program, seen).mutated
+        mutated = mutated_roots(self.program, seen.roots)
         return sorted(index for index in self.inputs if seen.roots[index] in mutated)
 
     def cut(self, args: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:

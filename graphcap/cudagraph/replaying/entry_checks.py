@@ -5,7 +5,8 @@ from __future__ import annotations
 from graphcap import native
 from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import InputKind
-from graphcap.cudagraph.recording.bindings import Binding, MemoryFacts
+from graphcap.cudagraph.recording.bindings import Binding
+from graphcap.cudagraph.recording.liveness import mutated_roots
 from graphcap.cudagraph.recording.recorded import padded_inputs_written
 from graphcap.cudagraph.replaying.lines import Lines
 from graphcap.cudagraph.replaying.plan import static_addresses
@@ -62,16 +63,16 @@ def _layout_checks(lines: Lines, static: list[int]) -> None:
 def _alias_checks(lines: Lines) -> None:
     """A copy must not hide from a captured step what another step writes into the original."""
     recorded, layout = lines.recorded, lines.recorded.layout
-    facts = MemoryFacts(recorded.program, recorded.seen)
     roots = recorded.seen.roots
-    written = [index for index in layout.inputs_bound(Binding.STATIC) if roots[index] in facts.mutated]
+    mutated = mutated_roots(recorded.program, roots)
+    written = [index for index in layout.inputs_bound(Binding.STATIC) if roots[index] in mutated]
     places = {storage_address(recorded.stand_ins[index]) for index in written} - {0}
     written_copies = padded_inputs_written(recorded)
     copied = layout.inputs_bound(Binding.COPIED, Binding.PADDED) if places else []
     for index in copied:
         name = lines.argument_or_result(index)
         lines.line(f"if {_storage(name)} in WRITTEN: return CHANGED", WRITTEN=places)
-    elsewhere = {i for i, root in enumerate(roots[: len(layout.bindings)]) if root in facts.mutated} - {*written}
+    elsewhere = {i for i, root in enumerate(roots[: len(layout.bindings)]) if root in mutated} - {*written}
     for index in lines.padded:
         if others := sorted(elsewhere - {*lines.padded}):
             storages = ", ".join(_storage(lines.argument_or_result(other)) for other in others)

@@ -151,8 +151,8 @@ class _Node:
         return any(type(leaf).__name__ == kind for leaf in self.leaves)
 
     def sees_layout(self) -> bool:
-        """Whether its guards see no more than a tensor's layout, or a constant."""
-        return all(type(leaf).__name__ in _OF_A_LAYOUT for leaf in self.leaves)
+        """Whether its guards see no more than a tensor's layout, Dynamo's marks on it, or a constant."""
+        return all(type(leaf).__name__ in _OF_A_LAYOUT or _is_about_a_mark(leaf) for leaf in self.leaves)
 
     def argument(self) -> str:
         """The expression for an argument that must not be another tensor of the call; ``""`` for anything else."""
@@ -213,6 +213,12 @@ def _ambient(kept: Sequence[_Node], state: Set[str]) -> tuple[Any, ...] | None:
         elif node.is_state or not _ARGUMENT.fullmatch(node.source) or not node.sees_layout():
             return None
     return tuple(ambient)
+
+
+def _is_about_a_mark(leaf: Any) -> bool:
+    """``((getattr(L['x'], '_dynamo_shape_ids', None) == {...}) if hasattr(...) else True)``: torch 2.11 has such."""
+    texts = leaf.verbose_code_parts()
+    return type(leaf).__name__ == "LAMBDA_GUARD" and bool(texts) and all("'_dynamo_" in text for text in texts)
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Calls that no guard on arguments can tell from an earlier one. Private API of torch, checked on 2.11 and 2.13.
+"""Calls that no guard on arguments can tell from an earlier one.
 
 All that such guards look at, where the arguments are plain tensors and simple constants, is the layout of each tensor
 (type, dtype, device, sizes, strides, ``requires_grad``, the dispatch keys in force) and the constants. Where the guards
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
+
+from graphcap import native
 
 _MAX_LAYOUTS = 256  #: that are remembered for one graph
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -86,11 +87,11 @@ class SameLayout:
             return
         if not tensors or not all(type(value) in _CONSTANTS for _, value in others):
             return
+        if any(values[index].__dict__ for index in tensors):
+            return  # the guards have seen more than will be compared
         if len(self._known) >= _MAX_LAYOUTS or len(values) != self._count:
             self._known.clear()
-        # It reads both of these without asking whether they were given.
-        check = TensorGuards(*[values[i] for i in tensors], dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        layout = _Layout(tensors, others, check)
+        layout = _Layout(tensors, others, native.layout_check([values[index] for index in tensors]))
         self._count = len(values)
         self._latest = self._known[_outline(values)] = layout
 

@@ -7,19 +7,18 @@ write. What follows finds everything as if nothing had happened.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from graphcap.cudagraph.checks.rehearsal import Segment, forked_generators
+from graphcap.cudagraph.checks.rehearsal import Segment
 from graphcap.cudagraph.counters.cost import StepTime
 from graphcap.cudagraph.hardware.device import Stopwatch
-from graphcap.cudagraph.hardware.generators import registered
+from graphcap.cudagraph.hardware.generators import same_random_numbers
 from graphcap.cudagraph.recording.recorded import Recorded, describe
 
 _log = logging.getLogger("graphcap.cudagraph")
@@ -78,7 +77,7 @@ class Scales:
     ) -> tuple[StepTime, StepTime] | None:
         """Live and replayed; ``None`` for what is worth a graph in any case, or cannot be measured."""
         try:
-            with torch.inference_mode(False), torch.no_grad(), _same_random_numbers(self._device):
+            with torch.inference_mode(False), torch.no_grad(), same_random_numbers(self._device):
                 segment = Segment(recorded, numbers)
                 run = segment.repeatable(self._max_bytes)
                 if self._stopwatch(run).host_us > _MAX_LIVE_US:
@@ -124,15 +123,3 @@ def _bridged(recorded: Recorded, numbers: Sequence[int], values: dict[int, Any])
     ]
     read = dict.fromkeys(slot for step in readers for slot in step.reads if slot in made)
     return [slot for slot in read if isinstance(values[slot], torch.Tensor)]
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers drawn in this block are drawn again after it."""
-    states = [(generator, generator.get_state()) for generator in registered(device)]
-    with forked_generators(device.index if device.type == "cuda" else None):
-        try:
-            yield
-        finally:
-            for generator, state in states:
-                generator.set_state(state)

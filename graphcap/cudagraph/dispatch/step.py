@@ -12,6 +12,7 @@ A step holds for its thread or task; steps nest, the innermost counts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar, Token
@@ -162,7 +163,14 @@ def key_of(
         return GraphKey.of_sizes(sizes, num_tokens, **others)
     if num_tokens is None:
         raise StepError("num_tokens is missing: a batch is known by its number of tokens first")
-    return GraphKey(num_tokens, num_reqs, uniform_query_len, sorted_tags)
+    plain = type(num_tokens) is int and {type(num_reqs), type(uniform_query_len)} <= _COUNTS
+    # Serving says the same few batches again and again: to look one up is a quarter of what its checks take.
+    make = _known_key if plain and not sorted_tags else GraphKey
+    return make(num_tokens, num_reqs, uniform_query_len, sorted_tags)
+
+
+_COUNTS = {int, type(None)}
+_known_key = functools.lru_cache(maxsize=4096)(GraphKey)
 
 
 class step:
@@ -200,7 +208,8 @@ class step:
         max_mode: CUDAGraphMode | str | None = None,
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        given = any(each is not None for each in (num_tokens, num_reqs, uniform_query_len, tags, sizes))
+        sized = num_tokens is not None or num_reqs is not None or uniform_query_len is not None
+        given = sized or tags is not None or sizes is not None
         if key is not None and given:
             raise StepError("give key= or the sizes one by one, not both")
         if key is None and (num_tokens is not None or sizes):

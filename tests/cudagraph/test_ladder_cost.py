@@ -56,7 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(knowledge, "observe", "calls watched")
     count(layout, "lay_out", "layouts")
     count(in_place, "weak_view", "inputs viewed")
-    replays._code.cache_clear()
+    replays._compiled.cache_clear()
     return counts
 
 
@@ -129,12 +129,12 @@ def test_what_does_not_depend_on_a_size_is_done_once(counted: Counter[str]) -> N
     assert counted["calls watched"] == 1, "of the two warm-ups"
     assert counted["layouts"] == 1
     assert counted["inputs viewed"] == NUM_LAYERS
-    assert replays._code.cache_info().misses == 1
+    assert replays._compiled.cache_info().misses == 1
     counted.clear()
     for size in SIZES[1:]:
         ladder.capture(size)
     assert counted["calls watched"] == counted["layouts"] == counted["inputs viewed"] == 0
-    assert replays._code.cache_info().misses == 1
+    assert replays._compiled.cache_info().misses == 1
     layouts = {id(plan.recorded.layout) for plan in plans_of(ladder.runner)}
     assert len(layouts) == 1
 

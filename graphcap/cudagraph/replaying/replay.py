@@ -171,10 +171,8 @@ class _Writer(Lines):
                 self.line(f"{target}.copy_({source})")
 
     def finish(self, places: Places | None) -> tuple[Callable[[Sequence[Any]], Any], str]:
-        named = set(re.findall(r"\ba(\d+)\b", "\n".join(self.lines)))  # some were asked for and then not needed
-        prelude = [f"a{index} = args[{index}]" for index in self.used if str(index) in named]
-        source = "\n    ".join(["def replay(args):", *prelude, *self.lines]) + "\n"
-        exec(_code(source, f"<graphcap replay of {self.recorded.program.name}>"), self.names)
+        source, code = _compiled("\n    ".join(self.lines), tuple(self.used), self.recorded.program.name)
+        exec(code, self.names)
         replay = self.names.pop("replay")  # not in its own globals: a dropped plan must not wait for the collector
 
         def check_natively(replay: FunctionType) -> None:
@@ -188,9 +186,13 @@ class _Writer(Lines):
 
 
 @functools.lru_cache(maxsize=64)
-def _code(source: str, filename: str) -> CodeType:
-    """The compiled text: that of two rungs differs in what the names stand for, hardly ever in itself."""
-    return compile(source, filename, "exec")
+def _compiled(body: str, used: tuple[int, ...], name: str) -> tuple[str, CodeType]:
+    """The source of a replay and its code: those of two rungs differ in what the names stand for, hardly ever in
+    themselves. ``used``: the arguments that lines of it have asked for."""
+    named = set(re.findall(r"\ba(\d+)\b", body))  # some were asked for and then not needed
+    prelude = [f"a{index} = args[{index}]" for index in used if str(index) in named]
+    source = "\n    ".join(["def replay(args):", *prelude, body]) + "\n"
+    return source, compile(source, f"<graphcap replay of {name}>", "exec")
 
 
 def _check_natively(static: list[int], addresses: list[int]) -> Callable[[FunctionType], None]:

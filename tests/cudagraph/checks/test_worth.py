@@ -316,3 +316,33 @@ def test_real_segments_are_measured_and_effects_happen_once():
     assert len(measured) == 3 * (1 + 5 + 5)
     assert all(each.host_us > 0 and each.gpu_us > 0 for each in measured)
     assert not runner.stats.failures
+
+
+def test_segments_that_call_the_same_functions_are_measured_once():
+    clock = Clock()
+    layer = clock.taking(2.0, lambda x: (x + 1,))
+
+    def layers(num_layers):
+        region = Region()
+        x = region.tensor("x")
+        for _ in range(num_layers):
+            x = region.step(lambda x: x + 1, x)
+            x = region.step(lambda x: x * 2, x, capture=LIVE)
+        program = region.returning(region.step(clock.taking(50.0, lambda x: x - 1), x))
+        twins = [
+            dataclasses.replace(each, fn=layer) if number % 2 == 0 and number < 2 * num_layers else each
+            for number, each in enumerate(program.steps)
+        ]
+        return dataclasses.replace(program, steps=tuple(twins))
+
+    measured = []
+    for num_layers in (1, 5):
+        clock.measured.clear()
+        program = layers(num_layers)
+        runner = runner_of(program, timed_device(clock))
+        for _ in range(6):
+            x = randn(3)
+            assert torch.equal(runner(x)[0], program.run(x)[0])
+        assert runner.stats.plans[0].captured == [program.steps[-1].name], "all twins run live"
+        measured.append(len(clock.measured))
+    assert measured[0] == measured[1] > 0

@@ -133,7 +133,7 @@ class Entry:
         if effect is not None:
             name = shown_name(effect, arguments, names(), self._num_own_roots)
             unsettled = f"a call changes {name}, which a replay would not do"
-        unsettled = unsettled or recording.outlived(private.tree_flatten(result)[0])
+        unsettled = unsettled or recording.numbering.outlived(private.tree_flatten(result)[0])
         if not unsettled and self._previous is not None:
             unsettled = self._difference(recording, made)
             if not unsettled:

@@ -23,6 +23,7 @@ from graphcap.compiler import private
 from graphcap.compiler.breakable import current
 from graphcap.compiler.breakable.entry import Entry
 from graphcap.compiler.breakable.key import Arguments, arguments_of
+from graphcap.compiler.breakable.sizes import CallSizes
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.hooks import hooks_of, modules_of
 from graphcap.compiler.frontend.target import CompiledTarget
@@ -73,7 +74,7 @@ class BreakableTarget(CompiledTarget):
         if current.recording() is not None or private.operators_are_watched():
             return function()  # part of what is being recorded, or of what somebody else does with it
         self._check(args, kwargs)
-        arguments = arguments_of(args, kwargs)
+        arguments = arguments_of(args, kwargs, {}, CallSizes())
         if RemovableHandle.next_id != self._num_hooks:
             self._look_at_hooks()
         for entry in self._entries.get(arguments.key, ()):

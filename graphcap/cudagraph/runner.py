@@ -18,7 +18,7 @@ from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.agreement import agreement_of
 from graphcap.cudagraph.checks.verify import Inspector
 from graphcap.cudagraph.counters.alerts import warn_once
-from graphcap.cudagraph.counters.stats import RunnerStats, SizeStats
+from graphcap.cudagraph.counters.stats import PlanStats, RunnerStats, SizeStats
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.routes import Route, Router
@@ -126,6 +126,21 @@ class GraphRunner:
         """Whether a batch finds a plan."""
         routes = self.router.routes_of(key, None)
         return not isinstance(routes, str) and any(each.key in self._table.plans for each in routes)
+
+    def plan_for(self, *args: Any) -> PlanStats | None:
+        """The plan that a call with these arguments finds, as far as can be told before; ``None`` where there is none.
+        Runs nothing."""
+        said = current()
+        sizes = self._sizes(args)
+        served = self._table.served.get(sizes if said is None else (sizes, said.token))
+        if served is not None:
+            return served.stats
+        routes = self.router.routes(sizes, said) if self._table.plans else ()
+        for route in () if isinstance(routes, str) else routes:
+            plan = self._table.plans.get(route.key)
+            if plan is not None and not plan.why_not_for(said) and self._maker.may_serve(plan, args, said):
+                return plan.stats
+        return None
 
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""

@@ -2,7 +2,7 @@
 
 The function runs first, watched, and its results are those of the call. Then what it wrote is put back, and the program
 runs from the same state: live steps do not run again, they repeat what they did. If everything agrees the program's
-results stand; if not, the function's.
+results stand; if not, the function's. A padded replay is compared with the function at the real size.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from graphcap.compiler import private
-from graphcap.compiler.breakable.limits import generator_states, set_generator_states
+from graphcap.compiler.breakable import calls
+from graphcap.compiler.breakable.incoming import HasRun
 from graphcap.compiler.breakable.program import Built
 from graphcap.compiler.breakable.record import Recorder
+from graphcap.compiler.breakable.undo import Memory
+from graphcap.cudagraph.padded.compare import departs
 
 
 @dataclass
@@ -41,6 +44,7 @@ def compare(
     run: Callable[..., tuple[Any, ...]],
     inputs: Sequence[Any],
     watched: Callable[[], tuple[Recorder, Any, str]],
+    is_padded: bool,
 ) -> Outcome:
     """Run a call both ways.
 
@@ -49,72 +53,65 @@ def compare(
         run: what serves calls of it.
         inputs: of this call.
         watched: runs the function itself and keeps what live calls did; says also where it differs from the recording.
+        is_padded: whether the program may run at a larger size, where other kernels round in another way.
     """
     written = sorted({slot for step in built.program.steps for slot in step.mutates if slot < len(inputs)})
-    written_names = [built.program.inputs[slot].name for slot in written]
-    memory_of, memory = _storages([inputs[slot] for slot in written])
+    memory = Memory([inputs[slot] for slot in written])
     try:
-        before, generators = [each.clone() for each in memory], generator_states()
+        before = memory.copy()
     except torch.OutOfMemoryError:  # nothing has run yet
-        recording, result, why = watched()
+        _, result, why = watched()
         return Outcome(result, difference=why, in_python=bool(why))
     recording, result, why = watched()
     if why:
         return Outcome(result, difference=why, in_python=True)
-    live = {number: recording.calls[number].outcome for number in built.lives}
-    if None in live.values():
+    live = [_by_position(call) for call in recording.calls if call.live]
+    if len(live) != len(built.lives) or None in live:
         return Outcome(result)  # a live step that may not run twice cannot be repeated: the calls agree, that is all
     results = [leaf for leaf in private.tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
     try:
-        expected = [each.clone() for each in results]
-        after, generators_after = [each.clone() for each in memory], generator_states()
+        expected, after = [each.clone() for each in results], memory.copy()
     except torch.OutOfMemoryError:
         return Outcome(result)
-    state = [_within(after[memory_of[private.storage_id(inputs[slot])]], inputs[slot]) for slot in written]
-    _restore(memory, before)
-    set_generator_states(generators)
-    for number, step in built.lives.items():
-        step.repeat(live[number])
+    state = [memory.within(after, inputs[slot]) for slot in written]
+    memory.restore(before)
+    for step, outcome in zip(built.lives, live, strict=True):
+        step.repeat(outcome)
+    differ = _departs if is_padded else _differ
     try:
         outputs = run(*inputs)
         names = [f"result {index}" for index in range(len(expected))]
-        strides = [(mine.stride(), right.stride()) for mine, right in zip(outputs, results, strict=True)]
-        if any(mine != right for mine, right in strides):
-            raise RuntimeError(f"results of other strides than the function's, (replay, function): {strides}")
-        difference = _differ(outputs, expected, names) or _differ([inputs[s] for s in written], state, written_names)
+        forms = [(_form(mine), _form(right)) for mine, right in zip(outputs, results, strict=True)]
+        if any(mine != right for mine, right in forms):
+            raise RuntimeError(f"results of another form than the function's, (replay, function): {forms}")
+        written_names = [built.program.inputs[slot].name for slot in written]
+        difference = differ(outputs, expected, names) or differ([inputs[s] for s in written], state, written_names)
+    except HasRun:
+        memory.restore(after)
+        return Outcome(result)
     except Exception as error:  # the function itself has not failed
         difference = f"{type(error).__name__}: {error}"
     finally:
-        for step in built.lives.values():
+        for step in built.lives:
             step.repeat(None)
     if not difference:
         return Outcome(result, outputs)
-    _restore(memory, after)
-    set_generator_states(generators_after)
+    memory.restore(after)
     return Outcome(result, difference=difference)
 
 
-def _storages(tensors: Sequence[torch.Tensor]) -> tuple[dict[int, int], list[torch.Tensor]]:
-    """All the bytes that these tensors lie in, each storage once, and where each is in that list."""
-    found: dict[int, torch.Tensor] = {}
-    with torch.inference_mode(False), torch.no_grad():
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-            found.setdefault(private.storage_id(tensor), empty.set_(storage, 0, (storage.nbytes(),), (1,)))
-    return {storage: index for index, storage in enumerate(found)}, list(found.values())
+def _by_position(call: calls.Call) -> calls.Outcome | None:
+    """What a live call did, with what it wrote by position among what it reads."""
+    did = call.outcome
+    if did is None:
+        return None
+    reads = call.reads()
+    return calls.Outcome(did.results, {reads.index(n): each for n, each in did.written.items()}, did.generators)
 
 
-def _within(copy: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The tensor that lies in a copy of a storage as ``like`` lies in the storage."""
-    with torch.inference_mode(False), torch.no_grad():
-        empty = torch.empty(0, dtype=like.dtype, device=like.device)
-        return empty.set_(copy.untyped_storage(), like.storage_offset(), like.size(), like.stride())
-
-
-def _restore(memory: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    for place, value in zip(memory, values, strict=True):
-        place.copy_(value)
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    strides = tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    return tensor.dtype, tuple(tensor.shape), strides
 
 
 def _differ(got: Sequence[Any], expected: Sequence[torch.Tensor], names: Sequence[str]) -> str:
@@ -125,4 +122,12 @@ def _differ(got: Sequence[Any], expected: Sequence[torch.Tensor], names: Sequenc
         except AssertionError as error:
             lines = " ".join(str(error).split())
             return f"a replay gave another {name} than the function: {lines}"
+    return ""
+
+
+def _departs(got: Sequence[Any], expected: Sequence[torch.Tensor], names: Sequence[str]) -> str:
+    """The same for two sizes of one call."""
+    for mine, right, name in zip(got, expected, names, strict=True):
+        if departs(mine, right):
+            return f"a padded replay gave another {name} than the function at the real size"
     return ""

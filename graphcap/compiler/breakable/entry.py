@@ -1,7 +1,8 @@
 """The calls of one key: recorded until two recordings agree, then served by the graph runtime.
 
-A recording that the function could not repeat (it made something on its first call, it counted its calls) is thrown
-away. What never settles is refused: the function runs as it is, and the report says why.
+Every size has a recording of its own. The graph runtime decides which sizes those are: rungs of the ladder where dims
+may be padded, else the sizes of calls. What never settles is refused: the function runs as it is, and the report says
+why.
 """
 
 from __future__ import annotations
@@ -11,36 +12,39 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from graphcap.compiler import private
 from graphcap.compiler.breakable import check
-from graphcap.compiler.breakable.calls import difference
-from graphcap.compiler.breakable.key import Arguments
-from graphcap.compiler.breakable.origin import module_names
-from graphcap.compiler.breakable.outside import Outside, facts, find_outside, shown_name
-from graphcap.compiler.breakable.program import Built, build
-from graphcap.compiler.breakable.record import Recorder, record
-from graphcap.compiler.breakable.result import Result
-from graphcap.compiler.breakable.state import changed, snapshot
+from graphcap.compiler.breakable.agree import difference
+from graphcap.compiler.breakable.calls import Kind
+from graphcap.compiler.breakable.due import Due
+from graphcap.compiler.breakable.incoming import Incoming, InProgress
+from graphcap.compiler.breakable.look import Look, Viewpoint
+from graphcap.compiler.breakable.outside import facts
+from graphcap.compiler.breakable.output_sizes import tell_apart
+from graphcap.compiler.breakable.padded_look import NoRoom, look_unseen, padded_tensors, written_by
+from graphcap.compiler.breakable.recordings import MAX_RECORDINGS, Recordings
+from graphcap.compiler.breakable.sized import NotRecorded
+from graphcap.compiler.breakable.state import walk
+from graphcap.compiler.breakable.steps import Surroundings, sample_of
 from graphcap.compiler.breakable.watch import Watch
-from graphcap.compiler.frontend.target import is_disabled
 from graphcap.compiler.region import Region
 from graphcap.compiler.rules import SplitRules
 from graphcap.config import CUDAGraphMode
-from graphcap.cudagraph import GraphRunner, device_for, graph_runner
+from graphcap.cudagraph import GraphDevice, GraphRunner, device_for, graph_runner
+from graphcap.cudagraph.dispatch.phase import captures_allowed, current_purpose
+from graphcap.cudagraph.dispatch.revision import revision
+from graphcap.cudagraph.dispatch.step import current
 from graphcap.errors import GuardError
 
 log = logging.getLogger("graphcap.compiler")
 
-MAX_RECORDINGS = 4  #: calls after which a function that differs from call to call is left alone
-CHECKED_REPLAYS = 2  #: of each plan, compared with the function itself
-CHECK_EVERY = 256  #: calls; then the function itself runs once more
 _BEFORE_A_PLAN = 2  # calls: the warm-up and the capture
+_MAX_REBUILDS = 4  #: programs that results of other sizes than were expected may cost
+_SPARE_BYTES = 2**30  #: for copies of what a call writes, where there is no device to ask
 
 
 class Entry:
@@ -52,182 +56,346 @@ class Entry:
         unsettled: why the latest recording was thrown away, ``""`` where it was not.
     """
 
-    def __init__(self, region: Region, roots: Callable[[], Sequence[Any]], num_own_roots: int) -> None:
+    def __init__(
+        self, region: Region, viewpoint: Viewpoint, largest: Mapping[str, int], ask: Callable[[set[str]], None]
+    ) -> None:
         """Nothing is recorded yet.
 
         Args:
             region: for the report.
-            roots: gives what the function's Python state is reached from.
-            num_own_roots: how many of them belong to the target; the others are arguments.
+            viewpoint: where the function's Python state is reached from.
+            largest: the symbols with a largest size, each with it.
+            ask: told of inputs of the step that the function reads and that are not among its arguments yet.
         """
         self.region = region
         self.refused = ""
         self.unsettled = ""
         self._lock = threading.RLock()  # of recordings and comparisons
-        self._roots = roots
-        self._num_own_roots = num_own_roots
-        self._watch = Watch(roots, (), facts(roots(), num_own_roots))
-        self._outside = Outside([], [])
-        self._previous: tuple[Recorder, Result] | None = None
-        self._num_recordings = 0
-        self._built: Built | None = None
+        self._viewpoint, self._ask = viewpoint, ask
+        self._watch = self._watch_facts()
+        self._progress = InProgress()
+        self._recordings = Recordings(region.name, largest, self._progress.run)
+        self._num_recordings = self._num_rebuilds = 0
+        self._latest: Look | None = None
+        self._device: GraphDevice | None = None
         self._run: Callable[..., tuple[Any, ...]] | None = None
         self._runner: GraphRunner | None = None
-        self._plan: Any = None
-        self._checks_left = 0
-        self._num_calls = 0
-        self._num_unchecked = 0
+        self._due = Due()
+        self._revision: object = None
+        self._kinds: dict[Any, str] = {}  # of calls: why they run as they are, "" where the runtime decides
 
-    def fits(self, arguments: Arguments) -> bool:
+    def fits(self, call: Incoming) -> bool:
         """Whether the Python state is what it was when this entry was made."""
         if not self._watch.holds():
             return False
-        return not self._outside.shared or self._outside.fits(self._roots(), arguments.tensors)
+        outside = self._recordings.outside
+        return not outside.shared or outside.fits(self._viewpoint.roots(), call.arguments.tensors)
 
-    def call(self, arguments: Arguments, function: Callable[[], Any], names: Callable[[], list[str]]) -> Any:
+    def call(self, call: Incoming) -> Any:
         """Serve one call.
-
-        Args:
-            arguments: of this call.
-            function: runs the call as it is.
-            names: of the arguments' leaves.
 
         Raises:
             GuardError: the function does something else than when it was recorded.
         """
         if self.refused:
-            return function()
-        run, previous = self._run, self._previous
-        if run is None or previous is None:
+            return call.run()
+        if self._run is None:
             with self._lock:
-                return self._record(arguments, function, names) if self._run is None else function()
-        inputs = [*arguments.tensors, *self._watch.tensors]
-        if self._is_due():
-            with self._lock:
-                return self._check(arguments, inputs, function)
-        return previous[1].make(arguments, run(*inputs))
+                if self._run is None:
+                    return self._learn(call)
+        return self._serve(call)
 
     def refuse(self, why: str) -> None:
         """Run these calls as they are from now on."""
         self.refused = self.region.bypass = why
-        self._run = self._runner = self._built = self._previous = None
-        self._outside = Outside([], [])
-        self._watch = Watch(self._roots, (), facts(self._roots(), self._num_own_roots))
+        self._run = self._runner = self._latest = None
+        self._recordings = Recordings(self.region.name, {}, self._progress.run)
+        self._watch = self._watch_facts()
         log.warning("%s is not captured and runs eager: %s", self.region.function, why)
+
+    def _watch_facts(self) -> Watch:
+        roots = self._viewpoint.roots
+        return Watch(roots, (), facts(roots(), self._viewpoint.num_own_roots))
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
-    def _record(self, arguments: Arguments, function: Callable[[], Any], names: Callable[[], list[str]]) -> Any:
-        before = snapshot(self._roots())
-        recording, result = self._watched(arguments, function)
-        effect = changed(before, snapshot(self._roots()))
-        del before
+    def _learn(self, call: Incoming) -> Any:
+        """Serve a call before there is a program."""
+        look = self._look_here(call)
+        if self.refused or look is None:
+            return call.result
         self._num_recordings += 1
-        made = Result.of(result, arguments)
-        if self.refused:
-            return result
-        if recording.refusal or made.odd:
-            self.refuse(recording.refusal or made.odd)
-            return result
-        unsettled = ""
-        if effect is not None:
-            name = shown_name(effect, arguments, names(), self._num_own_roots)
-            unsettled = f"a call changes {name}, which a replay would not do"
-        unsettled = unsettled or recording.numbering.outlived(private.tree_flatten(result)[0])
-        if not unsettled and self._previous is not None:
-            unsettled = self._difference(recording, made)
-            if not unsettled:
-                try:
-                    self._prepare(arguments, recording, made, names())
-                except Exception as error:  # a fault of ours must not take the model down
-                    log.warning("%s: graphcap failed: %s", self.region.name, error, exc_info=True)
-                    self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
-                return result
-        self._previous, self.unsettled = None if unsettled else (recording, made), unsettled
-        if unsettled and self._num_recordings >= MAX_RECORDINGS:
-            self.refuse(unsettled)
-        return result
+        recordings = self._recordings
+        why = recordings.agreement(look, call.at)
+        if why and not look.unsettled and len(recordings.seen) > 1:
+            why = self._look_again(call, look)
+        self._latest = look
+        if not why:
+            try:
+                self._prepare(call, look)
+            except Exception as error:  # a fault of ours must not take the model down
+                log.warning("%s: graphcap failed: %s", self.region.name, error, exc_info=True)
+                self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
+            return call.result
+        self.unsettled = why if self._num_recordings > 1 or look.unsettled else ""
+        if self._num_recordings >= MAX_RECORDINGS:
+            self.refuse(why)
+        return call.result
 
-    def _difference(self, recording: Recorder, made: Result) -> str:
-        assert self._previous is not None
-        return difference(self._previous[0], recording) or self._previous[1].difference(made)
+    def _look_here(self, call: Incoming) -> Look | None:
+        """Serve a call by the function itself and look at it; ``None`` where that shows that it needs another key."""
+        arguments = call.arguments
+        if (keeper := current_purpose().keeper) is not None:
+            keeper.keep(each for each in self._may_write(call) if id(each) in keeper.lent or not _is_argument(each, call))
+        look = self._viewpoint.look(call.run, arguments.tensors, arguments, call.names)
+        call.result, call.has_run, look.result = look.result, True, None
+        if look.asked - call.step_names:
+            self._ask(look.asked)
+            return None
+        if look.refusal:
+            self.refuse(look.refusal)
+        return look
 
-    def _watched(self, arguments: Arguments, function: Callable[[], Any], keep: bool = False) -> tuple[Recorder, Any]:
-        """Run the function itself, nothing of it compiled, and watch it."""
-        own = [root for root in self._roots()[: self._num_own_roots] if isinstance(root, nn.Module)]
-        naming = module_names.set({id(module): name for root in own for name, module in root.named_modules()})
-        disabling = is_disabled.set(True)
+    def _look_again(self, call: Incoming, look: Look) -> str:
+        """Look a second time at a call that was served, of which nothing is left. Returns why they do not agree."""
         try:
-            with torch.compiler.set_stance("force_eager"):
-                return record(function, arguments.tensors, keep)
-        finally:
-            is_disabled.reset(disabling)
-            module_names.reset(naming)
+            again = look_unseen(call, self._viewpoint, look.written(), {}, self._spare_bytes())
+        except NoRoom as error:
+            return str(error)
+        again.result = None
+        return again.refusal or self._recordings.agreement(again, call.at)
 
-    def _prepare(self, arguments: Arguments, recording: Recorder, made: Result, names: list[str]) -> None:
+    def _may_write(self, call: Incoming) -> list[torch.Tensor]:
+        """The tensors that a call may write: those that an earlier one wrote, or everything but parameters."""
+        if self._recordings.built is not None:
+            return written_by(self._recordings.built.program, self._inputs(call))
+        if self._latest is not None:
+            return self._latest.written()
+        reached = [found.value for found in walk(self._viewpoint.roots()) if isinstance(found.value, torch.Tensor)]
+        return [each for each in (*call.arguments.tensors, *reached) if not isinstance(each, torch.nn.Parameter)]
+
+    def _prepare(self, call: Incoming, look: Look) -> None:
         """From the recording to what serves calls from now on."""
         started = time.perf_counter()
-        region, config, roots = self.region, self.region.config, self._roots()
-        outside = find_outside(recording, roots, arguments.tensors)
-        devices = {value.layout[3] for value in recording.values}
-        device, why = None, f"cudagraph_mode=NONE ({config.origin('cudagraph_mode')})"
-        if config.cudagraph_mode is not CUDAGraphMode.NONE:
-            device, why = device_for(devices, config.simulate)
-        built = build(
-            region.name,
-            recording,
-            [*arguments.tensor_names(names), *outside.names(arguments, names, self._num_own_roots)],
+        region, roots = self.region, self._viewpoint.roots()
+        devices = {value.layout[3] for value in look.recording.values}
+        region.no_capture = f"cudagraph_mode=NONE ({region.config.origin('cudagraph_mode')})"
+        if region.config.cudagraph_mode is not CUDAGraphMode.NONE:
+            self._device, region.no_capture = device_for(devices, region.config.simulate)
+        around = Surroundings(
             home=next((each for each in devices if each.type == "cuda"), torch.device("cpu")),
-            rules=SplitRules.of(config.splitting_ops, ()),
+            rules=SplitRules.of(region.config.splitting_ops, ()),
             autocast=[each for each in ("cpu", "cuda") if torch.is_autocast_enabled(each)],
         )
-        region.pieces, region.source, region.no_capture = built.records, built.source, why
-        region.notes += filter(None, [outside.note(recording)])
+        recordings = self._recordings
+        recordings.first(look, call, roots, self._viewpoint.num_own_roots, around)
+        outside = recordings.outside
+        region.notes += filter(None, [outside.note(look.recording)])
         region.watch_tensors([each.value for each in outside.tensors])
-        self._watch = Watch(self._roots, outside.tensors, facts(roots, self._num_own_roots))
-        self._outside, self._built, self._previous = outside, built, (recording, made)
-        self._run = built.program.run
-        if device is not None:
-            region.device = device.name
-            # Two calls have been recorded; the runner takes the third one for its first.
-            runtime = dataclasses.replace(config, capture_after=max(2, config.capture_after - 2))
-            self._run = graph_runner(built.program, device, runtime, self._announced)
+        self._watch = Watch(
+            self._viewpoint.roots, outside.tensors, facts(self._viewpoint.roots(), self._viewpoint.num_own_roots)
+        )
+        self._start()
         region.seconds = time.perf_counter() - started
+
+    def _start(self) -> None:
+        """Serve calls by the program that there is now."""
+        region, built = self.region, self._recordings.built
+        assert built is not None
+        region.pieces, region.source = built.records, built.source
+        if self._runner is not None:
+            self._runner.release()
+        self._run, self._runner = built.program.run, None
+        self._kinds = {}
+        if self._device is not None:
+            region.device = self._device.name
+            # Two calls have been recorded; the runner takes the third one for its first.
+            runtime = dataclasses.replace(region.config, capture_after=max(2, region.config.capture_after - 2))
+            self._run = graph_runner(built.program, self._device, runtime, self._announced)
         log.info("%s: %d pieces", region.name, len(built.records))
+
+    def _start_again(self) -> None:
+        """The same, where results had other sizes than the program before says."""
+        self._start()
+        self._num_rebuilds += 1
+        if self._num_rebuilds >= _MAX_REBUILDS and self._runner is not None:
+            padding = self._runner.padding
+            padding.refuse(list(padding.names), "the sizes of its results follow it in another way at each size")
 
     def _announced(self, runner: GraphRunner) -> None:
         self._runner = runner
         self.region.attach(runner)
 
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    def _get_ready(self, call: Incoming, inputs: Sequence[Any]) -> str:
+        """Record what the graph runtime is going to run for such calls. Returns why they run as they are, ``""`` where
+        the runtime decides. It may serve the call."""
+        runner = self._runner
+        if runner is None or not captures_allowed():
+            return ""
+        routes = runner.router.routes(call.at[0] if len(call.at) == 1 else call.at, current())
+        for route in () if isinstance(routes, str) else routes:
+            if not route.rung or runner.padding.why_not_to(route.rung, inputs):
+                continue
+            why = self._record_rung(call, inputs, runner, route.rung)
+            if why or call.has_run or self.refused:
+                return why
+        return ""
+
+    def _record_rung(
+        self, call: Incoming, inputs: Sequence[Any], runner: GraphRunner, rung: Mapping[str, int]
+    ) -> str:
+        """Record a call at the sizes of a rung. Returns why that is not possible."""
+        recordings, real = self._recordings, call.arguments.sizes.values
+        assert recordings.built is not None
+        goal = runner.padding.goal(inputs, rung)
+        values = {symbol: goal[symbol] for symbol in real}
+        at = tuple(values.values())
+        if at not in recordings.built.at and at not in recordings.odd:
+            if at == call.at:
+                self._record_here(call)
+                return ""
+            if why := self._record_padded(call, inputs, runner, rung, values):
+                return why
+        if why := recordings.odd.get(at, ""):
+            shown = ", ".join(f"{symbol}={size}" for symbol, size in values.items())
+            return f"not captured at {shown}: {why}"
+        if not tell_apart(recordings.samples, real, values):
+            self._record_here(call)
+        return ""
+
+    def _record_here(self, call: Incoming) -> None:
+        """Serve a call by the function itself, and record it at its own sizes."""
+        look = self._look_here(call)
+        if self.refused or look is None:
+            return
+        recordings, values = self._recordings, call.arguments.sizes.values
+        if why := recordings.agreement(look, call.at):
+            recordings.disagreed(call.at, why)
+            is_another = recordings.sample(sample_of(look.recording, values))
+        else:
+            is_another = recordings.add(look, values, self._watch.tensors)
+        if is_another:
+            self._start_again()
+
+    def _record_padded(
+        self, call: Incoming, inputs: Sequence[Any], runner: GraphRunner, rung: Mapping[str, int], values: Mapping[str, int]
+    ) -> str:
+        """Record a call padded to other sizes, of which nothing is left. Returns why that is not possible now."""
+        recordings = self._recordings
+        assert recordings.built is not None
+        at, why = tuple(values.values()), ""
+        for _ in range(2):
+            try:
+                replaced = {}
+                if at != call.at:
+                    replaced = padded_tensors(call, runner.padding, inputs, rung, self.region.config)
+                written = written_by(recordings.built.program, inputs)
+                look = look_unseen(call, self._viewpoint, written, replaced, runner.device.spare_bytes())
+            except NoRoom as error:
+                return f"not recorded at {at}: {error}"
+            except Exception as error:  # of the function, or of a fill
+                runner.padding.refuse(rung, f"the padded call fails: {type(error).__name__}: {error}")
+                return ""
+            look.result = None
+            why = look.refusal or recordings.agreement(look, at)
+            if not why:
+                if recordings.add(look, values, self._watch.tensors):
+                    self._start_again()
+                return ""
+        recordings.odd[at] = why
+        return ""
+
+    def _spare_bytes(self) -> int:
+        return _SPARE_BYTES if self._device is None else self._device.spare_bytes()
+
+    # -- serving -------------------------------------------------------------------------------------------------------
+
+    def _inputs(self, call: Incoming) -> list[Any]:
+        return [*call.arguments.tensors, *call.at, *self._watch.tensors]
+
+    def _serve(self, call: Incoming) -> Any:
+        """Serve a call by the program."""
+        inputs, said = self._inputs(call), current()
+        kind = call.at, None if said is None else said.token
+        if call.at:
+            if self._revision is not revision():
+                self._revision, self._kinds = revision(), {}
+            why = self._kinds.get(kind)
+            if why is None:
+                with self._lock:
+                    why = self._kinds[kind] = self._get_ready(call, inputs)
+                if call.has_run:
+                    self._kinds.pop(kind, None)
+                    return call.result
+            if why:
+                return self._live(call, why)
+        runner = self._runner
+        plan = None if runner is None else runner.plan_for(*inputs)
+        at_own_size = plan is not None and plan.key == call.at
+        if self._due.is_due(kind, plan, at_own_size):
+            with self._lock:
+                return self._check(call, inputs, at_own_size)
+        outputs = self._outputs(call, inputs)
+        return call.result if call.has_run else self._recordings.result.make(call.arguments, outputs)
+
+    def _live(self, call: Incoming, why: str) -> Any:
+        if self._runner is not None:
+            self._runner.stats.live_calls[why] += 1
+        return call.serve()
+
+    def _outputs(self, call: Incoming, inputs: Sequence[Any]) -> Any:
+        """What the graph runtime makes of a call; where that ran the function itself, the call says so."""
+        run, progress = self._run, self._progress
+        if run is None:  # another thread has refused meanwhile
+            return call.serve()
+        outer, progress.call = progress.call, call
+        try:
+            return run(*inputs)
+        except NotRecorded as missing:
+            at = missing.at
+        finally:
+            progress.call = outer
+        return self._not_recorded(call, inputs, at)
+
+    def _not_recorded(self, call: Incoming, inputs: Sequence[Any], at: tuple[int, ...]) -> Any:
+        """A call came to a size that was never recorded. Nothing has run."""
+        with self._lock:
+            recordings, runner = self._recordings, self._runner
+            if at != call.at or runner is None or recordings.built is None or at in recordings.odd:
+                return self._live(call, f"not recorded at {at}")
+            if at in recordings.built.at:
+                return self._outputs(call, inputs)
+            why = self._record_padded(call, inputs, runner, {}, call.arguments.sizes.values)
+            if why:
+                return self._record_here(call)
+        return self._live(call, recordings.odd[at]) if at in recordings.odd else self._outputs(call, inputs)
+
     # -- comparing with the function itself ----------------------------------------------------------------------------
 
-    def _is_due(self) -> bool:
-        """Whether this call is one that is compared with the function itself."""
-        self._num_calls += 1
-        plans = self._runner.stats.plans if self._runner is not None else ()
-        if plans and plans[-1] is not self._plan:
-            self._plan, self._checks_left = plans[-1], CHECKED_REPLAYS
-        if self._checks_left:
-            self._checks_left -= 1
-            return True
-        self._num_unchecked += 1
-        return self._num_calls % CHECK_EVERY == 0
+    def _check(self, call: Incoming, inputs: Sequence[Any], at_own_size: bool) -> Any:
+        recordings = self._recordings
+        built, reference = recordings.built, recordings.reference
+        if built is None or reference is None:
+            return call.run()  # another thread has refused meanwhile
+        outside = (value for value in reference.recording.values if value.kind is Kind.OUTSIDE)
+        for value, tensor in zip(outside, self._watch.tensors, strict=True):
+            value.tensor = weakref.ref(tensor)  # a parameter may have been replaced
+        same_size = call.at == next(iter(built.at))
 
-    def _check(self, arguments: Arguments, inputs: list[Any], function: Callable[[], Any]) -> Any:
-        if self._built is None or self._run is None or self._previous is None:
-            return function()  # another thread has refused meanwhile
-        for number, tensor in zip(self._built.outside, self._watch.tensors, strict=True):
-            self._previous[0].values[number].tensor = weakref.ref(tensor)  # a parameter may have been replaced
+        def watched() -> tuple[Any, Any, str]:
+            look = self._viewpoint.watch(call.run, call.arguments.tensors, call.arguments, keep=True)
+            call.result, call.has_run = look.result, True
+            why = look.refusal
+            if same_size:
+                why = why or difference(reference.recording, look.recording) or reference.made.difference(look.made)
+            return look.recording, look.result, why
 
-        def watched() -> tuple[Recorder, Any, str]:
-            recording, result = self._watched(arguments, function, keep=True)
-            made = Result.of(result, arguments)
-            return recording, result, recording.refusal or made.odd or self._difference(recording, made)
-
-        outcome = check.compare(self._built, self._run, inputs, watched)
-        unchecked, self._num_unchecked = self._num_unchecked, 0
+        outcome = check.compare(built, lambda *given: self._outputs(call, given), inputs, watched, not at_own_size)
+        unchecked = self._due.was_checked()
         if not outcome.difference:
-            return outcome.result if outcome.outputs is None else self._previous[1].make(arguments, outcome.outputs)
+            return outcome.result if outcome.outputs is None else recordings.result.make(call.arguments, outcome.outputs)
         self.refuse(outcome.difference)
         if outcome.in_python and unchecked > _BEFORE_A_PLAN:
             raise GuardError(
@@ -236,3 +404,7 @@ class Entry:
                 "argument, or the code around it an @graphcap.eager function."
             )
         return outcome.result
+
+
+def _is_argument(tensor: torch.Tensor, call: Incoming) -> bool:
+    return any(tensor is each for each in call.arguments.tensors)

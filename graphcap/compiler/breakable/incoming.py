@@ -1,0 +1,105 @@
+"""One call of a target on its way to an entry: what it was given, and how to run it, as it is or with other tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from graphcap.compiler import private
+from graphcap.compiler.breakable.key import Arguments
+from graphcap.cudagraph.dispatch.step import current, step
+
+
+class Incoming:
+    """A call.
+
+    Attributes:
+        arguments: what it was given, flat.
+        step_names: the inputs of a step that are among them, where the step brings them.
+        has_run: whether the function itself has run.
+        result: what that returned.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        arguments: Arguments,
+        step_names: frozenset[str],
+        names: Callable[[], list[str]],
+    ) -> None:
+        """Nothing has run yet; ``names`` gives what a user would call each leaf of the arguments."""
+        self.arguments = arguments
+        self.step_names = step_names
+        self.names = names
+        self.has_run = False
+        self.result: Any = None
+        self._function, self._args, self._kwargs = function, args, kwargs
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """The declared sizes."""
+        return tuple(self.arguments.sizes.values.values())
+
+    def run(self) -> Any:
+        """Run the function itself."""
+        return self._function(*self._args, **self._kwargs)
+
+    def serve(self) -> Any:
+        """Run the function itself as what this call comes to."""
+        self.result = self.run()
+        self.has_run = True
+        return self.result
+
+    def is_given(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether these inputs of a program begin with the tensors of this call."""
+        return all(given is mine for given, mine in zip(inputs, self.arguments.tensors, strict=False))
+
+    @contextlib.contextmanager
+    def with_tensors(self, replaced: Mapping[int, torch.Tensor]) -> Iterator[Callable[[], Any]]:
+        """Within it, the function that is given runs the call with other tensors, by ``id`` of its own."""
+        leaves, spec = private.tree_flatten((self._args, self._kwargs))
+        args, kwargs = private.tree_unflatten([replaced.get(id(leaf), leaf) for leaf in leaves], spec)
+        said = current()
+        if said is None:
+            yield lambda: self._function(*args, **kwargs)
+            return
+        inputs = {name: replaced.get(id(value), value) for name, value in said.inputs.given.items()}
+        with step(key=said.key, dispatch=said.dispatch, max_mode=said.max_mode, inputs=inputs):
+            yield lambda: self._function(*args, **kwargs)
+
+
+class HasRun(Exception):
+    """The function of a call has run already, and no plan serves the call."""
+
+
+class InProgress(threading.local):
+    """The call that this thread is serving: where the graph runtime wants it live, the function itself runs.
+
+    Attributes:
+        call: ``None`` outside of one.
+    """
+
+    call: Incoming | None = None
+
+    def run(self, stitched: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+        """The outputs of a program.
+
+        Args:
+            stitched: runs its steps, as they were recorded.
+            inputs: of the program: the call's own tensors, or padded ones, or copies.
+
+        Raises:
+            HasRun: the call must be replayed or nothing.
+        """
+        call = self.call
+        if call is None or not call.is_given(inputs):
+            return stitched(*inputs)
+        if call.has_run:
+            raise HasRun
+        return tuple(leaf for leaf in private.tree_flatten(call.serve())[0] if isinstance(leaf, torch.Tensor))

@@ -127,20 +127,27 @@ class GraphRunner:
         routes = self.router.routes_of(key, None)
         return not isinstance(routes, str) and any(each.key in self._table.plans for each in routes)
 
-    def plan_for(self, *args: Any) -> PlanStats | None:
-        """The plan that a call with these arguments finds, as far as can be told before; ``None`` where there is none.
-        Runs nothing."""
+    def outlook(self, *args: Any) -> PlanStats | str:
+        """How a call with these arguments is going to be served, as far as can be told before: the plan that it finds,
+        why it runs without one, or ``""`` where it leads to one. Runs nothing."""
         said = current()
         sizes = self._sizes(args)
         served = self._table.served.get(sizes if said is None else (sizes, said.token))
         if served is not None:
             return served.stats
-        routes = self.router.routes(sizes, said) if self._table.plans else ()
-        for route in () if isinstance(routes, str) else routes:
+        routes = self.router.routes(sizes, said)
+        if isinstance(routes, str):
+            return routes
+        reasons = []
+        for route in routes:
             plan = self._table.plans.get(route.key)
-            if plan is not None and not plan.why_not_for(said) and self._maker.may_serve(plan, args, said):
+            other = "" if plan is None else plan.why_not_for(said)
+            if plan is not None and not other and self._maker.may_serve(plan, args, said):
                 return plan.stats
-        return None
+            reasons.append(self._barred(route, said) if plan is None else other)
+            if not reasons[-1]:
+                return ""
+        return reasons[0]
 
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""

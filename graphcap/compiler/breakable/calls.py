@@ -99,8 +99,10 @@ class Outcome:
         results: copies of the tensors that it made.
         written: per value that it wrote a copy of what stood there afterwards.
         generators: the state of the random number generators afterwards.
+        asked: the inputs of the step that it looked for.
     """
 
     results: list[torch.Tensor]
     written: dict[int, torch.Tensor]
     generators: Any
+    asked: frozenset[str] = frozenset()

@@ -7,6 +7,8 @@ results stand; if not, the function's. A padded replay is compared with the func
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 
 from graphcap.compiler import private
 from graphcap.compiler.breakable import calls
-from graphcap.compiler.breakable.incoming import HasRun
+from graphcap.compiler.breakable.incoming import Incoming
 from graphcap.compiler.breakable.program import Built
 from graphcap.compiler.breakable.record import Recorder
 from graphcap.compiler.breakable.undo import Memory
@@ -40,6 +42,7 @@ class Outcome:
 
 
 def compare(
+    call: Incoming,
     built: Built,
     run: Callable[..., tuple[Any, ...]],
     inputs: Sequence[Any],
@@ -49,6 +52,7 @@ def compare(
     """Run a call both ways.
 
     Args:
+        call: of which nothing has run.
         built: the program.
         run: what serves calls of it.
         inputs: of this call.
@@ -74,6 +78,7 @@ def compare(
     except torch.OutOfMemoryError:
         return Outcome(result)
     state = [memory.within(after, inputs[slot]) for slot in written]
+    call.redo = functools.partial(memory.restore, after)
     memory.restore(before)
     for step, outcome in zip(built.lives, live, strict=True):
         step.repeat(outcome)
@@ -86,16 +91,14 @@ def compare(
             raise RuntimeError(f"results of another form than the function's, (replay, function): {forms}")
         written_names = [built.program.inputs[slot].name for slot in written]
         difference = differ(outputs, expected, names) or differ([inputs[s] for s in written], state, written_names)
-    except HasRun:
-        memory.restore(after)
-        return Outcome(result)
     except Exception as error:  # the function itself has not failed
         difference = f"{type(error).__name__}: {error}"
     finally:
+        call.redo = None
         for step in built.lives:
             step.repeat(None)
     if not difference:
-        return Outcome(result, outputs)
+        return Outcome(result, None if call.ran_live else outputs)
     memory.restore(after)
     return Outcome(result, difference=difference)
 
@@ -106,7 +109,8 @@ def _by_position(call: calls.Call) -> calls.Outcome | None:
     if did is None:
         return None
     reads = call.reads()
-    return calls.Outcome(did.results, {reads.index(n): each for n, each in did.written.items()}, did.generators)
+    written = {reads.index(number): each for number, each in did.written.items()}
+    return dataclasses.replace(did, written=written)
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:

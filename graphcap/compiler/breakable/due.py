@@ -1,4 +1,7 @@
-"""Which calls are compared with the function itself: the first replays of each plan, and one call in many."""
+"""Which calls are compared with the function itself: the first replays of each plan, and one call in many.
+
+A padded call is compared at its first sight, whatever serves it: a function may do something else at the padded size.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +24,34 @@ class Due:
     def __init__(self) -> None:
         self.num_unchecked = 0
         self._num_calls = 0
-        self._left: dict[Hashable, tuple[PlanStats, int]] = {}  # by kind of call: its plan, and comparisons to come
+        self._left: dict[Hashable, tuple[object, int]] = {}  # by kind of call: what serves it, comparisons to come
 
-    def is_due(self, kind: Hashable, plan: PlanStats | None, at_own_size: bool) -> bool:
+    def is_due(self, kind: Hashable, outlook: PlanStats | str, at: Hashable, is_padded: bool) -> bool:
         """Count a call; whether it is compared.
 
         Args:
             kind: of the call.
-            plan: that serves it, ``None`` where none does.
-            at_own_size: whether it has the size that the plan was captured at.
+            outlook: the plan that serves it, why none does, or ``""`` where it leads to one.
+            at: its sizes.
+            is_padded: whether it may be padded.
         """
         self._num_calls += 1
-        if plan is None:
-            self.num_unchecked += 1
-            return False
-        known, left = self._left.get(kind, (None, 0))
-        if known is not plan:
-            left = CHECKED_REPLAYS if at_own_size else 1
-        if len(self._left) >= _MAX_KINDS:
-            self._left.clear()
-        self._left[kind] = plan, max(0, left - 1)
-        if left:
-            return True
+        is_plan = isinstance(outlook, PlanStats)
+        if is_plan or (is_padded and not outlook):
+            known, left = self._left.get(kind, (None, 0))
+            if known is not outlook:
+                left = CHECKED_REPLAYS if isinstance(outlook, PlanStats) and outlook.key == at else 1
+            if len(self._left) >= _MAX_KINDS:
+                self._left.clear()
+            self._left[kind] = outlook, max(0, left - 1)
+            if left:
+                return True
         self.num_unchecked += 1
-        return self._num_calls % CHECK_EVERY == 0
+        return is_plan and self._num_calls % CHECK_EVERY == 0
 
-    def was_checked(self) -> int:
-        """A call was compared. Returns how many before it were not."""
+    def was_checked(self, kind: Hashable, ran_live: bool) -> int:
+        """A call was compared, or ran live in spite of it. Returns how many before it were not."""
+        if ran_live:
+            self._left.pop(kind, None)
         unchecked, self.num_unchecked = self.num_unchecked, 0
         return unchecked

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from graphcap.compiler.breakable.watch import Watch
 from graphcap.compiler.region import Region
 from graphcap.compiler.rules import SplitRules
 from graphcap.config import CUDAGraphMode
-from graphcap.cudagraph import GraphDevice, GraphRunner, device_for, graph_runner
+from graphcap.cudagraph import GraphDevice, GraphRunner, PlanStats, device_for, graph_runner
 from graphcap.cudagraph.dispatch.phase import captures_allowed, current_purpose
 from graphcap.cudagraph.dispatch.revision import revision
 from graphcap.cudagraph.dispatch.step import current
@@ -332,11 +332,11 @@ class Entry:
             if why:
                 return self._live(call, why)
         runner = self._runner
-        plan = None if runner is None else runner.plan_for(*inputs)
-        at_own_size = plan is not None and plan.key == call.at
-        if self._due.is_due(kind, plan, at_own_size):
-            with self._lock:
-                return self._check(call, inputs, at_own_size)
+        if runner is not None:
+            outlook = runner.outlook(*inputs)
+            if self._due.is_due(kind, outlook, call.at, bool(call.at)):
+                with self._lock:
+                    return self._check(call, inputs, kind, isinstance(outlook, PlanStats) and outlook.key == call.at)
         outputs = self._outputs(call, inputs)
         return call.result if call.has_run else self._recordings.result.make(call.arguments, outputs)
 
@@ -374,7 +374,7 @@ class Entry:
 
     # -- comparing with the function itself ----------------------------------------------------------------------------
 
-    def _check(self, call: Incoming, inputs: Sequence[Any], at_own_size: bool) -> Any:
+    def _check(self, call: Incoming, inputs: Sequence[Any], kind: Hashable, at_own_size: bool) -> Any:
         recordings = self._recordings
         built, reference = recordings.built, recordings.reference
         if built is None or reference is None:
@@ -392,8 +392,8 @@ class Entry:
                 why = why or difference(reference.recording, look.recording) or reference.made.difference(look.made)
             return look.recording, look.result, why
 
-        outcome = check.compare(built, lambda *given: self._outputs(call, given), inputs, watched, not at_own_size)
-        unchecked = self._due.was_checked()
+        outcome = check.compare(call, built, lambda *given: self._outputs(call, given), inputs, watched, not at_own_size)
+        unchecked = self._due.was_checked(kind, call.ran_live)
         if not outcome.difference:
             return outcome.result if outcome.outputs is None else recordings.result.make(call.arguments, outcome.outputs)
         self.refuse(outcome.difference)

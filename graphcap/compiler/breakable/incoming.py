@@ -22,6 +22,8 @@ class Incoming:
         step_names: the inputs of a step that are among them, where the step brings them.
         has_run: whether the function itself has run.
         result: what that returned.
+        redo: while the effects of the function are taken back, puts them there again.
+        ran_live: whether that was asked for.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class Incoming:
         self.names = names
         self.has_run = False
         self.result: Any = None
+        self.redo: Callable[[], None] | None = None
+        self.ran_live = False
         self._function, self._args, self._kwargs = function, args, kwargs
 
     @property
@@ -54,6 +58,13 @@ class Incoming:
         """Run the function itself as what this call comes to."""
         self.result = self.run()
         self.has_run = True
+        return self.result
+
+    def serve_again(self) -> Any:
+        """The function has run and what it wrote was taken back: put it there again, as what this call comes to."""
+        assert self.redo is not None
+        self.redo()
+        self.ran_live = True
         return self.result
 
     def is_given(self, inputs: tuple[Any, ...]) -> bool:
@@ -74,10 +85,6 @@ class Incoming:
             yield lambda: self._function(*args, **kwargs)
 
 
-class HasRun(Exception):
-    """The function of a call has run already, and no plan serves the call."""
-
-
 class InProgress(threading.local):
     """The call that this thread is serving: where the graph runtime wants it live, the function itself runs.
 
@@ -93,13 +100,9 @@ class InProgress(threading.local):
         Args:
             stitched: runs its steps, as they were recorded.
             inputs: of the program: the call's own tensors, or padded ones, or copies.
-
-        Raises:
-            HasRun: the call must be replayed or nothing.
         """
         call = self.call
         if call is None or not call.is_given(inputs):
             return stitched(*inputs)
-        if call.has_run:
-            raise HasRun
-        return tuple(leaf for leaf in private.tree_flatten(call.serve())[0] if isinstance(leaf, torch.Tensor))
+        result = call.serve_again() if call.has_run else call.serve()
+        return tuple(leaf for leaf in private.tree_flatten(result)[0] if isinstance(leaf, torch.Tensor))

@@ -24,12 +24,14 @@ class Inside:
         met: the first tensor, before any view of it.
         made: by the function itself.
         written: a tensor of each storage that it writes and has not made.
+        asked: the inputs of the step that it looks for.
     """
 
     given: set[int]
     met: dict[int, torch.Tensor] = field(default_factory=dict)
     made: set[int] = field(default_factory=set)
     written: dict[int, torch.Tensor] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator of the function and watch it."""

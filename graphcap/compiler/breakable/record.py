@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,6 @@ class Recorder(TorchDispatchMode):
         numbering: of the values.
         calls: in order.
         outputs: per tensor of the result its value, and which object: 0 is the value itself, others are views of it.
-        asked_live: the step inputs that live functions looked for.
     """
 
     supports_higher_order_operators = True
@@ -62,7 +61,6 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.outputs: list[tuple[int, int]] = []
-        self.asked_live: set[str] = set()
         self.numbering = Numbering(tensors)
         self._inside: Inside | None = None
         self._keep_outcomes = keep_outcomes
@@ -146,7 +144,9 @@ class Recorder(TorchDispatchMode):
         log.warning("graphcap failed while it recorded a call, which goes on: %s", error, exc_info=error)
         self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
 
-    def _keep(self, call: Call, results: Sequence[Any], given: Mapping[int, torch.Tensor]) -> None:
+    def _keep(
+        self, call: Call, results: Sequence[Any], given: Mapping[int, torch.Tensor], asked: Collection[str] = ()
+    ) -> None:
         self.calls.append(call)
         shared = {private.storage_id(each) for each in results if isinstance(each, torch.Tensor)} & set(self.numbering.outside)
         if not self._keep_outcomes or not call.live or shared:
@@ -155,7 +155,7 @@ class Recorder(TorchDispatchMode):
         try:
             made = [each.clone() for each, number in zip(results, call.results, strict=True) if number is not None]
             written = {n: t.clone() for n, t in given.items() if self.values[n].storage in call.written}
-            call.outcome = Outcome(made, written, generator_states())
+            call.outcome = Outcome(made, written, generator_states(), frozenset(asked))
         finally:
             self._is_blind = False
 
@@ -173,7 +173,7 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"{name} runs under another autocast than its caller")
         self._inside = inside = Inside(set(map(private.storage_id, tensors)))
         try:
-            with asked_apart(self.asked_live):
+            with asked_apart(inside.asked):
                 result = fn(*args, **kwargs)
         finally:
             self._inside = None
@@ -197,7 +197,7 @@ class Recorder(TorchDispatchMode):
             if number is not None:
                 self.values[number].tensor = weakref.ref(each)
         call.bare = isinstance(result, torch.Tensor)
-        self._keep(call, results, {**given, **hidden})
+        self._keep(call, results, {**given, **hidden}, inside.asked)
 
     def refuse(self, why: str) -> None:
         """Watch no further; ``""`` is no reason. The first one counts; within a live function everything is allowed."""

@@ -11,6 +11,7 @@ import torch
 
 from graphcap.compiler.breakable.calls import Outcome
 from graphcap.compiler.breakable.limits import set_generator_states
+from graphcap.cudagraph.dispatch.step import current
 from graphcap.cudagraph.padded.corner import corner
 
 #: The sizes of a call: one number for each symbol.
@@ -75,6 +76,9 @@ class LiveCall:
         if outcome is None:
             return self.run(*given)
         self.repeats.outcome = None
+        if (said := current()) is not None:
+            for name in outcome.asked:
+                said.inputs.get(name)  # a warm-up sees which inputs a plan has to bring
         for position, tensor in outcome.written.items():
             corner(given[position], tensor.shape).copy_(tensor)
         set_generator_states(outcome.generators)

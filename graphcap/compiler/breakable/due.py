@@ -5,6 +5,7 @@ A padded call is compared at its first sight, whatever serves it: a function may
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Hashable
 
 from graphcap.cudagraph import PlanStats
@@ -12,6 +13,14 @@ from graphcap.cudagraph import PlanStats
 CHECKED_REPLAYS = 2  #: of each plan at its own size, compared with the function itself; one at each other size
 CHECK_EVERY = 256  #: calls; then the function itself runs once more
 _MAX_KINDS = 65536  #: kinds of calls that are remembered
+
+
+class When(enum.Enum):
+    """Whether a call is compared."""
+
+    NEVER = enum.auto()
+    FIRST = enum.auto()  #: nothing like it was compared yet
+    AGAIN = enum.auto()  #: it agreed before, and what Python does may have changed since
 
 
 class Due:
@@ -26,7 +35,7 @@ class Due:
         self._num_calls = 0
         self._left: dict[Hashable, tuple[object, int]] = {}  # by kind of call: what serves it, comparisons to come
 
-    def is_due(self, kind: Hashable, outlook: PlanStats | str, at: Hashable, is_padded: bool) -> bool:
+    def when(self, kind: Hashable, outlook: PlanStats | str, at: Hashable, is_padded: bool) -> When:
         """Count a call; whether it is compared.
 
         Args:
@@ -45,9 +54,9 @@ class Due:
                 self._left.clear()
             self._left[kind] = outlook, max(0, left - 1)
             if left:
-                return True
+                return When.FIRST
         self.num_unchecked += 1
-        return is_plan and self._num_calls % CHECK_EVERY == 0
+        return When.AGAIN if is_plan and self._num_calls % CHECK_EVERY == 0 else When.NEVER
 
     def was_checked(self, kind: Hashable, ran_live: bool) -> int:
         """A call was compared, or ran live in spite of it. Returns how many before it were not."""

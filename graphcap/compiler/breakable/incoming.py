@@ -54,18 +54,15 @@ class Incoming:
         """Run the function itself."""
         return self._function(*self._args, **self._kwargs)
 
-    def serve(self) -> Any:
-        """Run the function itself as what this call comes to."""
-        self.result = self.run()
-        self.has_run = True
-        return self.result
-
-    def serve_again(self) -> Any:
-        """The function has run and what it wrote was taken back: put it there again, as what this call comes to."""
-        assert self.redo is not None
-        self.redo()
-        self.ran_live = True
-        return self.result
+    def serve(self) -> tuple[torch.Tensor, ...]:
+        """Have the function itself serve this call. Where it has run and its effects were taken back, they are put back
+        once more. Returns the tensors of the result."""
+        if self.redo is None:
+            self.result, self.has_run = self.run(), True
+        else:
+            self.redo()
+            self.ran_live = True
+        return tuple(leaf for leaf in private.tree_flatten(self.result)[0] if isinstance(leaf, torch.Tensor))
 
     def is_given(self, inputs: tuple[Any, ...]) -> bool:
         """Whether these inputs of a program begin with the tensors of this call."""
@@ -104,5 +101,4 @@ class InProgress(threading.local):
         call = self.call
         if call is None or not call.is_given(inputs):
             return stitched(*inputs)
-        result = call.serve_again() if call.has_run else call.serve()
-        return tuple(leaf for leaf in private.tree_flatten(result)[0] if isinstance(leaf, torch.Tensor))
+        return call.serve()

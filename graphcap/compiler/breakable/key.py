@@ -1,6 +1,8 @@
 """Which calls are alike: those with one structure of arguments, equal numbers and strings, tensors of one layout.
 
-Sizes that follow declared dims are no part of it: calls of all sizes are alike. An argument that is neither a tensor nor a plain value (a cache object, a module) is known by identity. What it holds is
+Sizes that follow declared dims are no part of it: calls of all sizes are alike.
+
+An argument that is neither a tensor nor a plain value (a cache object, a module) is known by identity. What it holds is
 watched by :mod:`~graphcap.compiler.breakable.state`.
 """
 

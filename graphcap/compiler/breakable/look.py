@@ -11,14 +11,16 @@ from torch import nn
 
 from graphcap.compiler import private
 from graphcap.compiler.breakable.calls import Kind
+from graphcap.compiler.breakable.incoming import Incoming
 from graphcap.compiler.breakable.inside import asked_apart
 from graphcap.compiler.breakable.key import Arguments
 from graphcap.compiler.breakable.origin import module_names
-from graphcap.compiler.breakable.outside import shown_name
+from graphcap.compiler.breakable.outside import facts, shown_name
 from graphcap.compiler.breakable.record import Recorder, record
 from graphcap.compiler.breakable.result import Result
-from graphcap.compiler.breakable.state import changed, snapshot
+from graphcap.compiler.breakable.state import Found, changed, snapshot, walk
 from graphcap.compiler.frontend.target import is_disabled
+from graphcap.cudagraph.dispatch.phase import current_purpose
 
 
 @dataclass(slots=True)
@@ -55,10 +57,39 @@ class Viewpoint:
     Attributes:
         roots: gives what the function's Python state is reached from.
         num_own_roots: how many of them belong to the target; the others are arguments.
+        ask: told of inputs of the step that the function reads and that are not among its arguments yet.
     """
 
     roots: Callable[[], Sequence[Any]]
     num_own_roots: int
+    ask: Callable[[set[str]], None]
+
+    def facts(self) -> list[Found]:
+        """What must stay as it is."""
+        return facts(self.roots(), self.num_own_roots)
+
+    def here(self, call: Incoming, may_write: Sequence[torch.Tensor]) -> Look | None:
+        """Serve a call by the function itself and look at it; ``None`` where that shows that it needs another key.
+
+        Args:
+            call: of which nothing has run.
+            may_write: the tensors that it may write, for those who put them back.
+        """
+        arguments = call.arguments
+        if (keeper := current_purpose().keeper) is not None:
+            given = {id(tensor) for tensor in arguments.tensors} - keeper.lent
+            keeper.keep(each for each in may_write if id(each) not in given)
+        look = self.look(call.run, arguments.tensors, arguments, call.names)
+        call.result, call.has_run, look.result = look.result, True, None
+        if look.asked - call.step_names:
+            self.ask(look.asked)
+            return None
+        return look
+
+    def reachable(self) -> list[torch.Tensor]:
+        """The tensors that a call may write, as far as anybody can tell before one: all but parameters."""
+        found = (each.value for each in walk(self.roots()))
+        return [each for each in found if isinstance(each, torch.Tensor) and not isinstance(each, torch.nn.Parameter)]
 
     def look(
         self,

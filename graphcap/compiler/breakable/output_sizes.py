@@ -25,7 +25,7 @@ def solve(samples: Sequence[Sample]) -> tuple[tuple[DimSize, ...], ...]:
     """Per result and dim what the size follows: ``None`` where that is not one symbol times a number plus another.
 
     A size that was the same in all calls counts as fixed, and one that may follow several symbols as following the
-    first of those with the least to be added. Another call may contradict (:func:`contradicts`); then it is solved anew.
+    first of those with the least to be added. Where another call contradicts (:func:`contradicts`) it is solved anew.
 
     Args:
         samples: at least one; all with the same symbols and the same number of results and dims.

@@ -79,7 +79,8 @@ def padded_tensors(
     }
     said = current()
     goal = padding.goal(inputs, rung)
-    for path, names in () if said is None else dims_of_step(config.dynamic_arg_dims).items():
+    for path, names in dims_of_step(config.dynamic_arg_dims).items() if said is not None else ():
+        assert said is not None
         given = said.inputs.given.get(path.removeprefix(PREFIX))
         if isinstance(given, torch.Tensor) and id(given) not in found:
             found[id(given)] = _at(given, names, goal, declared_fill(config.pad, path))

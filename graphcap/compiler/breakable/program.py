@@ -51,7 +51,7 @@ class Built:
     def add(self, recorded: StepsAt) -> None:
         """Have calls of another size run what was recorded there."""
         at = tuple(recorded.values.values())
-        self.at[at] = recorded
+        self.at[at] = recorded if not self.at else recorded.without_calls()  # reports show the first one
         for step, here in zip(self.steps, recorded.steps, strict=True):
             if isinstance(step, LiveStep):
                 step.add(at, here.function, here.reads, here.made)
@@ -76,7 +76,7 @@ def build(
     Args:
         name: the region's name.
         specs: of the inputs: the tensors of the call, a scalar for each symbol, the tensors from outside.
-        recorded: what was recorded, each at another size and all with the same steps. The first one is shown in reports.
+        recorded: what was recorded, each at another size and all with the same steps. Reports show the first one.
         samples: the sizes of the results in all calls that were looked at.
         largest: the symbols with a largest size, each with it.
         serve: runs a call live, given the function that runs all steps and its inputs.

@@ -134,7 +134,8 @@ class Recorder(TorchDispatchMode):
             return
         fresh = [isinstance(each, torch.Tensor) and self.numbering.is_new(each) for each in results]
         call.results = tuple(
-            self.numbering.add(each, Kind.RESULT, call.origin) if new else None for each, new in zip(results, fresh, strict=True)
+            self.numbering.add(each, Kind.RESULT, call.origin) if new else None
+            for each, new in zip(results, fresh, strict=True)
         )
         call.bare = isinstance(result, torch.Tensor)
         if any(fresh) or call.written or not any(isinstance(each, torch.Tensor) for each in results):
@@ -148,7 +149,9 @@ class Recorder(TorchDispatchMode):
         self, call: Call, results: Sequence[Any], given: Mapping[int, torch.Tensor], asked: Collection[str] = ()
     ) -> None:
         self.calls.append(call)
-        shared = {private.storage_id(each) for each in results if isinstance(each, torch.Tensor)} & set(self.numbering.outside)
+        shared = {private.storage_id(each) for each in results if isinstance(each, torch.Tensor)} & set(
+            self.numbering.outside
+        )
         if not self._keep_outcomes or not call.live or shared:
             return
         self._is_blind = True
@@ -187,11 +190,16 @@ class Recorder(TorchDispatchMode):
     def _finish_live(self, call: Call, inside: Inside, result: Any, given: Mapping[int, torch.Tensor]) -> None:
         results = private.tree_flatten(result)[0]
         call.written = frozenset(inside.written)
-        hidden = {self.numbering.number_in(tensor): tensor for key, tensor in inside.written.items() if key not in inside.given}
+        hidden = {
+            self.numbering.number_in(tensor): tensor
+            for key, tensor in inside.written.items()
+            if key not in inside.given
+        }
         call.also = tuple(hidden)
         # New values all of them: what it returns once, it need not return again.
         call.results = tuple(
-            self.numbering.add(each, Kind.RESULT, call.origin) if isinstance(each, torch.Tensor) else None for each in results
+            self.numbering.add(each, Kind.RESULT, call.origin) if isinstance(each, torch.Tensor) else None
+            for each in results
         )
         for each, number in zip(results, call.results, strict=True):
             if number is not None:

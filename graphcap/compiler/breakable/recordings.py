@@ -6,22 +6,21 @@ away. Calls of one size must agree in everything, calls of two sizes in all but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from graphcap.compiler.breakable.agree import difference
 from graphcap.compiler.breakable.calls import Kind
 from graphcap.compiler.breakable.incoming import Incoming
-from graphcap.compiler.breakable.look import Look
-from graphcap.compiler.breakable.outside import Outside, find_outside
+from graphcap.compiler.breakable.look import Look, Viewpoint
 from graphcap.compiler.breakable.output_sizes import Sample
+from graphcap.compiler.breakable.outside import Outside, find_outside
 from graphcap.compiler.breakable.program import Built, build
 from graphcap.compiler.breakable.result import Result
 from graphcap.compiler.breakable.sized import At
 from graphcap.compiler.breakable.sizes import SizedLayout
 from graphcap.compiler.breakable.steps import StepsAt, Surroundings, steps_of
+from graphcap.compiler.breakable.watch import Watch
 from graphcap.compiler.breakable.write_indices import write_indices
 from graphcap.cudagraph import InputKind, InputSpec, Size
 
@@ -34,16 +33,23 @@ class Recordings:
 
     Attributes:
         built: the program, ``None`` until two calls agree.
+        num_built: how many programs there were.
+        refusal: why such calls can never be repeated, ``""`` where they may.
         result: how to make a call's result from the outputs of the program.
         outside: the tensors from outside, as they were found.
+        watch: whether what the program relies on is still there, and where the tensors from outside are now.
         reference: the look that the program is made from.
         odd: the sizes at which there is none, each with the reason.
         samples: the sizes of results.
     """
 
-    def __init__(self, name: str, largest: Mapping[str, int], serve: Callable[..., Any]) -> None:
+    def __init__(self, name: str, largest: Mapping[str, int], serve: Callable[..., Any], viewpoint: Viewpoint) -> None:
         """Nothing is recorded; see :func:`~graphcap.compiler.breakable.program.build`."""
         self.built: Built | None = None
+        self.num_built = 0
+        self.refusal = ""
+        self.watch = Watch(viewpoint.roots, (), viewpoint.facts())
+        self._viewpoint = viewpoint
         self.result = Result([], None)
         self.outside = Outside([], [])
         self.reference: Look | None = None
@@ -78,12 +84,14 @@ class Recordings:
             why = differs if size == at or why == "there was one call" else why
         return why
 
-    def first(self, look: Look, call: Incoming, roots: Sequence[Any], num_own_roots: int, around: Surroundings) -> None:
+    def first(self, look: Look, call: Incoming, around: Surroundings) -> None:
         """Make the program from a look that agrees with an earlier one."""
         assert self.built is None
-        arguments, names = call.arguments, call.names()
-        self.outside = find_outside(look.recording, roots, arguments.tensors)
+        arguments, names, viewpoint = call.arguments, call.names(), self._viewpoint
+        self.outside = find_outside(look.recording, viewpoint.roots(), arguments.tensors)
+        self.watch = Watch(viewpoint.roots, self.outside.tensors, viewpoint.facts())
         tensors = arguments.tensor_names(names)
+        held = self.outside.names(arguments, names, viewpoint.num_own_roots)
         indices = write_indices(look.recording)
         self._specs = [
             *(
@@ -96,49 +104,46 @@ class Recordings:
                 InputSpec(symbol, InputKind.SCALAR, symbol, in_key=True, sizes=(Size(symbol),))
                 for symbol in arguments.sizes.values
             ),
-            *(InputSpec(name, InputKind.STATIC) for name in self.outside.names(arguments, names, num_own_roots)),
+            *(InputSpec(name, InputKind.STATIC) for name in held),
         ]
         self._around, self.reference, self.result = around, look, look.made
-        steps = self._steps(look, arguments.sizes.values, [found.value for found in self.outside.tensors])
+        steps = self._steps(look, arguments.sizes.values)
         assert isinstance(steps, StepsAt)
         self._build([steps], [steps.sample])
         known, self._latest = self._latest, {}
         for at, other in known.items():
             values = dict(zip(arguments.sizes.values, at, strict=True))
             if at != call.at and not difference(look.recording, other.recording, same_size=False):
-                self.add(other, values, [found.value for found in self.outside.tensors])
+                self.add(other, values)
 
-    def add(self, look: Look, values: Mapping[str, int], outside: Sequence[torch.Tensor]) -> bool:
-        """Have calls of another size run what was recorded there. Returns whether the program is another one now.
-
-        Args:
-            look: agrees with an earlier one.
-            values: per symbol its size.
-            outside: the tensors from outside as they are now.
-        """
+    def add(self, look: Look, values: Mapping[str, int]) -> None:
+        """Have calls of another size run what was recorded there: a look that agrees with an earlier one."""
         assert self.built is not None
         at = tuple(values.values())
-        steps = self._steps(look, values, outside)
+        steps = self._steps(look, values)
         why = steps if isinstance(steps, str) else self.built.why_not(steps)
         if isinstance(steps, str) or why:
             self.odd[at] = why
-            return False
+            return
         self.built.add(steps)
-        return self.sample(steps.sample)
+        self.sample(steps.sample)
 
-    def sample(self, sample: Sample) -> bool:
-        """Take a call into account. Returns whether the program is another one now."""
+    def sample(self, sample: Sample) -> None:
+        """Take the sizes of a call's results into account. Where they are not those that the program says, there is
+        another program from now on."""
         assert self.built is not None
         ranks = [[len(size) for size in each.outputs] for each in (sample, self.samples[0])]
         if ranks[0] != ranks[1]:
             self.odd[tuple(sample.values.values())] = "other results than at other sizes"
-            return False
+            return
         if len(self.samples) < _MAX_SAMPLES:
             self.samples.append(sample)
-        if not self.built.is_contradicted(sample):
-            return False
-        self._build(list(self.built.at.values()), [*self.samples, sample])
-        return True
+        if self.built.is_contradicted(sample):
+            self._build(list(self.built.at.values()), [*self.samples, sample])
+
+    def inputs(self, call: Incoming) -> list[Any]:
+        """Of the program, for a call."""
+        return [*call.arguments.tensors, *call.at, *self.watch.tensors]
 
     def disagreed(self, at: At, why: str) -> None:
         """A look at a size stood alone; after some of them nothing is recorded there."""
@@ -147,12 +152,13 @@ class Recordings:
             self.odd[at] = why
 
     def _build(self, recorded: list[StepsAt], samples: list[Sample]) -> None:
-        self.samples = samples
+        self.samples, self.num_built = samples, self.num_built + 1
         self.built = build(self._name, self._specs, recorded, samples, self._largest, self._serve)
 
-    def _steps(self, look: Look, values: Mapping[str, int], outside: Sequence[torch.Tensor]) -> StepsAt | str:
+    def _steps(self, look: Look, values: Mapping[str, int]) -> StepsAt | str:
         """The functions of a look, or why it is not like the others."""
         assert self._around is not None
+        outside = self.watch.tensors
         where = {id(tensor): number for number, tensor in enumerate(outside)}
         first = len(self._specs) - len(outside)
         slots: dict[int, int] = {}

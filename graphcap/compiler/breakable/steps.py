@@ -1,7 +1,8 @@
-"""From the calls of a recording to the functions of its steps, and what they have in common with those of other sizes."""
+"""From the calls of a recording to the functions of its steps, and what they must share with those of other sizes."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -67,6 +68,11 @@ class StepsAt:
     steps: list[StepAt]
     outputs: tuple[int, ...]
     sample: Sample
+
+    def without_calls(self) -> StepsAt:
+        """The same without what was recorded, which takes megabytes."""
+        steps = [dataclasses.replace(each, group=Group([], each.group.capture), source="") for each in self.steps]
+        return dataclasses.replace(self, steps=steps)
 
 
 @dataclass(frozen=True)

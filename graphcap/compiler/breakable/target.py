@@ -139,8 +139,8 @@ class BreakableTarget(CompiledTarget):
                 "changes from call to call should be a tensor"
             )
             return None
-        viewpoint = Viewpoint(self._roots_of(arguments), len(self._own_roots()))
-        entry = Entry(self._region(arguments), viewpoint, self._largest, _asker(weakref.ref(self)))
+        viewpoint = Viewpoint(self._roots_of(arguments), len(self._own_roots()), _asker(weakref.ref(self)))
+        entry = Entry(self._region(arguments), viewpoint, self._largest)
         if why := arguments.reason_to_refuse():
             entry.refuse(why)
         for leaf in arguments.opaque() if not why else ():
@@ -169,10 +169,17 @@ class BreakableTarget(CompiledTarget):
                 compile_id="recorded without Dynamo",
                 config=self.config,
                 code=code,
-                key_sizes={symbol: "dynamic_arg_dims" for symbol in arguments.sizes.values},
+                key_sizes=self._places(arguments),
                 _owner=weakref.ref(original) if isinstance(original, nn.Module) else lambda: None,
             )
         )
+
+    def _places(self, arguments: Arguments) -> dict[str, str]:
+        """Per symbol where it was declared first."""
+        places: dict[str, str] = {}
+        for dim in (*self.dims.dims, *self.dims.step_dims):
+            places.setdefault(dim.follows[0] if dim.follows else dim.name, f"{dim.path} dim {dim.dim}")
+        return {symbol: places[symbol] for symbol in arguments.sizes.values}
 
     def _own_roots(self) -> list[Any]:
         original = self.original

@@ -284,6 +284,7 @@ class Entry:
             )
         if is_padded and when is When.FIRST and not outcome.in_python:
             runner.padding.refuse(list(runner.padding.names), outcome.difference)
+            runner.release()  # its plans serve other sizes than their own
             return outcome.result
         self.refuse(outcome.difference)
         if (outcome.in_python or when is When.AGAIN) and unchecked > _BEFORE_A_PLAN:

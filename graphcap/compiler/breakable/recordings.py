@@ -110,11 +110,11 @@ class Recordings:
         steps = self._steps(look, arguments.sizes.values)
         assert isinstance(steps, StepsAt)
         self._build([steps], [steps.sample])
-        known, self._latest = self._latest, {}
-        for at, other in known.items():
-            values = dict(zip(arguments.sizes.values, at, strict=True))
-            if at != call.at and not difference(look.recording, other.recording, same_size=False):
-                self.add(other, values)
+        self._latest.pop(call.at, None)
+        for at, other in list(self._latest.items()):
+            if not difference(look.recording, other.recording, same_size=False):
+                del self._latest[at]
+                self.add(other, dict(zip(arguments.sizes.values, at, strict=True)))
 
     def add(self, look: Look, values: Mapping[str, int]) -> None:
         """Have calls of another size run what was recorded there: a look that agrees with an earlier one."""

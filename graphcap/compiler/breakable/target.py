@@ -64,7 +64,7 @@ class BreakableTarget(CompiledTarget):
         self._hooks_seen: frozenset[tuple[int, int]] = frozenset()
         self._step_names: frozenset[str] = frozenset()
         self._largest = {dim.name: dim.max for dim in (*dims.dims, *dims.step_dims) if dim.max is not None}
-        self._may_pad = self._look_at_dims()
+        self._exact = self._why_exact()
         self._signature = inspect.signature(original.forward if isinstance(original, nn.Module) else original)
 
     def call(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,7 +97,7 @@ class BreakableTarget(CompiledTarget):
         inputs = {}
         if names and said is not None:
             inputs = {name: value for name, value in said.inputs.given.items() if name in names}
-        sizes = sizes_of(self.dims, args, kwargs, inputs) if self._may_pad else CallSizes()
+        sizes = sizes_of(self.dims, args, kwargs, inputs) if not self._exact else CallSizes()
         arguments = arguments_of(args, kwargs, inputs, sizes)
 
         def function(*args: Any, **kwargs: Any) -> Any:
@@ -146,17 +146,17 @@ class BreakableTarget(CompiledTarget):
         for leaf in arguments.opaque() if not why else ():
             self._forget_with(leaf, arguments.key)
         known.append(entry)
+        if self._exact:
+            self._note_once(self._exact)
         return entry
 
-    def _look_at_dims(self) -> bool:
-        """Whether declared dims are padded; a note says why they are not."""
-        if self.config.process_group is not None:
-            self._note("sizes are exact: ranks do not agree on recordings at padded sizes")
-            return False
+    def _why_exact(self) -> str:
+        """Why sizes are not padded, ``""`` where they are."""
         if self.dims.inferred or not (self.dims.dims or self.dims.step_dims):
-            self._note("sizes are exact, each has a recording of its own: declare dynamic_arg_dims to pad")
-            return False
-        return True
+            return "each size has a recording of its own: declare dynamic_arg_dims to pad"
+        if self.config.process_group is not None:
+            return "each size has a recording of its own: what is recorded at padded sizes is not agreed between ranks"
+        return ""
 
     def _region(self, arguments: Arguments) -> Region:
         number, code = next(_numbers), self.entry.__code__

@@ -40,6 +40,7 @@ log = logging.getLogger("graphcap.compiler")
 
 _BEFORE_A_PLAN = 2  # calls: the warm-up and the capture
 _MAX_BUILT = 5  #: programs; so often results may have other sizes than were expected
+_MAX_SIZES = 16  #: that calls may have before two of them agree
 _SPARE_BYTES = 2**28  #: for copies of what a call writes, where there is no device to ask yet
 
 
@@ -137,7 +138,8 @@ class Entry:
         """Look a second time at a call that was served, of which nothing is left. Returns why they do not agree."""
         try:
             again = look_unseen(call, self._viewpoint, look.written(), {}, _SPARE_BYTES)
-        except NoRoom as error:
+        except NoRoom as error:  # another call of one of these sizes will tell
+            self._num_recordings -= len(self._recordings.seen) < _MAX_SIZES
             return str(error)
         again.result = None
         return again.refusal or self._recordings.agreement(again, call.at)

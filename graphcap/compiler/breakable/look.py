@@ -87,9 +87,11 @@ class Viewpoint:
         return look
 
     def reachable(self) -> list[torch.Tensor]:
-        """The tensors that a call may write, as far as anybody can tell before one: all but parameters."""
-        found = (each.value for each in walk(self.roots()))
-        return [each for each in found if isinstance(each, torch.Tensor) and not isinstance(each, torch.nn.Parameter)]
+        """The tensors that a call may write, as far as anybody can tell before one: all but parameters, small ones
+        first."""
+        tensors = (each.value for each in walk(self.roots()) if isinstance(each.value, torch.Tensor))
+        found = [each for each in tensors if not isinstance(each, nn.Parameter)]
+        return sorted(found, key=lambda each: each.numel() * each.element_size())
 
     def look(
         self,

@@ -25,7 +25,7 @@ from graphcap.compiler.breakable.write_indices import write_indices
 from graphcap.cudagraph import InputKind, InputSpec, Size
 
 MAX_RECORDINGS = 4  #: calls after which a function that differs from call to call is left alone
-_MAX_SAMPLES = 64  #: calls whose results are remembered by size
+_ENOUGH = 3  #: sizes of one symbol at which the sizes of results are remembered
 
 
 class Recordings:
@@ -136,10 +136,13 @@ class Recordings:
         if ranks[0] != ranks[1]:
             self.odd[tuple(sample.values.values())] = "other results than at other sizes"
             return
-        if len(self.samples) < _MAX_SAMPLES:
+        seen = {symbol: {each.values[symbol] for each in self.samples} for symbol in sample.values}
+        few = [symbol for symbol, values in seen.items() if len(values) < _ENOUGH]
+        is_contradicted = self.built.is_contradicted(sample)
+        if is_contradicted or any(sample.values[symbol] not in seen[symbol] for symbol in few):
             self.samples.append(sample)
-        if self.built.is_contradicted(sample):
-            self._build(list(self.built.at.values()), [*self.samples, sample])
+        if is_contradicted:
+            self._build(list(self.built.at.values()), self.samples)
 
     def inputs(self, call: Incoming) -> list[Any]:
         """Of the program, for a call."""

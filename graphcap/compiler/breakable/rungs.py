@@ -68,7 +68,7 @@ class Rungs:
                 return ""
             if why := self._padded(call, inputs, runner, rung, values):
                 return why
-        if why := recordings.odd.get(at, ""):
+        if why := recordings.odd.get(at, "") or recordings.odd.get(call.at, ""):
             shown = ", ".join(f"{symbol}={size}" for symbol, size in values.items())
             return f"nothing is recorded at {shown}: {why}"
         if not tell_apart(recordings.samples, real, values):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from graphcap import Dim
 from graphcap.compiler.breakable import due, recordings
 from graphcap.compiler.debug.report import RegionReport
 from graphcap.compiler.frontend.subject import runners_of
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from graphcap.errors import DimError, GuardError
 from tests.compiler.breakable.like_original import breakable, num_replays
 from tests.compiler.random_programs import OPERATIONS, Operation, random_program
@@ -92,7 +94,7 @@ def test_every_size_up_to_40_gives_the_values_of_the_function(recorded_at: list[
     assert sorted(recorded_at) == ladder
     region = region_of(captured)
     assert keys(region) == {(rung,) for rung in ladder}
-    assert region.replays >= 80 - len(ladder)
+    assert region.replays >= 80 - 2 * len(ladder)
     assert region.traffic.padded_tokens > 0
     assert not region.traffic.uncovered()
     metrics = graphcap.explain(captured).metrics()
@@ -118,7 +120,7 @@ def test_any_sizes_in_any_order(sizes: list[int], seed: int) -> None:
 @given(OPERATIONS, st.lists(st.integers(4, 9), min_size=6, max_size=12))
 @settings(max_examples=25)
 def test_no_program_is_silently_wrong(operations: list[Operation], sizes: list[int]) -> None:
-    """Most of these mix rows, write into what they are given or fail at some sizes; padding may only ever be refused."""
+    """Most of these mix rows, write into what they are given or fail at some sizes: then padding is refused."""
     program = random_program(operations)
     captured = padded(program, {"x": 0, "y": 0}, capture_sizes=[6, 8])
     with torch.no_grad():
@@ -187,7 +189,7 @@ def test_a_counter_is_no_size() -> None:
     numbers = iter(range(1000))
     captured = padded(lambda x: x * next(numbers), {"x": 0})
     results = [captured(torch.ones(n, 4)).unique().item() for n in range(1, 9)]
-    assert all(later > earlier for earlier, later in zip(results, results[1:], strict=False))
+    assert results == sorted(set(results))
     (region,) = graphcap.explain(captured).regions
     assert "has other arguments in the next call" in region.bypass
 
@@ -413,6 +415,44 @@ def test_another_size_than_the_first_one_shows_what_follows_it() -> None:
     region = region_of(captured)
     assert keys(region) == {(8,)}
     assert region.bindings["x"] == "padded"
+
+
+def test_state_that_cannot_be_copied_is_recorded_by_calls_of_the_size_of_a_rung(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A padded call is recorded only where what it writes can be put back."""
+    monkeypatch.setattr(SimulatedDevice, "spare_bytes", lambda self: 0)
+    original, twin = twins(Cached)
+    captured = padded(twin, DIMS, pad={"slots": -1})
+    for n in (3, 5, 7, 8, 8, 8, 8, 8):
+        x, slots = torch.randn(n, 4), torch.randperm(32)[:n]
+        torch.testing.assert_close(captured(x, slots), original(x, slots))
+        torch.testing.assert_close(twin.cache, original.cache)
+        assert torch.equal(twin.calls, original.calls)
+    region = region_of(captured)
+    assert keys(region) == {(8,)}
+    assert any("padded sizes are not recorded: a copy of what it writes takes" in each for each in region.live_calls)
+
+
+def test_threads_share_a_ladder() -> None:
+    captured = padded(lambda x: x * 2 + 1, {"x": 0})
+    wrong: list[int] = []
+
+    def calls(seed: int) -> None:
+        sizes = torch.Generator().manual_seed(seed)
+        for _ in range(60):
+            n = int(torch.randint(1, 11, (), generator=sizes))
+            with torch.no_grad():
+                if not torch.equal(captured(torch.full((n, 4), float(seed))), torch.full((n, 4), 2.0 * seed + 1)):
+                    wrong.append(n)
+
+    threads = [threading.Thread(target=calls, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert region_of(captured).replays > 100
 
 
 def test_everything_goes_with_the_model() -> None:

@@ -23,6 +23,8 @@ from graphcap.compiler.breakable.record import Recorder
 from graphcap.compiler.breakable.undo import Memory
 from graphcap.cudagraph.padded.compare import departs
 
+_NO_ROOM = "what a call writes is too large to be copied"
+
 
 @dataclass
 class Outcome:
@@ -33,12 +35,14 @@ class Outcome:
         outputs: what the program returned, where it stands for the function's.
         difference: the first one, ``""`` where there is none.
         in_python: whether the function took another way than when it was recorded.
+        skipped: why nothing was compared but the operators, ``""`` where more was.
     """
 
     result: Any
     outputs: tuple[Any, ...] | None = None
     difference: str = ""
     in_python: bool = False
+    skipped: str = ""
 
 
 def compare(
@@ -65,18 +69,18 @@ def compare(
         before = memory.copy()
     except torch.OutOfMemoryError:  # nothing has run yet
         _, result, why = watched()
-        return Outcome(result, difference=why, in_python=bool(why))
+        return Outcome(result, difference=why, in_python=bool(why), skipped=_NO_ROOM)
     recording, result, why = watched()
     if why:
         return Outcome(result, difference=why, in_python=True)
     live = [_by_position(call) for call in recording.calls if call.live]
     if len(live) != len(built.lives) or None in live:
-        return Outcome(result)  # a live step that may not run twice cannot be repeated: the calls agree, that is all
+        return Outcome(result, skipped="a live step hands out memory from outside, and cannot be repeated")
     results = [leaf for leaf in private.tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
     try:
         expected, after = [each.clone() for each in results], memory.copy()
     except torch.OutOfMemoryError:
-        return Outcome(result)
+        return Outcome(result, skipped=_NO_ROOM)
     state = [memory.within(after, inputs[slot]) for slot in written]
     call.redo = functools.partial(memory.restore, after)
     memory.restore(before)

@@ -280,6 +280,8 @@ class Entry:
 
         outcome = check.compare(call, built, lambda *given: self._outputs(call, given), inputs, watched, is_padded)
         unchecked = self._due.was_checked(kind, call.ran_live)
+        if outcome.skipped:
+            runner.stats.unchecked["replays against the function"] = outcome.skipped
         if not outcome.difference:
             return (
                 outcome.result if outcome.outputs is None else recordings.result.make(call.arguments, outcome.outputs)

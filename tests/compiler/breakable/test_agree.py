@@ -76,7 +76,7 @@ def writes(cache: Tensor, slots: Tensor, x: Tensor) -> None:
         (lambda cache, slots, x: cache.index_copy_(0, slots, x), {1}),
         (lambda cache, slots, x: cache.__setitem__(slots + 1, x), {1}),
         (lambda cache, slots, x: cache.scatter_(0, torch.where(slots < 0, 0, slots)[:, None].expand(-1, 4), x), {1}),
-        (lambda cache, slots, x: writes(cache, slots, x), {1}),
+        (writes, {1}),
         (lambda cache, slots, x: cache[slots] + x, set()),
         (lambda cache, slots, x: cache.add_(x.sum() * slots.sum()), set()),
     ],

@@ -175,6 +175,25 @@ def test_inputs_of_a_step(function: Any, expected: Any) -> None:
     assert region.replays >= 4 * len(MIXED) - 2 * len(LADDER)
 
 
+@pytest.mark.parametrize("function", [scaled_live, both])
+def test_inputs_of_a_step_are_padded_where_no_call_has_the_size_of_a_rung(function: Any) -> None:
+    captured = breakable(
+        lambda x: function(x) * 3,
+        dynamic_arg_dims={"x": 0, "step.lens": {0: "num_tokens"}},
+        capture_sizes=[8],
+        pad={"step.lens": 1},
+    )
+    for n in (5, 6, 7) * 5:
+        x, lens = torch.randn(n, 4), torch.rand(n)
+        once = x * lens[:, None]
+        expected = once if function is scaled_live else (once + 1) * lens[:, None] * 2
+        with graphcap.step(num_tokens=n, inputs={"lens": lens}):
+            torch.testing.assert_close(captured(x), expected * 3)
+    region = region_of(captured)
+    assert not region.notes
+    assert {plan.key for plan in region.plans} == {(8,)}
+
+
 def test_inputs_of_a_step_that_are_not_declared_are_exact() -> None:
     captured = breakable(scaled, dynamic_arg_dims={"x": 0}, capture_sizes=LADDER)
     for turn in range(9):

@@ -20,6 +20,7 @@ from graphcap.compiler.breakable import due, recordings
 from graphcap.compiler.debug.report import RegionReport
 from graphcap.compiler.frontend.subject import runners_of
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
+from graphcap.cudagraph.plan_capture import PlanCapture
 from graphcap.errors import DimError, GuardError
 from tests.compiler.breakable.like_original import breakable, num_replays
 from tests.compiler.random_programs import OPERATIONS, Operation, random_program
@@ -375,6 +376,42 @@ def test_a_size_that_the_function_fails_at_is_not_padded_to() -> None:
     assert "num_tokens is not padded: the padded call fails: ValueError" in "".join(region_of(captured).notes)
 
 
+def test_a_size_with_other_steps_is_not_captured_and_the_others_are() -> None:
+    @graphcap.eager
+    def limited(x: Tensor) -> Tensor:
+        return x.clamp(max=1.0)
+
+    def function(x: Tensor) -> Tensor:
+        return limited(x * 2) + 1 if x.shape[0] == 8 else (x * 2).clamp(max=1.0) + 1
+
+    captured = padded(function, {"x": 0})
+    for n in (3, 4, 5, 8) * 5:
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(captured(x), function(x))
+    region = region_of(captured)
+    assert keys(region) == {(4,)}
+    assert region.live_calls["nothing is recorded at num_tokens=8: 3 steps, where other sizes have 1"] >= 8
+
+
+def test_a_padded_call_that_cannot_be_captured_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs live at the padded size, and what it writes reaches the caller's tensors."""
+    monkeypatch.setattr(PlanCapture, "_why_not_now", lambda self, route: "not now")
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        x.add_(y)
+        return x * 2
+
+    captured = padded(function, {"x": 0, "y": 0})
+    for n in MIXED * 4:
+        x, y = torch.randn(n, 4), torch.randn(n, 4)
+        mine = x.clone()
+        torch.testing.assert_close(captured(mine, y), function(x, y))
+        torch.testing.assert_close(mine, x)
+    region = region_of(captured)
+    assert region.live_calls["not now"] >= len(MIXED)
+    assert not region.notes
+
+
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -406,7 +443,7 @@ def test_a_replaced_parameter_is_used_at_all_sizes() -> None:
     assert region_of(model).recaptures == 4
 
 
-def test_another_size_than_the_first_one_shows_what_follows_it() -> None:
+def test_another_size_than_the_first_one_shows_what_follows_it(caplog: pytest.LogCaptureFixture) -> None:
     """At one size alone nothing is known of the sizes of results."""
     captured = padded(lambda x: (x * 2, x.sum(1), torch.ones(4)), {"x": 0})
     for n in (8, 8, 8, 8, 8, 5, 5, 7, 8, 6, 5):
@@ -415,6 +452,7 @@ def test_another_size_than_the_first_one_shows_what_follows_it() -> None:
     region = region_of(captured)
     assert keys(region) == {(8,)}
     assert region.bindings["x"] == "padded"
+    assert not caplog.records
 
 
 def test_state_that_cannot_be_copied_is_recorded_by_calls_of_the_size_of_a_rung(

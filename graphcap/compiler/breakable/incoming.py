@@ -19,6 +19,7 @@ class Incoming:
 
     Attributes:
         arguments: what it was given, flat.
+        at: the declared sizes.
         step_names: the inputs of a step that are among them, where the step brings them.
         has_run: whether the function itself has run.
         result: what that returned.
@@ -37,6 +38,7 @@ class Incoming:
     ) -> None:
         """Nothing has run yet; ``names`` gives what a user would call each leaf of the arguments."""
         self.arguments = arguments
+        self.at = tuple(arguments.sizes.values.values())
         self.step_names = step_names
         self.names = names
         self.has_run = False
@@ -44,11 +46,6 @@ class Incoming:
         self.redo: Callable[[], None] | None = None
         self.ran_live = False
         self._function, self._args, self._kwargs = function, args, kwargs
-
-    @property
-    def at(self) -> tuple[int, ...]:
-        """The declared sizes."""
-        return tuple(self.arguments.sizes.values.values())
 
     def run(self) -> Any:
         """Run the function itself."""

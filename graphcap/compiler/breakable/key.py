@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from graphcap.compiler import private
-from graphcap.compiler.breakable.sizes import CallSizes, SizedLayout, sized_layout
+from graphcap.compiler.breakable.sizes import CallSizes, SizedLayout, layout_key, sized_layout
 
 #: Compared by value. A bool is no int and 0.0 is not -0.0: types and signs are part of the key.
 PLAIN = (
@@ -105,7 +105,7 @@ def arguments_of(
             number = numbers.setdefault(id(leaf), len(numbers))
             tensors[number] = leaf
             dims = sizes.dims.get(id(leaf))
-            layout = layout_of(leaf) if dims is None else sized_layout(leaf, dims)
+            layout = layout_of(leaf) if dims is None else layout_key(leaf, dims)
             keys.append((number, layout, leaf.requires_grad))
         elif isinstance(leaf, PLAIN):
             keys.append(plain_key(leaf))

@@ -6,7 +6,8 @@ values of symbols alone have one key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +51,17 @@ def sizes_of(
     values: dict[str, int] = {}
     dims: dict[int, dict[int, Size]] = {}
     for tensor, dim, what in _resolved(declared, args, kwargs, step_inputs):
-        symbol, scale, offset = what.follows or (what.name, 1, 0)
-        value, rest = divmod(tensor.shape[dim] - offset, scale)
-        if rest or values.setdefault(symbol, value) != value:
+        followed = _followed(what)
+        value = followed.symbol_at(length := tensor.shape[dim])
+        if followed.at(value) != length or values.setdefault(followed.symbol, value) != value:
             return CallSizes()
-        dims.setdefault(id(tensor), {})[dim] = Size(symbol, scale, offset)
+        dims.setdefault(id(tensor), {})[dim] = followed
     return CallSizes(values, dims)
+
+
+@functools.cache
+def _followed(what: DynamicDim) -> Size:
+    return Size(*(what.follows or (what.name,)))
 
 
 def _resolved(
@@ -94,6 +100,15 @@ def sized_layout(tensor: torch.Tensor, dims: Mapping[int, Size]) -> SizedLayout:
     if tensor.layout is torch.strided:
         strides = _dense_strides(sizes) if tensor.is_contiguous() else tensor.stride()
     return SizedLayout(sizes, strides, tensor.dtype, tensor.device)
+
+
+def layout_key(tensor: torch.Tensor, dims: Mapping[int, Size]) -> Hashable:
+    """What tells one :class:`SizedLayout` from another, for less."""
+    sizes: list[Hashable] = list(tensor.shape)
+    for dim, size in dims.items():
+        sizes[dim] = size.symbol  # a name stands for one size, whatever is added to it
+    strided = tensor.layout is torch.strided
+    return tuple(sizes), strided and (tensor.is_contiguous() or tensor.stride()), tensor.dtype, tensor.device
 
 
 def _dense_strides(sizes: tuple[DimSize, ...]) -> tuple[DimSize, ...]:

@@ -5,6 +5,9 @@ error against fp32), with three differences: every variant is compiled once, wit
 batch size; graphcap's output policies and guard settings are variants of their own; and eager is left out. The rows of
 many batch sizes are a curve: ``python -m bench.plot`` draws it.
 
+Floats of the model are constants (``specialize_float``), as they are without ``dynamic=True``: with it Dynamo makes
+each of them, 57 here, a tensor on every call and a number again, in every variant that goes through it.
+
     PYTHONPATH=. python -m bench.replay                    # batch sizes 1 to 256, 0.6b
     PYTHONPATH=. python -m bench.replay --batch 1,64 --rounds 7
     PYTHONPATH=. python -m bench.replay --tiny             # CPU: tries the bench; simulated device, meaningless times
@@ -124,7 +127,7 @@ def main() -> None:
     arguments = parse_arguments()
     record = Record(arguments.json, "replay", harness.default_device(), key=("model", "batch", "variant"))
     batches = tuple(sorted({int(batch) for batch in harness.words(arguments.batch)}))
-    with torch._dynamo.config.patch(recompile_limit=64), torch.inference_mode():
+    with torch._dynamo.config.patch(recompile_limit=64, specialize_float=True), torch.inference_mode():
         for name in ["tiny"] if arguments.tiny else harness.words(arguments.models):
             run(name, batches, record, arguments)
             torch._dynamo.reset()

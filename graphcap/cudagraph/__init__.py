@@ -4,14 +4,16 @@ The way of a call, in reading order:
 
 ``program.py``        the contract with the compiler: a flat list of steps over numbered slots
 ``runner.py``         what happens on a call: one look-up, one replay; ``instances.py`` has one for each model instance
-``maker.py``          the calls that lead to a plan: warm-up, proof of padding; ``plan_capture.py`` makes the plan
+``maker.py``          the calls that lead to a plan: warm-up, proof of padding; ``plan_capture.py`` captures it and
+                      ``plan_writer.py`` writes it
 ``agreement.py``      what several ranks decide together
 
 and the folders, each with one theme:
 
 ``dispatch/``         what batch a call is (``step.py``), which mode and size it gets (``routes.py``), the ladder
-``recording/``        what a warm-up shows (``observe.py``), what is captured and how inputs get in (``layout.py``,
-                      ``bindings.py``), the segmented capture (``capture.py``), static memory (``arena.py``)
+``recording/``        what a warm-up shows (``observe.py``), of one size and of others (``knowledge.py``), what is
+                      captured and how inputs get in (``layout.py``, ``bindings.py``), the segmented capture
+                      (``capture.py``) with its slot table (``values.py``), static memory (``arena.py``)
 ``replaying/``        the plan, its generated replay (``replay.py``), how outputs leave (``outputs.py``, ``handout.py``)
 ``padded/``           which sizes may be padded, the proof that it changes nothing, one plan for many sizes
 ``checks/``           replays compared with live runs (``verify.py``), timed (``profile.py``), weighed (``worth.py``)

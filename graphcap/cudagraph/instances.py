@@ -9,7 +9,7 @@ instance's plans go with it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from graphcap.config import Config
@@ -58,10 +58,14 @@ class InstanceRunners:
         self._deaths: dict[Identity, list[weakref.ref[Any]]] = {}
 
     def __call__(self, *args: Any) -> Any:
+        return self.call_with(args)
+
+    def call_with(self, args: Sequence[Any]) -> Any:
+        """As :meth:`GraphRunner.call_with`."""
         runner = self._runners.get((id(args[self._first]), id(args[self._last])))
         if runner is None:
             runner = self._new_instance(args[self._first], args[self._last])
-        return runner(*args)
+        return runner.call_with(args)
 
     def _new_instance(self, first: Any, last: Any) -> GraphRunner:
         runner = GraphRunner(self._program, self._device, self._config)

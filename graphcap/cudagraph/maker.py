@@ -16,16 +16,16 @@ import torch
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
 from graphcap.cudagraph.dispatch.routes import Route
 from graphcap.cudagraph.dispatch.step import Asked, current, step
+from graphcap.cudagraph.made import WARM_UP, Made
 from graphcap.cudagraph.padded.proof import prove
 from graphcap.cudagraph.parts import Parts
-from graphcap.cudagraph.plan_capture import Made, PlanCapture
+from graphcap.cudagraph.plan_capture import PlanCapture
 from graphcap.cudagraph.program import InputKind
-from graphcap.cudagraph.recording.observe import Observation, observe, signature_of
+from graphcap.cudagraph.recording.knowledge import Knowledge
+from graphcap.cudagraph.recording.observe import observe
 from graphcap.cudagraph.replaying.plan import Plan
 
 _log = logging.getLogger("graphcap.cudagraph")
-
-_WARM_UP = "warm-up"
 
 
 class Proof(NamedTuple):
@@ -50,7 +50,7 @@ class PlanMaker:
         self._program, self._device, self._config = parts.program, parts.device, parts.config
         self._padding, self._router, self._table = parts.padding, parts.router, parts.table
         self._agreement, self._question = parts.agreement, parts.question
-        self._observations: dict[Hashable, Observation] = {}
+        self._knowledge = Knowledge(parts.program, parts.device.device)
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
         self._asked: dict[Hashable, Asked] = {}
@@ -72,9 +72,7 @@ class PlanMaker:
 
     def forget(self, key: Hashable) -> None:
         """Let the next call of a route be a warm-up again."""
-        known = self._observations.pop(key, None)
-        if known is not None:
-            self._observations[None] = known  # a proof asks for any call that was seen
+        self._knowledge.cool(key)
 
     def no_room(self, route: Route) -> str:
         """Why the device has no room for a plan, ``""`` where it may."""
@@ -100,7 +98,7 @@ class PlanMaker:
         """Serve a call that leads to the plan of a route, or has just lost it."""
         if (asked := self._asked.pop(route.key, None)) is not None and not asked.is_alike(said):
             self._servings.pop(route.key, None)  # what the warm-up showed does not hold for such a step
-            self.forget(route.key)
+            self._knowledge.doubt(route.key)
         serving = self._serving_of(route, said)
         reason = self._padding.why_not_to(route.rung, args) if route.rung else ""
         reason = self._agreement.reason(self._question("may it be captured", route), reason)
@@ -114,7 +112,7 @@ class PlanMaker:
         common = mine.special.intersection(*(each.special for each in everywhere))
         if not self._is_proven(route, Proof(symbols, common)):
             proof = Proof(symbols, mine.special.union(*(each.special for each in everywhere)))
-            return Made(self._prove(route, proof, args, said, serving), _WARM_UP)
+            return Made(self._prove(route, proof, args, said, serving), WARM_UP)
         return self._at_size(route, args, tuple(self._padding.pad(args, route.rung)), serving)
 
     def _decided_together(self, said: step | None) -> bool:
@@ -154,11 +152,12 @@ class PlanMaker:
     ) -> tuple[Any, ...]:
         """The first call that would be padded runs at its own size, and shows whether it may be."""
         captured = self._router.captured(route)
-        seen = next(iter(self._observations.values()), None)
+        seen = self._knowledge.any_call
         question = self._question("was there a call before", route)
         all_seen = all(self._agreement.gather(question, seen is not None, usual=True))
         if seen is None or not all_seen:
-            self._observations[None], outputs = observe(self._program, args, self._device.device, captured)
+            seen, outputs = observe(self._program, args, self._device.device, captured)
+            self._knowledge.note_call(seen)
             return outputs
         verdict = prove(
             self._program, args, self._padding, route.rung, seen, self._device.device, self._device.spare_bytes(),
@@ -171,25 +170,26 @@ class PlanMaker:
         else:
             self._proven.setdefault(self._family(route), []).append(proof)
             if verdict.seen is not None:
-                self._observations.setdefault(route.key, verdict.seen)
-                self._asked[route.key] = Asked.of(said)
+                self._knowledge.note(route, verdict.seen)
+                self._asked[route.key] = Asked.of(said, verdict.seen.decisive(self._step_dims))
         return verdict.outputs
 
     def _at_size(self, route: Route, args: tuple[Any, ...], padded: tuple[Any, ...], serving: Serving | None) -> Made:
         """Serve a call at the sizes of a route: capture if an earlier call has shown how values share memory;
         otherwise let this one show it."""
-        known = self._observations.get(route.key)
         captured = self._router.captured(route)
         with serving or contextlib.nullcontext():
-            is_known = known is not None and known.signature == signature_of(self._program, padded, captured)
-            is_known = all(self._agreement.gather(self._question("is it warmed up", route), is_known, usual=True))
-            if known is None or not is_known:
-                known, outputs = observe(self._program, padded, self._device.device, captured)
-                self._observations[route.key] = known
-                made = Made(outputs, _WARM_UP)
-                self._asked[route.key] = Asked.of(current())
+            known = self._knowledge.of(route, padded, captured)
+            question = self._question("is it warmed up", route)
+            all_know = all(self._agreement.gather(question, known is not None, usual=True))
+            if known is None or not all_know:
+                outputs, known = self._knowledge.warm_up(route, padded, captured)
+                made = Made(outputs, WARM_UP)
+                self._asked[route.key] = Asked.of(current(), known.decisive(self._step_dims))
             else:
                 made = self.capture.serve(route, known, padded, serving)
+                if made.misjudged:
+                    self._knowledge.doubt(route.key)
         if route.rung:
             return made._replace(outputs=self._padding.hand_back(args, padded, made.outputs, known))
         return made

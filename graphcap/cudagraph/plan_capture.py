@@ -9,54 +9,34 @@ import contextlib
 import logging
 import os
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
-from graphcap import native
-from graphcap.cache_root import cache_root
-from graphcap.cudagraph.checks.annotate import annotate
 from graphcap.cudagraph.checks.verify import Checks, Inspector
 from graphcap.cudagraph.checks.worth import Worth
-from graphcap.cudagraph.counters.stats import PlanStats
 from graphcap.cudagraph.dispatch.metadata import Serving
+from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.dispatch.routes import FULL, Route
-from graphcap.cudagraph.dispatch.step import Asked, current
 from graphcap.cudagraph.hardware.budget import Room, Usage
-from graphcap.cudagraph.padded.fitted import Fitter
+from graphcap.cudagraph.made import ELSEWHERE, WARM_UP, Made
 from graphcap.cudagraph.parts import Parts
+from graphcap.cudagraph.plan_writer import PlanWriter
 from graphcap.cudagraph.recording.arena import Arena
 from graphcap.cudagraph.recording.bindings import Choice
 from graphcap.cudagraph.recording.bridges import BridgeSpace
 from graphcap.cudagraph.recording.capture import SegmentedCapture
-from graphcap.cudagraph.recording.layout import Layout, lay_out
+from graphcap.cudagraph.recording.in_place import InPlace
+from graphcap.cudagraph.recording.layout import Layout, Layouts
 from graphcap.cudagraph.recording.observe import Observation
-from graphcap.cudagraph.recording.recorded import Failure, Recorded
+from graphcap.cudagraph.recording.recorded import Failure
 from graphcap.cudagraph.replaying.handout import Policy
-from graphcap.cudagraph.replaying.plan import Plan, static_addresses
-from graphcap.cudagraph.replaying.plan_table import PlanTable
-from graphcap.cudagraph.replaying.replay import generate
 from graphcap.environment import check_outputs_wanted
 from graphcap.progress import Progress
 
 _log = logging.getLogger("graphcap.cudagraph")
-
-ELSEWHERE = "inside another capture or replay"  #: why a plan cannot run, where the device is in use further up
-
-
-class Made(NamedTuple):
-    """A call on the way to a plan.
-
-    Attributes:
-        outputs: what it returns.
-        reason: why it ran without a graph; ``""`` for the one that was captured.
-    """
-
-    outputs: tuple[Any, ...]
-    reason: str = ""
 
 
 class PlanCapture:
@@ -74,8 +54,11 @@ class PlanCapture:
         self._agreement, self._question = parts.agreement, parts.question
         config = parts.config
         self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
+        self._layouts = Layouts(parts.program)
         self._bridges = BridgeSpace(parts.device)
         self._arena = Arena(self._device)
+        self._in_place = InPlace()
+        self._writer = PlanWriter(parts, self._arena)
         self.room = Room(self._device, config.max_graph_bytes, self._agreement)
         self._worth = Worth(self._device)
         # A comparison runs steps once more, and whether there is one depends on values: ranks would lose step.
@@ -123,14 +106,15 @@ class PlanCapture:
                 reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                 self._attempts.refuse(route, reason)
                 return Made(self._program.run(*args), reason)
-            if reason := self.room.make(route.key):
-                return Made(self._program.run(*args), reason)
+            used = self.room.make(route.key)
+            if isinstance(used, str):
+                return Made(self._program.run(*args), used)
             device.busy = True
             try:
-                outputs = self._capture(route, known, layout, args, serving)
+                made = self._capture(route, known, layout, args, serving, used)
             finally:
                 device.busy = False
-            return Made(self._program.run(*args), "a capture could not begin") if outputs is None else Made(outputs)
+            return made or Made(self._program.run(*args), "a capture could not begin")
 
     def _why_not_now(self, route: Route) -> str:
         if self._device.busy or not self._device.enter():
@@ -155,107 +139,83 @@ class PlanCapture:
 
     def _lay_out(self, known: Observation, route: Route, by_choice: Mapping[int, str]) -> Layout:
         """``by_choice``: steps that run live because a graph would not pay."""
-        return lay_out(
-            self._program,
+        return self._layouts.of(
             known,
             Choice(
                 full=route.mode is FULL,
                 demoted={**by_choice, **self._attempts.demoted},
-                unstable=self._moves.unstable,
+                unstable=frozenset(self._moves.unstable),
                 static_args=self._config.static_args,
                 max_copy_bytes=self._config.max_copy_bytes,
                 uniform_query_len=route.batch.uniform_query_len,
                 padded=self._padding.inputs_of(route.rung),
-                apart=self.inspector.apart(route.key),
+                apart=frozenset(self.inspector.apart(route.key)),
             ),
         )
 
     def _capture(
-        self, route: Route, known: Observation, layout: Layout, args: tuple[Any, ...], serving: Serving | None
-    ) -> tuple[Any, ...] | None:
-        """Record the call; its outputs, or ``None`` when nothing has run."""
+        self,
+        route: Route,
+        known: Observation,
+        layout: Layout,
+        args: tuple[Any, ...],
+        serving: Serving | None,
+        before: Usage,
+    ) -> Made | None:
+        """Record the call; ``None`` when nothing has run. ``before`` is what was in use."""
         started = time.perf_counter()
         with contextlib.ExitStack() as session:
             try:
-                before = self._device.usage()
                 # Nobody but the capture may hold the pool: it gives it back when the device turns out to be full.
                 entered = self._device.session()
                 capture = SegmentedCapture(
                     self._program, known, layout, self._device, session.enter_context(entered), args, self._agreement
                 )
-                capture.bind_inputs(self._arena, self._bridges)
+                capture.bind_inputs(self._arena, self._bridges, self._in_place)
                 failure = None
             except Exception as error:
                 failure = Failure.of(error)
             if (failure := self._first_failure("is it ready", route, failure)) is not None:
                 self._note_failure(route, failure)
                 return None
-            label = f"capturing {self._program.name}"
-            bar = session.enter_context(Progress(label, len(self._program.steps), enabled=self._config.progress))
+            bar = session.enter_context(self._bar())
             session.enter_context(_frozen(serving))
             with torch.no_grad():
                 scales = self._worth.scales(route, layout)
                 outputs, failure = capture.run(bar, self._policy, scales)
         failure = self._first_failure("was it captured", route, failure)
+        if failure is not None and failure.misjudged:
+            _log.info("%s: %s is unlike other sizes: %s", self._program.name, route.sizes, failure.reason)
+            return Made(outputs, WARM_UP, misjudged=True)
         if failure is not None:
             self._note_failure(route, failure)
-            return outputs
+            return Made(outputs)
         if scales is not None and self._worth.judge(
             route, layout, scales.weighed, lambda live: self._lay_out(known, route, live)
         ):
             self._device.wait()  # the next call captures again, with these live
             revise()
-            return outputs
-        grown = self._device.usage().since(before)
-        holding = self.room.take(route.key, grown, _dropper(self._table, route.key))
+            return Made(outputs)
+        after = self._device.usage()
+        grown = after.since(before)
+        holding = self.room.take(route.key, grown, after.shared, self._table.dropper(route.key))
         if isinstance(holding, str):
             _log.info("%s: the plan for %s was given up: %s", self._program.name, route.sizes, holding)
-            return outputs
-        recorded = capture.recorded
-        stats = _plan_stats(route, recorded, grown, time.perf_counter() - started)
-        replay, fitter = self._replay(route, recorded, stats)
-        addresses = static_addresses(recorded)
-        plan = Plan(route, replay, stats.source, addresses, recorded, stats, holding, serving, fitter=fitter)
-        if _may_read_step(recorded):
-            plan.asked = Asked.of(current())
-        self._table.add(plan)
-        return outputs
+            return Made(outputs)
+        seconds = time.perf_counter() - started
+        self._table.add(self._writer.write(route, capture.recorded, holding, grown, seconds, serving, self.inspector))
+        return Made(outputs)
+
+    def _bar(self) -> Progress:
+        """Shows the steps, unless somebody shows how many captures are done."""
+        wanted = self._config.progress and current_purpose().phase is not Phase.RECORD
+        return Progress(f"capturing {self._program.name}", len(self._program.steps), enabled=wanted)
 
     def _first_failure(self, what: str, route: Route, failure: Failure | None) -> Failure | None:
         """What went wrong on any rank."""
         if not self._agreement.is_group:
             return failure
         return Failure.of_ranks(self._agreement.gather(self._question(what, route), failure, usual=None))
-
-    def _replay(
-        self, route: Route, recorded: Recorded, stats: PlanStats
-    ) -> tuple[Callable[[tuple[Any, ...]], Any], Fitter | None]:
-        """Write the replay of what was recorded."""
-        at_end = self._device.at_end(recorded.segments, recorded.outputs.lent())
-        if at_end is not None:
-            at_end()
-        itself = weakref.ref(self)  # so that a runner that nobody calls any more goes at once, its plans with it
-
-        def mismatch(reason: str) -> None:
-            if (capture := itself()) is not None:
-                capture._give_up(route, reason)
-
-        fitter = Fitter(self._padding, route.rung, recorded, self._arena) if route.rung else None
-        replay, stats.source = generate(recorded, at_end, mismatch, self._arena if self._padding else None, fitter)
-        if self._config.annotate:  # first, so that it is still there when a check ends
-            annotate(replay, recorded, self._device.device.type == "cuda")
-        self.inspector.attach(route.key, recorded, replay)
-        bound = zip(self._program.inputs, recorded.layout.bindings, strict=True)
-        self._stats.bindings = {spec.name: binding.value for spec, binding in bound}
-        if self._device.device.type == "cuda" and self._config.cache:
-            native.prepare(cache_root(self._config.cache_dir))
-        return replay, fitter
-
-    def _give_up(self, route: Route, reason: str) -> None:
-        """A live step gave what the graphs of a plan cannot take: a plan for this route is of no use."""
-        self._stats.live_calls[reason] += 1
-        self._attempts.refuse(route, reason)
-        self._table.drop(route.key)
 
     def _note_failure(self, route: Route, failure: Failure) -> None:
         if failure.out_of_memory:
@@ -275,35 +235,3 @@ def _frozen(serving: Serving | None) -> Iterator[None]:
         yield
     finally:
         serving.is_recording = False
-
-
-def _may_read_step(recorded: Recorded) -> bool:
-    """Whether a step of the plan may read what no argument shows: what runs live, and what is captured on trust."""
-    live = recorded.layout.live
-    return bool(live) or any(each.unproven for each in recorded.program.steps)
-
-
-def _dropper(table: PlanTable, key: Hashable) -> Callable[[], None]:
-    """How the account gives up a plan; it does not keep the table alive."""
-    reference = weakref.ref(table)
-
-    def drop() -> None:
-        if (table := reference()) is not None:
-            table.drop(key)
-
-    return drop
-
-
-def _plan_stats(route: Route, recorded: Recorded, grown: Usage, seconds: float) -> PlanStats:
-    steps, live = recorded.program.steps, recorded.layout.live
-    return PlanStats(
-        key=route.sizes,
-        mode=route.mode.name,
-        num_segments=len(recorded.segments),
-        captured=[each.name for number, each in enumerate(steps) if number not in live],
-        live={each.name: live[number] for number, each in enumerate(steps) if number in live},
-        bytes=grown.exclusive + grown.shared,
-        seconds=seconds,
-        exclusive_bytes=grown.exclusive,
-        shared_bytes=grown.shared,
-    )

@@ -31,19 +31,25 @@ def over_storage(storage: torch.UntypedStorage, like: torch.Tensor, offset: int)
 
     Never an inference tensor, whatever mode the caller is in.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        empty = torch.empty(0, dtype=like.dtype, device=like.device)
-        return empty.set_(storage, offset, like.size(), like.stride())
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return _over_storage(storage, like, offset)
+    return _over_storage(storage, like, offset)
+
+
+def _over_storage(storage: torch.UntypedStorage, like: torch.Tensor, offset: int) -> torch.Tensor:
+    empty = torch.empty(0, dtype=like.dtype, device=like.device)
+    return empty.set_(storage, offset, like.size(), like.stride())
 
 
 def weak_view(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, not kept alive: a plain tensor, detached, never an inference tensor."""
     storage = tensor.untyped_storage()
-    if storage.nbytes() == 0 or storage.data_ptr() == 0:
+    address, nbytes = storage.data_ptr(), storage.nbytes()
+    if nbytes == 0 or address == 0:
         with torch.inference_mode(False):
             return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    nowhere_owned = unowned(storage.data_ptr(), tensor.device, storage.nbytes())
-    return over_storage(nowhere_owned, tensor, int(tensor.storage_offset()))
+    return over_storage(unowned(address, tensor.device, nbytes), tensor, int(tensor.storage_offset()))
 
 
 def fixed_storage(memory: torch.Tensor) -> torch.UntypedStorage:

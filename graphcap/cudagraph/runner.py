@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.routes import Route, Router
 from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey, current, step
 from graphcap.cudagraph.hardware.device import GraphDevice
+from graphcap.cudagraph.made import ELSEWHERE
 from graphcap.cudagraph.maker import PlanMaker
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.parts import Parts
-from graphcap.cudagraph.plan_capture import ELSEWHERE
 from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.recording.attempts import Attempts
 from graphcap.cudagraph.recording.moves import MoveRecord
@@ -42,7 +42,7 @@ class GraphRunner:
     """Calls a program, through a graph where there is one.
 
     ``runner(*args)`` takes one value per input of the program and returns the tuple of its outputs, always those of
-    ``program.run(*args)``. Safe to call from several threads and streams.
+    ``program.run(*args)``. :meth:`call_with` is the same. Safe to call from several threads and streams.
 
     Attributes:
         program: what is called.
@@ -78,14 +78,18 @@ class GraphRunner:
         self._written = sorted({slot for each in program.steps for slot in each.mutates if slot < len(program.inputs)})
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        return self.call_with(args)
+
+    def call_with(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """A call with these arguments. A list may be used for something else afterwards."""
         said = current()
         key = self._sizes(args) if said is None else (self._sizes(args), said.token)
         served = self._table.served.get(key)
         if served is None:
-            return self._first_of_its_kind(key, args, said)
+            return self._first_of_its_kind(key, tuple(args), said)
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self(*args)
+                return self.call_with(args)
         device = self.device
         with device.lock:
             if device.busy or not device.enter():
@@ -102,7 +106,7 @@ class GraphRunner:
             served.holding.last_use = self._tick()
             served.plan.num_changed = 0
             return result
-        return self._unfit(served.plan, result, args, said)
+        return self._unfit(served.plan, result, tuple(args), said)
 
     def dispatch(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> Dispatch:
         """How a batch is going to run: by the first of its routes that has a plan or may get one."""
@@ -217,7 +221,7 @@ class GraphRunner:
         if plan.serving is not None and plan.serving.is_used:
             replay = _with_inputs(replay, plan.serving)
         self._table.lead(Served(replay, plan, key, plan.stats, plan.holding, self._size_stats(args, plan.route)))
-        return self(*args)
+        return self.call_with(args)
 
     def _approach(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Any, ...]:
         """A route that may be captured: now, or after more sightings."""
@@ -272,10 +276,10 @@ class GraphRunner:
         return self.stats.replays + self.stats.live_calls.total()
 
 
-def _with_inputs(replay: Callable[[tuple[Any, ...]], Any], serving: Serving) -> Callable[[tuple[Any, ...]], Any]:
+def _with_inputs(replay: Callable[[Sequence[Any]], Any], serving: Serving) -> Callable[[Sequence[Any]], Any]:
     """A replay that brings the step's inputs to where the plan reads them."""
 
-    def with_inputs(args: tuple[Any, ...]) -> Any:
+    def with_inputs(args: Sequence[Any]) -> Any:
         said = current()
         if said is None:
             return Unfit.CHANGED
@@ -286,7 +290,7 @@ def _with_inputs(replay: Callable[[tuple[Any, ...]], Any], serving: Serving) -> 
     return with_inputs
 
 
-def _size_reader(program: Program) -> Callable[[tuple[Any, ...]], Any]:
+def _size_reader(program: Program) -> Callable[[Sequence[Any]], Any]:
     """The function that takes the arguments and returns the sizes of the key: ``()``, the only one, or a tuple."""
     where = [i for i, spec in enumerate(program.inputs) if spec.kind is InputKind.SCALAR and spec.in_key]
     return operator.itemgetter(*where) if where else lambda args: ()

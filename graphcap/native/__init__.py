@@ -4,9 +4,11 @@ background, and the same in Python until they are there.
 In reading order: :mod:`~graphcap.native.fallback` (the contract, in Python), ``checks.cpp`` (the same in C++),
 :mod:`~graphcap.native.extension` (which of them is used), :mod:`~graphcap.native.build` and
 :mod:`~graphcap.native.loader` (how the extension is made and found). ``GRAPHCAP_NATIVE=0`` switches it off.
+:mod:`~graphcap.native.layouts` is a check of torch's own.
 """
 
 from graphcap.native.extension import AddressCheck, Extension, IdentityCheck
+from graphcap.native.layouts import layout_check
 
 _of_this_process = Extension()
 
@@ -22,6 +24,7 @@ __all__ = [
     "IdentityCheck",
     "address_check",
     "identity_check",
+    "layout_check",
     "look",
     "prepare",
     "status",

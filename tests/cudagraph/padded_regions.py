@@ -15,13 +15,14 @@ from graphcap.cudagraph.dispatch.routes import FULL, Batch, Route
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from graphcap.cudagraph.padded.fitted import Fitter
 from graphcap.cudagraph.padded.padding import Padding
-from graphcap.cudagraph.padded.proof import Verdict, prove, warm_up_padded
+from graphcap.cudagraph.padded.proof import Verdict, prove
 from graphcap.cudagraph.recording.arena import Arena
 from graphcap.cudagraph.recording.bindings import Choice
 from graphcap.cudagraph.recording.bridges import BridgeSpace
 from graphcap.cudagraph.recording.capture import SegmentedCapture
+from graphcap.cudagraph.recording.in_place import InPlace
 from graphcap.cudagraph.recording.layout import lay_out
-from graphcap.cudagraph.recording.observe import observe
+from graphcap.cudagraph.recording.observe import Observation, observe
 from graphcap.cudagraph.recording.recorded import Recorded
 from graphcap.cudagraph.replaying.handout import Policy
 from graphcap.cudagraph.replaying.plan import Plan, static_addresses
@@ -86,6 +87,16 @@ def cloned(args: Sequence[Any]) -> list[Any]:
     return [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
+def warm_up_padded(
+    program: Program, args: Sequence[Any], padding: Padding, rung: Mapping[str, int], device: torch.device
+) -> Observation:
+    """Serve a call live at the size of a rung; what a capture there must know."""
+    padded = padding.pad(args, rung)
+    seen, outputs = observe(program, padded, device)
+    padding.hand_back(args, padded, outputs, seen)
+    return seen
+
+
 class PaddedCalls:
     """A runner that does one thing: it keeps a plan for each rung and serves each call from the smallest that fits."""
 
@@ -98,20 +109,21 @@ class PaddedCalls:
         self.device: GraphDevice = device or SimulatedDevice()
         self.arena = Arena(self.device)
         self.bridges = BridgeSpace(self.device)
+        self.in_place = InPlace()
         self.plans: dict[tuple[int, ...], Plan] = {}
         self.mismatches: list[str] = []
         assert self.padding, self.padding.refused
 
     def capture(self, rung: Mapping[str, int], args: Sequence[Any]) -> tuple[Any, ...]:
         """Warm up with copies of the arguments, capture with the arguments; the outputs of the capturing call."""
-        known, _ = warm_up_padded(self.program, cloned(args), self.padding, rung, self.device.device)
+        known = warm_up_padded(self.program, cloned(args), self.padding, rung, self.device.device)
         choice = Choice(self.full, {}, (), (), self.config.max_copy_bytes, padded=self.padding.inputs)
         layout = lay_out(self.program, known, choice)
         padded = self.padding.pad(args, rung)
         with contextlib.ExitStack() as session, torch.no_grad():
             pool = session.enter_context(self.device.session())
             capture = SegmentedCapture(self.program, known, layout, self.device, pool, padded)
-            capture.bind_inputs(self.arena, self.bridges)
+            capture.bind_inputs(self.arena, self.bridges, self.in_place)
             outputs, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         recorded = capture.recorded
@@ -126,7 +138,7 @@ class PaddedCalls:
         layout = lay_out(self.program, seen, Choice(self.full, {}, (), (), self.config.max_copy_bytes))
         with self.device.session() as pool, torch.no_grad():
             capture = SegmentedCapture(self.program, seen, layout, self.device, pool, args)
-            capture.bind_inputs(self.arena, self.bridges)
+            capture.bind_inputs(self.arena, self.bridges, self.in_place)
             _, failure = capture.run(SILENT, Policy.of(self.config, False))
         assert failure is None, failure
         return self._plan((), {}, capture.recorded, None)

@@ -48,6 +48,8 @@ def test_sums_between_graphs(results: dict[str, list[Any]]) -> None:
 def test_capture_that_fails_on_one_rank_is_given_up_by_both(
     results: dict[str, list[Any]], scenario: str, step: str, left: list[str]
 ) -> None:
+    for each in results[scenario]:
+        each["sums"] = bool(each["sums"])  # how often Python came by, which differs: to record one is not to run it
     both = Both(results, scenario)
     (failure,) = both["failures"]
     assert failure.startswith(f"{step}: rank 1: ")

@@ -18,8 +18,8 @@ from graphcap.compiler.frontend.subject import regions_of
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.cudagraph import GraphRunner
 from graphcap.cudagraph.checks.profile import Timers, timed
-from graphcap.cudagraph.checks.rehearsal import forked_generators
 from graphcap.cudagraph.dispatch.phase import allow_capture
+from graphcap.cudagraph.hardware.generators import same_random_numbers
 
 REPEATS = 15  #: calls that are timed; every figure is a median over them
 _MAX_CALLS = 12  #: in which a graph has to be there
@@ -108,7 +108,9 @@ def profile(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Profile:
     def call() -> None:
         model(*args, **kwargs)
 
-    with forked_generators(torch.cuda.current_device() if torch.cuda.is_initialized() else None):
+    used = torch.cuda.is_initialized()
+    device = torch.device("cuda", torch.cuda.current_device()) if used else torch.device("cpu")
+    with same_random_numbers(device):
         active = _until_replayed(call, model, state)
         original, _ = private.original_of(model)
         name = getattr(original, "__qualname__", type(original).__qualname__)

@@ -81,6 +81,15 @@ class DirectCalls:
         self._is_plain: Callable[[], bool] = lambda: False
         self._ways: tuple[_Way, ...] = ()
         self._functions: tuple[Callable[..., Any], ...] = ()
+        self._again: tuple[Callable[..., Any], ...] = ()
+
+    def again(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a sealed call that looks exactly like an earlier one, :data:`MISS` for any other.
+
+        Raises:
+            GuardError: as below.
+        """
+        return self._first_of(self._again, bound, args, kwargs) if self._again else MISS
 
     def __call__(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call, or :data:`MISS` when nothing has run.
@@ -88,19 +97,31 @@ class DirectCalls:
         Raises:
             GuardError: sealed, and what the graph relies on has changed.
         """
-        if self._functions and self._is_plain():
-            try:
-                for function in self._functions:
-                    result = function(*bound, *args, **kwargs)
-                    if result is not MISS:
-                        self.count += 1
-                        return result
-            except BaseException:
-                dynamo.leave_functorch_layers()
-                raise
+        if self._functions and (result := self._first_of(self._functions, bound, args, kwargs)) is not MISS:
+            return result
         for way in self._ways:
             if way.sealed is not None:
                 way.sealed.on_arguments.others_evaluated()
+        return MISS
+
+    def _first_of(
+        self,
+        functions: tuple[Callable[..., Any], ...],
+        bound: tuple[Any, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if not self._is_plain():
+            return MISS
+        try:
+            for function in functions:
+                result = function(*bound, *args, **kwargs)
+                if result is not MISS:
+                    self.count += 1
+                    return result
+        except BaseException:
+            dynamo.leave_functorch_layers()
+            raise
         return MISS
 
     def learn(self, bound: tuple[Any, ...]) -> list[str]:
@@ -120,6 +141,8 @@ class DirectCalls:
             ways.append(found or self._way(Guards(manager), code, bound))
         self._ways = tuple(ways)
         self._functions = tuple(way.function for way in ways if way.function is not None)
+        sealed = [way.sealed for way in ways if way.sealed is not None]
+        self._again = tuple(each.again for each in sealed if each.again is not None)
         if self._functions:
             self._is_plain = dynamo.plain_caller()
         return self.refused[num_refused:]

@@ -91,7 +91,12 @@ class FrameWriter:
         lines = [
             f"{prefix}args[{position}] = {argument.text}" for position, argument in arguments if position not in static
         ]
-        return [*lines, self.call(f"*{prefix}args")]
+        assert self.frame.output is not None
+        graph = dynamo.graph_without_wrapper(self.entry.__globals__, self.frame.graph)
+        # Ours take the list as it is: to unpack it costs a reference to each of hundreds of parameters.
+        takes_list = hasattr(eval(graph, self.entry.__globals__), "call_with")
+        call = f"{graph}.call_with({prefix}args)" if takes_list else f"{graph}(*{prefix}args)"
+        return [*lines, f"{self.frame.output.text} = {call}"]
 
     def define_frame(self, body: Sequence[str], names: dict[str, Any]) -> FunctionType:
         """A function that takes what the frame takes and returns what it returns.

@@ -17,13 +17,24 @@ from typing import Any
 
 from torch import is_inference_mode_enabled
 
+from graphcap.compiler.frontend.same_layout import SameLayout
+
 #: Leaves of the tree, by class.
 _OF_A_TENSOR, _NO_ALIAS = "TENSOR_MATCH", "NO_TENSOR_ALIASING"
 #: Leaves that belong to several nodes at once.
 _SHARED = frozenset({_NO_ALIAS, "OBJECT_ALIASING", "STORAGE_OVERLAPPING", "SYMBOLIC_SHAPE_GUARD"})
 
+#: Leaves that see of an argument only what :mod:`~graphcap.compiler.frontend.same_layout` compares.
+_OF_A_LAYOUT = frozenset(
+    {
+        _OF_A_TENSOR, _NO_ALIAS, "DIMENSION_DYNAMIC_MARKING_GUARD", "DYNAMIC_INDICES", "NO_HASATTR", "TYPE_MATCH",
+        "ID_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH", "EQUALS_MATCH", "LENGTH_CHECK", "DICT_LENGTH",
+    }
+)  # fmt: skip
+
 #: An argument itself, or an item of ``*args`` or ``**kwargs``.
 _ARGUMENT = re.compile(r"L\['(?P<name>\w+)'\](?P<item>\[\d+\]|\['\w+'\])?")
+_NAMED = re.compile(r"L\['(\w+)'\]")
 
 
 class Guards:
@@ -78,6 +89,7 @@ class Guards:
             manager.root.clone_manager(lambda node: node.get_source() in kept),
             tuple(match for node in nodes if node.source in kept and (match := node.argument())),
             [text for node in nodes if node.source not in kept for text in node.texts()],
+            _ambient([node for node in nodes if node.source in kept], state),
         )
 
 
@@ -88,18 +100,25 @@ class ArgumentGuards:
         unaliased: expressions over the frame's variables: tensors that must not be the same object as one that is
             proved to be that of the last call. This is the caller's to check.
         unchecked: the guards that are left out.
+        same_layout: for which arguments they are known to hold; ``None`` where some see more of an argument than that.
     """
 
-    __slots__ = ("_check", "_inference", "_reference", "unaliased", "unchecked")
+    __slots__ = ("_check", "_inference", "_reference", "same_layout", "unaliased", "unchecked")
 
     def __init__(
-        self, reference: weakref.ref[Any], root: Any, unaliased: tuple[str, ...], unchecked: list[str]
+        self,
+        reference: weakref.ref[Any],
+        root: Any,
+        unaliased: tuple[str, ...],
+        unchecked: list[str],
+        ambient: tuple[Any, ...] | None,
     ) -> None:
         self._reference = reference
         self._check: Callable[[dict[str, Any]], bool] = root.check
         self._inference: bool | None = None
         self.unaliased = unaliased
         self.unchecked = unchecked
+        self.same_layout = None if ambient is None else SameLayout(ambient, reference)
 
     def __call__(self, f_locals: dict[str, Any]) -> bool:
         """As for :class:`Guards`, state aside; false when Dynamo has dropped the graph."""
@@ -130,6 +149,10 @@ class _Node:
 
     def has(self, kind: str) -> bool:
         return any(type(leaf).__name__ == kind for leaf in self.leaves)
+
+    def sees_layout(self) -> bool:
+        """Whether its guards see no more than a tensor's layout, Dynamo's marks on it, or a constant."""
+        return all(type(leaf).__name__ in _OF_A_LAYOUT or _is_about_a_mark(leaf) for leaf in self.leaves)
 
     def argument(self) -> str:
         """The expression for an argument that must not be another tensor of the call; ``""`` for anything else."""
@@ -172,6 +195,30 @@ def _kept(nodes: Sequence[_Node], fetched: Set[str], proved: Set[str]) -> set[st
     between = {id(leaf) for n in nodes if n.source in kept for leaf in n.leaves if type(leaf).__name__ in shared}
     kept |= {node.source for node in nodes if any(id(leaf) in between for leaf in node.leaves)}
     return kept | {place for node in nodes if node.source in kept for place in node.above}
+
+
+def _ambient(kept: Sequence[_Node], state: Set[str]) -> tuple[Any, ...] | None:
+    """Those on torch's modes, each a function of an empty dict, where all others see only the layout of tensor
+    arguments, and constants; ``None`` where some see more."""
+    ambient = []
+    for node in kept:
+        if not node.above:
+            for leaf in node.leaves:
+                text = " ".join(leaf.verbose_code_parts())
+                named = set(_NAMED.findall(text))
+                if "G[" in text or named & state or not callable(leaf):
+                    return None
+                if not named:  # the others compare sizes
+                    ambient.append(leaf)
+        elif node.is_state or not _ARGUMENT.fullmatch(node.source) or not node.sees_layout():
+            return None
+    return tuple(ambient)
+
+
+def _is_about_a_mark(leaf: Any) -> bool:
+    """``((getattr(L['x'], '_dynamo_shape_ids', None) == {...}) if hasattr(...) else True)``: torch 2.11 has such."""
+    texts = leaf.verbose_code_parts()
+    return type(leaf).__name__ == "LAMBDA_GUARD" and bool(texts) and all("'_dynamo_" in text for text in texts)
 
 
 def _one_line(text: str) -> str:

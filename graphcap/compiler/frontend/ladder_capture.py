@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphcap.compiler.frontend.subject import regions_of, runners_of, subject_of
+from graphcap.compiler.frontend.subject import subject_of
 from graphcap.compiler.frontend.target import DYNAMIC
 from graphcap.compiler.region import Region
 from graphcap.config import Config
@@ -25,6 +25,10 @@ from graphcap.errors import StepError
 from graphcap.progress import Progress
 
 log = logging.getLogger(__name__)
+
+#: Calls to be captured: the first may show that fewer graphs are better, or that the size is unlike others, which takes
+#: a warm-up more.
+_RECORDINGS = 3
 
 #: Takes a batch, returns the positional and keyword arguments of a call with such a batch, and the inputs of its step
 #: where ops of the model read any.
@@ -96,7 +100,8 @@ class LadderCapture:
             tags: of every batch.
         """
         self._tags = tags
-        self._model, self._config, self._call_model = model, config, call
+        self._model, self._subject = model, subject_of(model)
+        self._config, self._call_model = config, call
         self._make_inputs, self._keeper, self._summary = make_inputs, keeper, summary
         self._regions: list[Region] = []
 
@@ -107,14 +112,15 @@ class LadderCapture:
             StepError: no size is declared.
             Exception: what ``make_inputs`` or the model raises.
         """
-        started, summary = time.perf_counter(), self._summary
+        started = time.perf_counter()
         with contextlib.ExitStack() as session:
             session.enter_context(without_collector())
             if torch.is_grad_enabled():
                 session.enter_context(torch.no_grad())
             session.callback(self._keeper.restore)
             keys = self._prepare()
-            used = _used_bytes(self._runners())
+            used = self._used_bytes()
+            session.callback(lambda: self._sum_up(started, used))
             bar = session.enter_context(Progress("capturing", len(keys), enabled=self._config.progress))
             before: GraphKey | None = None
             for key in keys:
@@ -123,9 +129,8 @@ class LadderCapture:
                     self._prove_padding(key)
                 self._look_for_other_graphs(key)
                 before = key
-                summary.seconds = time.perf_counter() - started
-                summary.bytes = max(0, _used_bytes(self._runners()) - used)
-                bar.advance(f"{key}, {summary.bytes / 2**20:.0f} MiB")
+                if bar.visible:
+                    bar.advance(f"{key}, {max(0, self._used_bytes() - used) / 2**20:.0f} MiB")
         for region in self._regions:
             region.is_captured_ahead |= any(runner.stats.plans for runner in region.runners)
         if self._keeper.not_kept:
@@ -139,7 +144,8 @@ class LadderCapture:
         for key in (first, _smaller(first), first):  # without Dynamo, calls of two sizes show what follows a size
             if not self._runners():
                 self._call(key, Phase.WARM_UP)
-        self._regions = regions_of(self._model)
+        self._subject = subject_of(self._model)  # from now on its modules stay what they are
+        self._regions = self._subject.regions()
         keys = dict.fromkeys(key for runner in self._runners() for key in runner.router.ladder.batches())
         if not keys:
             raise StepError(
@@ -148,14 +154,14 @@ class LadderCapture:
         return [replace(key, tags=self._tags) for key in keys]
 
     def _runners(self) -> list[GraphRunner]:
-        return runners_of(self._model)
+        return [runner for region in self._subject.regions() for runner in region.runners]
 
     def _capture(self, key: GraphKey) -> None:
         """Warm up and record."""
         for _ in range(self._config.num_warmups):
             self._call(key, Phase.WARM_UP)
         summary, reasons = self._summary, list[str]()
-        for _ in range(2):  # the first capture may have shown that fewer graphs are better
+        for _ in range(_RECORDINGS):
             self._call(key, Phase.RECORD)
             runners = self._runners()
             if any(runner.has_plan(key) for runner in runners):
@@ -179,9 +185,16 @@ class LadderCapture:
         with step(key=key, inputs=rest[0] if rest else None), in_phase(phase, self._keeper):
             self._call_model(*args, **kwargs)
 
+    def _sum_up(self, started: float, used: int) -> None:
+        self._summary.seconds = time.perf_counter() - started
+        self._summary.bytes = max(0, self._used_bytes() - used)
+
+    def _used_bytes(self) -> int:
+        return max((runner.device.used_bytes() for runner in self._runners()), default=0)
+
     def _look_for_other_graphs(self, key: GraphKey) -> None:
         """Warn where the inputs of a batch were traced anew: the plans that they get are not those that serve."""
-        known, self._regions = self._regions, regions_of(self._model)
+        known, self._regions = self._regions, self._subject.regions()
         if self._has_graph_of_its_own(key):
             return
         for region in [each for each in self._regions if each not in known and each.recompiled_because]:
@@ -193,13 +206,9 @@ class LadderCapture:
 
     def _has_graph_of_its_own(self, key: GraphKey) -> bool:
         """Where dims could not be left open, size 1 has one by right."""
-        record = subject_of(self._model).record
+        record = self._subject.record
         sizes = (key.num_tokens, key.num_reqs, *(size for _, size in key.sizes))
         return record is not None and record.marking == DYNAMIC and 1 in sizes
-
-
-def _used_bytes(runners: Sequence[GraphRunner]) -> int:
-    return max((runner.device.used_bytes() for runner in runners), default=0)
 
 
 def _first_key(config: Config) -> GraphKey:

@@ -14,6 +14,7 @@ Without the C++ checks a look at everything costs more than the guards, which ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -40,12 +41,33 @@ class StaticInput(NamedTuple):
     steps: tuple[Step, ...]
 
 
-class _Known(NamedTuple):
-    """A seal: what has to be unchanged, and the graph's arguments as long as it is."""
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A seal: what has to be unchanged, and the graph's arguments as long as it is.
 
-    holds: Callable[..., bool]  #: takes the own dicts of the modules where everything begins
+    Attributes:
+        holds: takes the own dicts of the modules where everything begins.
+        values: the arguments, ``None`` for those that are no static inputs.
+        ids: of the static inputs.
+        spare: lists like ``values`` that no call uses now. Hundreds of references are not counted up and down for each
+            call then.
+    """
+
+    holds: Callable[..., bool]
     values: list[Any]
     ids: frozenset[int]
+    spare: list[list[Any]] = field(default_factory=list)
+
+    def take(self) -> list[Any]:
+        """A list like ``values`` for one call."""
+        try:
+            return self.spare.pop()
+        except IndexError:
+            return self.values.copy()
+
+    def give_back(self, args: list[Any]) -> None:
+        """What :meth:`take` has given, as it was."""
+        self.spare.append(args)
 
 
 class Seal:
@@ -64,7 +86,7 @@ class Seal:
         self._guards = guards
         self._statics = tuple(statics)
         self._num_arguments = num_arguments
-        self._known: _Known | None = None
+        self._known: Known | None = None
         self._remaining = EVERY - 1
         self._plans = -1
         self._num_served = 0
@@ -78,6 +100,14 @@ class Seal:
     def __call__(self, ids: Sequence[int], *roots: dict[str, Any]) -> list[Any] | None:
         """A fresh argument list with the static inputs filled in; ``None`` where the seal does not hold.
 
+        Args: as for :meth:`known`.
+        """
+        known = self.known(ids, *roots)
+        return None if known is None else known.values.copy()
+
+    def known(self, ids: Sequence[int], *roots: dict[str, Any]) -> Known | None:
+        """What the seal knows; ``None`` where it does not hold.
+
         Args:
             ids: of the tensors that must not be among the static inputs.
             roots: the own dicts of the modules, as the frame finds them.
@@ -88,7 +118,7 @@ class Seal:
         if not known.holds(*roots) or not known.ids.isdisjoint(ids):
             return None
         self._remaining -= 1
-        return known.values.copy()
+        return known
 
     def renew(self, f_locals: dict[str, Any], ids: Sequence[int], *roots: nn.Module) -> list[Any] | None:
         """The same where the seal does not hold and the guards on arguments do; ``None`` where all guards decide.
@@ -119,7 +149,7 @@ class Seal:
         self._plans = plans
         return None if known is None else known.values.copy()
 
-    def _look(self, roots: Sequence[nn.Module]) -> _Known | None:
+    def _look(self, roots: Sequence[nn.Module]) -> Known | None:
         """Everything as it is now; ``None`` where dict entries alone do not lead to an input."""
         self._num_changes = self._num_changes + 1 if self._num_served < FEW_CALLS else 0
         self._num_served = 0
@@ -141,7 +171,7 @@ class Seal:
             [(numbers.get(id(holder), holder), name, value) for holder, name, value in entries.values()],
             [(numbers[id(holder)], holder) if id(holder) in numbers else holder for holder in sized],
         )
-        return _Known(holds, values, frozenset(id(values[static.position]) for static in self._statics))
+        return Known(holds, values, frozenset(id(values[static.position]) for static in self._statics))
 
     def _raise(self, f_locals: dict[str, Any]) -> None:
         if guard := self._guards.failing(f_locals):

@@ -21,11 +21,14 @@ class SealedFunction:
 
     Attributes:
         function: takes what the frame takes, and returns what it returns, or :data:`MISS`.
+        again: the same for calls that look like one that ``function`` has served, :data:`MISS` for others; ``None``
+            where no call is known to look like another.
         seal: the state that it relies on.
         on_arguments: the guards that it evaluates while the seal holds.
     """
 
     function: Callable[..., Any]
+    again: Callable[..., Any] | None
     seal: Seal
     on_arguments: ArgumentGuards
 
@@ -66,9 +69,11 @@ def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[...
     texts = [root.text for root in roots.values()]
     own_dicts = [root.own_dict(prefix) for root in roots.values()]
     before, after = writer.kept_lines(set(paths), {id(value) for path in paths.values() for value in path}, ())
+    layout, (values, no_more) = on_arguments.same_layout, _values(writer)
     body = [
         f"{prefix}locals = {writer.variables()}",
         f"if not {prefix}on_arguments({prefix}locals): return {prefix}MISS",
+        *([f"if {no_more}: {prefix}layout.learn({values})"] if layout is not None else []),
         f"{prefix}ids = ({ids})",
         f"{prefix}args = {prefix}seal({', '.join([f'{prefix}ids', *own_dicts])})",
         f"if {prefix}args is None:",
@@ -79,8 +84,36 @@ def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[...
         *after,
     ]
     names = {"on_arguments": on_arguments, "seal": seal, "renew": seal.renew, "otherwise": otherwise, "MISS": MISS}
-    names["own_dict"] = _own_dict
-    return SealedFunction(writer.define_frame(body, names), seal, on_arguments)
+    names |= {"own_dict": _own_dict, "layout": layout}
+    function, again = writer.define_frame(body, names), None
+    if layout is not None:
+        dynamic = [position for position in range(len(frame.arguments)) if position not in paths]
+        forgotten = "".join(f"{prefix}args[{position}] = " for position in dynamic)
+        lines = [
+            f"if not ({no_more} and {prefix}layout({values})): return {prefix}MISS",
+            f"{prefix}known = {prefix}seal.known({', '.join([f'({ids})', *own_dicts])})",
+            f"if {prefix}known is None: return {prefix}MISS",
+            f"{prefix}args = {prefix}known.take()",
+            *before,
+            *writer.call_with_statics(set(paths)),
+            *([f"{forgotten}None"] if dynamic else []),
+            f"{prefix}known.give_back({prefix}args)",
+            *after,
+        ]
+        again = writer.define_frame(lines, names)
+    return SealedFunction(function, again, seal, on_arguments)
+
+
+def _values(writer: FrameWriter) -> tuple[str, str]:
+    """The expression for the tuple of a call's arguments, and the one for whether there are no others."""
+    code = writer.entry.__code__
+    names = list(parameter_names(code))
+    named = names[: code.co_argcount + code.co_kwonlyargcount]
+    rest = names[len(named) :]
+    listed = [f"{name}, " for name in named if name not in writer.bound]
+    more = rest.pop(0) if code.co_flags & 0x04 else ""
+    values = f"({''.join(listed)}{f'*{more}, ' if more else ''})" if listed or not more else more
+    return values, f"not {rest[0]}" if rest else "True"
 
 
 @dataclass(frozen=True, slots=True)

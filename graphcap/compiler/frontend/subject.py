@@ -48,6 +48,10 @@ class Subject:
             return same_owner and any(private.is_frame_of(region.code, code) for code in self.codes)
         return id(region.owner) in self.modules or region.shares_tensor_with(self.tensors)
 
+    def regions(self) -> list[Region]:
+        """The regions that it owns now."""
+        return [region for region in all_regions() if self.owns(region)]
+
 
 def subject_of(target: Any) -> Subject:
     """Recognise a module, a compiled module, a function, a bound method, or an instance of a decorated class.
@@ -102,8 +106,7 @@ def regions_of(target: Any) -> list[Region]:
     Raises:
         TypeError: ``target`` is nothing that could have been compiled.
     """
-    subject = subject_of(target)
-    return [region for region in all_regions() if subject.owns(region)]
+    return subject_of(target).regions()
 
 
 def runners_of(target: Any) -> list[GraphRunner]:

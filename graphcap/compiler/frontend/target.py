@@ -179,9 +179,11 @@ class CompiledTarget:
             DimError: the call does not have the declared dims.
             GuardError: ``guards="sealed"``, and something that the compiled code relies on has changed.
         """
-        self._check(args, kwargs)
         if self._hooks.has_unguarded():
             self._trace_again_with_hooks()
+        if (result := self.direct.again(bound, args, kwargs)) is not MISS:
+            return result  # a call like this one has passed all checks
+        self._check(args, kwargs)
         if (result := self.direct(bound, args, kwargs)) is not MISS:
             return result
         if self._instead is not None:

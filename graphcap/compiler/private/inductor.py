@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import fx
 
+from graphcap.compiler.private.views import inlined_views
+
 
 def inductor_with_autograd(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Any:
     """Compile as ``backend="inductor"`` does, joint graph and backward included."""
@@ -35,7 +37,7 @@ def standalone_compile(gm: fx.GraphModule, inputs: Sequence[Any], *, fake_mode: 
 
     shapes: Any = "from_tracing_context" if fake_mode is not None else "from_example_inputs"
     context = tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext()
-    with context:
+    with context, inlined_views():
         return compile_piece(gm, list(inputs), dynamic_shapes=shapes, options={"config_patches": patches})
 
 

@@ -29,7 +29,9 @@ def size_hint(size: int | torch.SymInt) -> int:
         return int(size)
     hints = dict.fromkeys(expression.free_symbols, 64)
     shape_env = size.node.shape_env
-    backed = getattr(shape_env, "backed_var_to_val", None) or getattr(shape_env, "var_to_val", {})
+    backed = getattr(shape_env, "backed_var_to_val", None)
+    if backed is None:  # its earlier name; to ask a later torch for it warns
+        backed = getattr(shape_env, "var_to_val", {})
     hints.update({s: v for s, v in backed.items() if s in hints})
     return int(expression.subs(hints))
 

@@ -62,7 +62,7 @@ class InputsSeen:
         watched = [
             (index, stand_in)
             for index, stand_in in recorded.stand_ins.items()
-            if index < len(bindings) and span_bytes(stand_in) <= _MAX_INPUT_BYTES and _moves(recorded, index)
+            if index < len(bindings) and _moves(recorded, index) and span_bytes(stand_in) <= _MAX_INPUT_BYTES
         ]
         with torch.inference_mode(False), torch.no_grad():
             self._seen = [(stand_in, stand_in.clone()) for _, stand_in in watched]
@@ -112,11 +112,13 @@ class PlanCheck:
         self._finished = finished
         self._seen = seen
         self._comparing = self._agreed = False
-        self._segments = {number: Segment(recorded, groups[number]) for number in checked}
+        self._recorded = recorded
+        self._checked = checked
+        self._segments: dict[int, Segment] = {}  # those that were rehearsed: most plans of a ladder never are
         self._take_off = put_around(replay, recorded, segment=self._wrap)
 
     def _wrap(self, number: int, launch: Callable[..., Any]) -> Callable[..., Any]:
-        if number not in self._segments:
+        if number not in self._checked:
             return launch
 
         def compared() -> None:
@@ -140,6 +142,8 @@ class PlanCheck:
 
     def _rehearse(self, number: int) -> Rehearsal | None:
         try:
+            if number not in self._segments:
+                self._segments[number] = Segment(self._recorded, self._groups[number])
             return self._segments[number].rehearse(self._checks.spare_bytes())
         except Exception as error:  # the replay itself needs none of this
             self._give_up(number, describe(error))
@@ -175,7 +179,7 @@ class PlanCheck:
     def _end(self) -> None:
         self._remaining -= 1
         if self._agreed:
-            self._checks.prove([each for number in self._segments for each in self._groups[number]])
+            self._checks.prove([each for number in self._checked for each in self._groups[number]])
         if not self._remaining:
             self._take_off()
             self._finished()

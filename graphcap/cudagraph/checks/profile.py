@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.checks.around import put_around
-from graphcap.cudagraph.checks.rehearsal import Segment, TooLarge, forked_generators, segments_of
+from graphcap.cudagraph.checks.rehearsal import Segment, TooLarge, segments_of
+from graphcap.cudagraph.hardware.generators import same_random_numbers
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.recorded import Recorded
 
@@ -56,9 +57,8 @@ class Timers:
         self._time(number, "replayed", launch)
 
     def _time_copy(self, number: int, way: str, fn: Callable[..., Any], segment: Segment) -> None:
-        index = self._device.index if self._device.type == "cuda" else None
         try:
-            with torch.inference_mode(False), torch.no_grad(), forked_generators(index):
+            with torch.inference_mode(False), torch.no_grad(), same_random_numbers(self._device):
                 args = segment.arguments(number, MAX_COPIED_BYTES)
                 self._time(number, way, lambda: fn(*args))
         except TooLarge:

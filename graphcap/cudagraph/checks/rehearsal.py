@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from graphcap.cudagraph.hardware.generators import same_random_numbers
 from graphcap.cudagraph.private import over_storage, storage_address
 from graphcap.cudagraph.recording.arena import copy_into, span_bytes
-from graphcap.cudagraph.recording.layout import segment_of
 from graphcap.cudagraph.recording.recorded import Recorded, captured_slots
 
 _ALIGNMENT = (
@@ -84,7 +84,7 @@ class Segment:
             Exception: what a step raises.
         """
         outcomes: list[Outcome] = []
-        with torch.inference_mode(False), torch.no_grad(), forked_generators(self._device_index()):
+        with torch.inference_mode(False), torch.no_grad(), same_random_numbers(self._device()):
             copies = self._copies(max_bytes)
             slots = self._values | copies
             for number in self.numbers:
@@ -195,20 +195,18 @@ class Segment:
             found |= {slot: _moved(self._values[slot], copy, region.start) for slot in region.slots}
         return found
 
-    def _device_index(self) -> int | None:
+    def _device(self) -> torch.device:
         tensors = [value for value in self._values.values() if isinstance(value, torch.Tensor)]
-        return next((tensor.device.index for tensor in tensors if tensor.is_cuda), None)
+        return next((tensor.device for tensor in tensors if tensor.is_cuda), torch.device("cpu"))
 
 
 def segments_of(recorded: Recorded) -> list[list[int]]:
     """For each segment the numbers of its steps."""
-    numbered = segment_of(recorded.program, recorded.layout)
-    return [[n for n, each in enumerate(numbered) if each == segment] for segment in range(len(recorded.segments))]
-
-
-def forked_generators(index: int | None) -> Any:
-    """Random numbers drawn in this block are drawn again after it, on the CPU and on the CUDA device ``index``."""
-    return torch.random.fork_rng(devices=[] if index is None else [index])
+    groups: list[list[int]] = [[] for _ in recorded.segments]
+    for number, segment in enumerate(recorded.layout.segments):
+        if segment >= 0:
+            groups[segment].append(number)
+    return groups
 
 
 @dataclass(slots=True)

@@ -7,19 +7,18 @@ write. What follows finds everything as if nothing had happened.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from graphcap.cudagraph.checks.rehearsal import Segment, forked_generators
+from graphcap.cudagraph.checks.rehearsal import Segment
 from graphcap.cudagraph.counters.cost import StepTime
 from graphcap.cudagraph.hardware.device import Stopwatch
-from graphcap.cudagraph.hardware.generators import registered
+from graphcap.cudagraph.hardware.generators import same_random_numbers
 from graphcap.cudagraph.recording.recorded import Recorded, describe
 
 _log = logging.getLogger("graphcap.cudagraph")
@@ -46,7 +45,7 @@ class Weighed:
 
 
 class Scales:
-    """Weighs the segments of one capture.
+    """Weighs the segments of one capture. Those that call the same functions are one kind, of which one is measured.
 
     Attributes:
         weighed: those that are small enough and could be measured, in order.
@@ -58,6 +57,7 @@ class Scales:
         self._stopwatch = stopwatch
         self._device = device
         self._max_bytes = min(_MAX_BYTES, spare_bytes // 2)
+        self._kinds: dict[tuple[int, ...], tuple[StepTime, StepTime] | None] = {}  # live and replayed
 
     def weigh(self, recorded: Recorded, numbers: Sequence[int], replay: Callable[[], None]) -> None:
         """Measure the segment of these steps, which is about to be launched. Never raises."""
@@ -65,19 +65,29 @@ class Scales:
         # What is captured on somebody's word is not run more often than needed.
         if len(steps) > _MAX_STEPS or any(step.unproven for step in steps):
             return
+        kind = tuple(id(step.fn) for step in steps)
+        if kind not in self._kinds:
+            self._kinds[kind] = self._measured(recorded, numbers, replay)
+        times = self._kinds[kind]
+        if times is not None:
+            self.weighed.append(Weighed(tuple(numbers), *times))
+
+    def _measured(
+        self, recorded: Recorded, numbers: Sequence[int], replay: Callable[[], None]
+    ) -> tuple[StepTime, StepTime] | None:
+        """Live and replayed; ``None`` for what is worth a graph in any case, or cannot be measured."""
         try:
-            with torch.inference_mode(False), torch.no_grad(), _same_random_numbers(self._device):
+            with torch.inference_mode(False), torch.no_grad(), same_random_numbers(self._device):
                 segment = Segment(recorded, numbers)
                 run = segment.repeatable(self._max_bytes)
                 if self._stopwatch(run).host_us > _MAX_LIVE_US:
-                    return
+                    return None
                 live = self._median(_with_bridges(run, recorded, numbers))
                 put_back = segment.keep(self._max_bytes)
-                replayed = self._median(replay, put_back)
+                return live, self._median(replay, put_back)
         except Exception as error:  # the capture itself needs none of this
             _log.debug("%s: a segment was not measured: %s", recorded.program.name, describe(error))
-            return
-        self.weighed.append(Weighed(tuple(numbers), live, replayed))
+            return None
 
     def _median(self, call: Callable[[], object], after: Callable[[], None] = lambda: None) -> StepTime:
         times = []
@@ -113,15 +123,3 @@ def _bridged(recorded: Recorded, numbers: Sequence[int], values: dict[int, Any])
     ]
     read = dict.fromkeys(slot for step in readers for slot in step.reads if slot in made)
     return [slot for slot in read if isinstance(values[slot], torch.Tensor)]
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers drawn in this block are drawn again after it."""
-    states = [(generator, generator.get_state()) for generator in registered(device)]
-    with forked_generators(device.index if device.type == "cuda" else None):
-        try:
-            yield
-        finally:
-            for generator, state in states:
-                generator.set_state(state)

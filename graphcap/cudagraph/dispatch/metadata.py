@@ -42,12 +42,13 @@ class _Fit(NamedTuple):
 
 
 def dims_of_step(declared: Mapping[str, Any] | None) -> dict[str, dict[int, str]]:
-    """Of the declared dims those of step inputs: ``{"step.seq_lens": {0: "num_reqs"}}``."""
+    """Of the declared dims those of step inputs, without the prefix: ``{"seq_lens": {0: "num_reqs"}}``."""
     found = {}
     for path, dims in (declared or {}).items():
         if path.startswith(PREFIX):
             named = dims if isinstance(dims, Mapping) else {dims: "num_tokens"}
-            found[path] = {int(dim): str(getattr(name, "name", name)) for dim, name in named.items()}
+            names = {int(dim): str(getattr(name, "name", name)) for dim, name in named.items()}
+            found[path.removeprefix(PREFIX)] = names
     return found
 
 
@@ -174,7 +175,7 @@ class Serving:
         return size
 
     def _names(self, name: str) -> Mapping[int, str]:
-        return self._dims.get(PREFIX + name, {})
+        return self._dims.get(name, {})
 
     def _fill(self, name: str) -> Fill:
         fill: Fill = self._fills.get(PREFIX + name, 0)

@@ -11,8 +11,10 @@ A step holds for its thread or task; steps nest, the innermost counts.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -161,7 +163,14 @@ def key_of(
         return GraphKey.of_sizes(sizes, num_tokens, **others)
     if num_tokens is None:
         raise StepError("num_tokens is missing: a batch is known by its number of tokens first")
-    return GraphKey(num_tokens, num_reqs, uniform_query_len, sorted_tags)
+    plain = type(num_tokens) is int and {type(num_reqs), type(uniform_query_len)} <= _COUNTS
+    # Serving says the same few batches again and again: to look one up is a quarter of what its checks take.
+    make = _known_key if plain and not sorted_tags else GraphKey
+    return make(num_tokens, num_reqs, uniform_query_len, sorted_tags)
+
+
+_COUNTS = {int, type(None)}
+_known_key = functools.lru_cache(maxsize=4096)(GraphKey)
 
 
 class step:
@@ -199,7 +208,8 @@ class step:
         max_mode: CUDAGraphMode | str | None = None,
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        given = any(each is not None for each in (num_tokens, num_reqs, uniform_query_len, tags, sizes))
+        sized = num_tokens is not None or num_reqs is not None or uniform_query_len is not None
+        given = sized or tags is not None or sizes is not None
         if key is not None and given:
             raise StepError("give key= or the sizes one by one, not both")
         if key is None and (num_tokens is not None or sizes):
@@ -237,7 +247,7 @@ class StepInputs(Mapping[str, Any]):
     Attributes:
         given: the engine's own values.
         names: what a step brings, whatever it holds.
-        asked: what ops have looked for, found or not.
+        asked: what ops have looked for, found or not, since :func:`inputs_asked_for` began.
     """
 
     __slots__ = ("asked", "given", "names")
@@ -275,7 +285,7 @@ class StepInputs(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What ops looked for in the step of a call.
+    """What ops looked for in the step of a call, where what they find decides how they go on.
 
     Attributes:
         found: per name whether it was there.
@@ -286,11 +296,9 @@ class Asked:
     has_step: bool
 
     @classmethod
-    def of(cls, said: step | None) -> Asked:
-        """After the call."""
-        return cls(
-            {} if said is None else {name: name in said.inputs.names for name in said.inputs.asked}, said is not None
-        )
+    def of(cls, said: step | None, names: Iterable[str]) -> Asked:
+        """``names``: what they looked for."""
+        return cls({} if said is None else {name: name in said.inputs.names for name in names}, said is not None)
 
     def is_alike(self, said: step | None) -> bool:
         """Whether ops find the same in this step, and so go the same way."""
@@ -316,6 +324,20 @@ def current_step() -> step:
     if found is None:
         raise StepError("no graphcap.step(...) is in force here")
     return found
+
+
+@contextlib.contextmanager
+def inputs_asked_for() -> Iterator[set[str]]:
+    """Gathers the names that ops look for within it among the inputs of the step in force."""
+    said = _current.get()
+    if said is None:
+        yield set()
+        return
+    before, said.inputs.asked = said.inputs.asked, set()
+    try:
+        yield said.inputs.asked
+    finally:
+        said.inputs.asked = before
 
 
 def as_runtime_mode(mode: CUDAGraphMode | str | None) -> CUDAGraphMode | None:

@@ -109,19 +109,28 @@ class Account:
 
     def shared_bytes(self) -> int:
         """Pools, workspaces and static buffers."""
-        with self._lock:
-            devices = list(self._devices)
-        return sum(device.usage().shared for device in devices)
+        return sum(device.shared_bytes() for device in self._all_devices())
 
-    def make_room(self, limit: int, needed: int, asking: GraphDevice) -> str:
+    def used_bytes(self, asking: GraphDevice, shared: int) -> int:
+        """Exclusive and shared bytes together, where it is known what one of the device objects shares: to read that
+        takes the host as long as many launches."""
+        others = sum(device.shared_bytes() for device in self._all_devices() if device is not asking)
+        return self.exclusive_bytes() + others + shared
+
+    def _all_devices(self) -> list[GraphDevice]:
+        with self._lock:
+            return list(self._devices)
+
+    def make_room(self, limit: int, needed: int, asking: GraphDevice, shared: int) -> str:
         """Drop plans until ``needed`` more bytes fit below ``limit``, or none if that would not be enough.
 
-        ``asking`` is locked by the caller, and its stream ordered behind the plans that may go.
+        ``asking`` is locked by the caller, and its stream ordered behind the plans that may go; it shares ``shared``
+        bytes.
 
         Returns:
             Why there is no room, ``""`` when there is.
         """
-        used = self.exclusive_bytes() + self.shared_bytes()
+        used = self.used_bytes(asking, shared)
         missing = used + needed - limit
         victims, credit = [], 0
         for holding in self._cold():
@@ -139,10 +148,12 @@ class Account:
         """Drop the plan that was used longest ago, if that is long enough. Returns whether one went."""
         return any(_give_up(holding, asking) for holding in self._cold()[:1])
 
-    def num_to_give_up(self, limit: int, needed: int, asking: GraphDevice, agreement: Agreement) -> int | str:
-        """How many plans of a group on ``asking`` would have to go until ``needed`` more bytes fit below ``limit``; or
-        why that would not be enough. Nothing goes."""
-        used = self.exclusive_bytes() + self.shared_bytes()
+    def num_to_give_up(
+        self, limit: int, needed: int, asking: GraphDevice, shared: int, agreement: Agreement
+    ) -> int | str:
+        """How many plans of a group on ``asking``, which shares ``shared`` bytes, would have to go until ``needed``
+        more bytes fit below ``limit``; or why that would not be enough. Nothing goes."""
+        used = self.used_bytes(asking, shared)
         missing, credit, number = used + needed - limit, 0, 0
         for holding in self._cold(asking, agreement):
             if credit >= missing:
@@ -233,11 +244,11 @@ class Room:
         refusal.num_calls += 1
         return refusal.reason if refusal.num_calls & (refusal.num_calls - 1) else ""
 
-    def make(self, key: Any) -> str:
+    def make(self, key: Any) -> Usage | str:
         """Drop plans for one more, if it takes that. The device is locked and entered.
 
         Returns:
-            Why there is no room, ``""`` when there is.
+            What is in use then; or why there is no room.
         """
         refusal, standing = self._refusals.get(key), ""
         if refusal is not None:
@@ -247,18 +258,25 @@ class Room:
                     return standing
             self._device.trim()
         needed = self._expected if refusal is None else refusal.needed
-        reason = self._make_room(key, needed, standing)
+        used, num_closed = self._device.usage(), self._account.num_closed
+        reason = self._make_room(key, needed, used.shared, standing)
         if reason and not standing:
             self._refuse(key, reason, needed, -1)
-        return reason
+        return reason or (used if self._account.num_closed == num_closed else self._device.usage())
 
-    def take(self, key: Any, grown: Usage, drop: Callable[[], None]) -> Holding | str:
+    def take(self, key: Any, grown: Usage, shared: int, drop: Callable[[], None]) -> Holding | str:
         """Enter a new plan into the account; called once its memory has been taken, before it is used.
+
+        Args:
+            key: of the plan.
+            grown: what it has taken.
+            shared: what the device shares now, in bytes.
+            drop: gives up the plan.
 
         Returns:
             The plan's holding, or the reason why the plan must be thrown away.
         """
-        reason = self._make_room(key, grown.exclusive)
+        reason = self._make_room(key, grown.exclusive, shared)
         if reason:
             is_first = not self._account.holdings()  # then the pool goes as well, and has to be made again
             self._refuse(key, reason, grown.exclusive + (grown.shared if is_first else 0), -1)
@@ -286,13 +304,13 @@ class Room:
         self._refusals.clear()
         revise()
 
-    def _make_room(self, key: Any, needed: int, standing: str = "") -> str:
+    def _make_room(self, key: Any, needed: int, shared: int, standing: str = "") -> str:
         limit, account, agreement = self._limit, self._account, self._agreement
         if not agreement.is_group:
-            return "" if limit is None else account.make_room(limit, needed, self._device)
+            return "" if limit is None else account.make_room(limit, needed, self._device, shared)
         mine: int | str = standing
         if not standing:
-            mine = 0 if limit is None else account.num_to_give_up(limit, needed, self._device, agreement)
+            mine = 0 if limit is None else account.num_to_give_up(limit, needed, self._device, shared, agreement)
         question = f"room for {key}"
         reason = agreement.reason(question, mine if isinstance(mine, str) else "")
         if not reason:

@@ -126,6 +126,9 @@ class GraphDevice(Protocol):
     def usage(self) -> Usage:
         """What plans hold alone (with whatever else lies outside torch's allocator), and what they share."""
 
+    def shared_bytes(self) -> int:
+        """The second part of :meth:`usage` alone, which costs less."""
+
     def default_limit(self) -> int | None:
         """How many bytes graphs may take where nobody says, ``None`` for any number."""
 

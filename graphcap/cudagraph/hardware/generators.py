@@ -1,4 +1,4 @@
-"""Random generators besides the default one whose draws may be captured.
+"""Random generators: those whose draws may be captured besides the default one, and draws that are made twice.
 
 A graph must know the generators that its kernels draw from before it is captured; torch adds the default one itself.
 
@@ -8,8 +8,10 @@ at them that finds nobody else holding them.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -44,6 +46,38 @@ def registered(device: torch.device) -> list[torch.Generator]:
         _drop_unused()
         held = list(_registered)
     return [each for each in held if each.device.type == device.type and each.device.index in (None, device.index)]
+
+
+#: Generators, each with where it stands.
+GeneratorStates = list[tuple[torch.Generator, torch.Tensor]]
+
+
+def generator_states(device: torch.device) -> GeneratorStates:
+    """Where the generators stand that code on a device draws from: the CPU's, the device's, and those registered.
+
+    A CUDA device must have an index.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    return [(each, each.get_state()) for each in (*generators, *registered(device))]
+
+
+def set_generator_states(states: GeneratorStates) -> None:
+    """Put generators back to where they stood."""
+    for generator, state in states:
+        generator.set_state(state)
+
+
+@contextlib.contextmanager
+def same_random_numbers(device: torch.device, states: GeneratorStates | None = None) -> Iterator[None]:
+    """What is drawn in this block is drawn again after it; within it the generators begin at ``states``, if given."""
+    before = generator_states(device)
+    set_generator_states(states or [])
+    try:
+        yield
+    finally:
+        set_generator_states(before)
 
 
 def _drop_unused() -> None:

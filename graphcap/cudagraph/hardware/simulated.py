@@ -306,7 +306,11 @@ class SimulatedDevice(Device):
 
     def usage(self) -> Usage:
         """A plan's results are its own here: nothing reuses their memory. Static buffers are shared."""
-        return Usage(self.used_bytes(), self._static.nbytes())
+        return Usage(self.used_bytes(), self.shared_bytes())
+
+    def shared_bytes(self) -> int:
+        """Static buffers."""
+        return self._static.nbytes()
 
     def default_limit(self) -> None:
         """None: nothing here is worth saving."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from graphcap.cudagraph.padded.corner import corner
+from graphcap.cudagraph.padded.digest import digest
+from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.liveness import num_slots
 
@@ -18,7 +20,8 @@ class Trace:
     """What a live run left after each step.
 
     Attributes:
-        results: per step the tensors that it made, cut to the size of the reference run, on the CPU.
+        results: per step the tensors that it made, cut to the size of the reference run, on the CPU; ``None`` for what
+            lies in arguments that are written.
         state: per step, for each tensor that it wrote in place, its size in the reference run and a number that follows
             from all bytes of that part.
     """
@@ -36,16 +39,19 @@ def trace(program: Program, args: Sequence[Any], reference: Trace | None) -> Tra
         reference: the run at the exact size; ``None`` is that run.
     """
     found = Trace()
+    state = {storage_address(args[slot]) for step in program.steps for slot in step.mutates if slot < len(args)} - {0}
     slots: list[Any] = [*args, *[None] * (num_slots(program) - len(args))]
     for number, step in enumerate(program.steps):
         for slot, value in zip(step.writes, step.fn(*[slots[slot] for slot in step.reads]), strict=True):
             slots[slot] = value
-        made = [slots[slot] for slot in step.writes]
+        made = [_if_made(slots[slot], state) for slot in step.writes]
         sizes = reference.results[number] if reference is not None else [None] * len(made)
         found.results.append([_kept(value, like, reference) for value, like in zip(made, sizes, strict=True)])
         written = [slots[slot] for slot in step.mutates]
         parts = [s for s, _ in reference.state[number]] if reference is not None else [each.shape for each in written]
-        found.state.append([(size, _digest(each, size)) for each, size in zip(written, parts, strict=True)])
+        found.state.append(
+            [(size, digest(corner(each.detach(), size))) for each, size in zip(written, parts, strict=True)]
+        )
     return found
 
 
@@ -67,6 +73,11 @@ def first_departure(
     return ""
 
 
+def _if_made(value: Any, state: Collection[int]) -> Any:
+    """A value, ``None`` where it lies in the state: that is looked at as such, and may be too large to be copied."""
+    return None if isinstance(value, torch.Tensor) and storage_address(value) in state else value
+
+
 def _kept(value: Any, like: torch.Tensor | None, reference: Trace | None) -> torch.Tensor | None:
     if not isinstance(value, torch.Tensor):
         return None
@@ -75,8 +86,3 @@ def _kept(value: Any, like: torch.Tensor | None, reference: Trace | None) -> tor
     if like is None or like.dim() != value.dim() or any(a > b for a, b in zip(like.shape, value.shape, strict=True)):
         return None
     return corner(value.detach(), like.shape).cpu().clone()
-
-
-def _digest(value: torch.Tensor, size: torch.Size) -> int:
-    part = corner(value.detach(), size).contiguous()
-    return int(part.view(-1).view(torch.uint8).sum(dtype=torch.int64))

@@ -17,7 +17,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
     Infinite where only one is NaN, and for numbers that are no floats.
     """
-    return max((_distance(*pair) for pair in _in_parts(_comparable(a), _comparable(b))), default=0.0)
+    return max(_distance(*pair) for pair in _in_parts(a.detach(), b.detach()))
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -38,7 +38,7 @@ def departs(value: torch.Tensor, truth: torch.Tensor) -> bool:
     Numbers that are no floats must be equal.
     """
     tolerance = _TOLERANCE.get(truth.dtype, _TOLERANCE_HALF)
-    return any(_departs(*pair, tolerance) for pair in _in_parts(_comparable(value), _comparable(truth)))
+    return any(_departs(*pair, tolerance) for pair in _in_parts(value.detach(), truth.detach()))
 
 
 def _departs(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
@@ -55,11 +55,19 @@ def _departs(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
     return bool((rows > tolerance * (sizes + sizes.mean())).any())
 
 
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor holds no infinity and no NaN."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    return all(bool(part.isfinite().all()) for part, _ in _in_parts(value.detach(), value.detach()))
+
+
 def _in_parts(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both, cut into parts that leave room for what a comparison allocates; rows stay whole."""
-    sizes = list(a.shape[:-1])
+    """Both, cut into parts that leave room for what a comparison allocates; rows stay whole. In a dtype that can be
+    calculated with."""
+    sizes = list(a.shape if a.dim() == 1 else a.shape[:-1])
     if a.numel() <= _PART or not sizes or max(sizes) < 2:
-        yield a, b
+        yield _comparable(a), _comparable(b)
         return
     dim = sizes.index(max(sizes))
     for one, other in zip(a.tensor_split(2, dim), b.tensor_split(2, dim), strict=True):
@@ -67,7 +75,6 @@ def _in_parts(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, 
 
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj())
     small = tensor.is_floating_point() and tensor.element_size() == 1

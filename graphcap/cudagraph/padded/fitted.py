@@ -7,7 +7,7 @@ around it, and how much of the outputs is handed back: tensors and sizes that th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -59,7 +59,7 @@ class Fitter:
         self._replay, self._on_made = replay, on_made
         replay.__globals__[COPIES] = self._made
 
-    def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
+    def fit(self, real: Mapping[str, int]) -> Callable[[Sequence[Any]], Any]:
         """The replay for these sizes, by symbol; symbols that are left out have the size of the rung."""
         assert self._replay is not None
         sizes = {symbol: real.get(symbol, size) for symbol, size in self.rung.items()}

@@ -4,16 +4,14 @@ A symbol is padded only where the user declared it in every tensor that carries 
 size, and :attr:`Padding.refused` says why. Nothing here runs the program.
 
 The way of a call whose sizes meet a rung: :meth:`Padding.why_not_to` (else the call is an exact one); for the first
-plan of a program :func:`~graphcap.cudagraph.padded.proof.prove`, for further rungs
-:func:`~graphcap.cudagraph.padded.proof.warm_up_padded`, both of which serve the call; at the next call a capture of
-:meth:`Padding.pad` with ``Choice.padded``, ended by :meth:`Padding.hand_back`; from then on the plan's replay fitted to
-the real sizes (:mod:`~graphcap.cudagraph.padded.fitted`).
+plan of a program :func:`~graphcap.cudagraph.padded.proof.prove`, which serves the call; then a warm-up and a capture of
+:meth:`Padding.pad`, both ended by :meth:`Padding.hand_back`; from then on the plan's replay fitted to the real sizes
+(:mod:`~graphcap.cudagraph.padded.fitted`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +19,10 @@ import torch
 from graphcap.config import Config
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.padded.corner import Fill, corner, cut, declared_fill, fill_around
-from graphcap.cudagraph.program import DimSize, InputKind, InputSpec, Program, Size
-from graphcap.cudagraph.recording.bindings import MemoryFacts
+from graphcap.cudagraph.padded.eligible import declared_names, tensors, why_not_padded
+from graphcap.cudagraph.padded.sizes import known_sizes, scalars_that_tell, sizes_at, strides_at, symbols_in
+from graphcap.cudagraph.program import Program
+from graphcap.cudagraph.recording.liveness import mutated_roots
 from graphcap.cudagraph.recording.observe import Observation
 
 
@@ -42,18 +42,15 @@ class Padding:
     def __init__(self, program: Program, config: Config) -> None:
         self.program = program
         self._config = config
-        self._specs = list(enumerate(program.inputs))
-        self.declared = declared = _declared_names(program)
-        self.told_by = _symbol_scalars(program)
-        self.refused = {symbol: reason for symbol in declared if (reason := self._why_not(symbol))}
+        self.declared = declared = declared_names(program)
+        self.told_by = scalars_that_tell(program)
+        self.refused = {
+            symbol: reason for symbol in declared if (reason := why_not_padded(program, symbol, config.pad))
+        }
         self.names = {symbol: name for symbol, name in declared.items() if symbol not in self.refused}
         self.fixed = {symbol: size for symbol, size in program.largest.items() if symbol in self.names}
-        self.inputs = frozenset(i for i, spec in self._tensors() if self.names.keys() & _symbols(spec.sizes))
-        self.scalars = {
-            index: size
-            for index, spec in self._specs
-            if spec.kind is InputKind.SCALAR and isinstance(size := _held(spec), Size) and size.symbol in self.names
-        }
+        self.inputs = frozenset(i for i, spec in tensors(program) if self.names.keys() & symbols_in(spec.sizes))
+        self.scalars = {index: size for index, size in self.told_by.items() if size.symbol in self.names}
         self._put_off: set[str] = set()
         self._output_sizes = dict(zip(program.outputs, program.output_sizes, strict=bool(self.names)))
 
@@ -87,9 +84,9 @@ class Padding:
             spec, tensor = self.program.inputs[index], args[index]
             if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
                 return f"{spec.name} is a {type(tensor).__name__} with layout {tensor.layout}"
-            if tensor.shape != _at(spec.sizes, real):
-                return f"{spec.name} has the size {tuple(tensor.shape)}, expected {tuple(_at(spec.sizes, real))}"
-            nbytes = _at(spec.sizes, goal).numel() * tensor.element_size()
+            if tensor.shape != sizes_at(spec.sizes, real):
+                return f"{spec.name} has the size {tuple(tensor.shape)}, expected {tuple(sizes_at(spec.sizes, real))}"
+            nbytes = sizes_at(spec.sizes, goal).numel() * tensor.element_size()
             if nbytes > self._config.max_copy_bytes:
                 return f"{spec.name} would be copied, and {nbytes} bytes are above max_copy_bytes"
         return ""
@@ -113,7 +110,7 @@ class Padding:
             for index in self.inputs:
                 spec, tensor = self.program.inputs[index], args[index]
                 fresh = torch.empty_strided(
-                    _at(spec.sizes, goal), _strides(spec, goal), dtype=tensor.dtype, device=tensor.device
+                    sizes_at(spec.sizes, goal), strides_at(spec, goal), dtype=tensor.dtype, device=tensor.device
                 )
                 corner(fresh, tensor.shape).copy_(tensor.detach())
                 fill_around(fresh, tensor.shape, self.fill(index))
@@ -142,7 +139,7 @@ class Padding:
 
     def written(self, seen: Observation) -> list[int]:
         """The padded inputs that a step writes into."""
-        mutated = MemoryFacts(self.program, seen).mutated
+        mutated = mutated_roots(self.program, seen.roots)
         return sorted(index for index in self.inputs if seen.roots[index] in mutated)
 
     def cut(self, args: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -159,19 +156,19 @@ class Padding:
 
     def size_of_input(self, index: int, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
         """The size of an input where symbols have these sizes; ``None`` for dims that follow none of them."""
-        return _known(self.program.inputs[index].sizes, sizes)
+        return known_sizes(self.program.inputs[index].sizes, sizes)
 
     def size_of_output(self, slot: int, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
         """The same for an output."""
-        return _known(self._output_sizes.get(slot, ()), sizes)
+        return known_sizes(self._output_sizes.get(slot, ()), sizes)
 
     def follows(self, slot: int, symbols: Collection[str]) -> bool:
         """Whether the size of an output follows one of these symbols."""
-        return not _symbols(self._output_sizes.get(slot, ())).isdisjoint(symbols)
+        return not symbols_in(self._output_sizes.get(slot, ())).isdisjoint(symbols)
 
     def inputs_of(self, rung: Collection[str]) -> frozenset[int]:
         """The inputs that carry one of these symbols."""
-        carried = {index: _symbols(self.program.inputs[index].sizes) for index in self.inputs}
+        carried = {index: symbols_in(self.program.inputs[index].sizes) for index in self.inputs}
         return frozenset(index for index, symbols in carried.items() if not symbols.isdisjoint(rung))
 
     def refuse(self, symbols: Iterable[str], reason: str) -> None:
@@ -210,58 +207,11 @@ class Padding:
 
     def undeclared_write_indices(self) -> list[str]:
         """The inputs that say where something is written, and for which no declaration says where padded rows write."""
-        indices = [(index, spec) for index, spec in self._tensors() if spec.is_write_index]
+        indices = [(index, spec) for index, spec in tensors(self.program) if spec.is_write_index]
         return [spec.name for index, spec in indices if self.declared_fill(index) is None or not spec.dim_names]
 
     def _goal(self, real: Mapping[str, int], rung: Mapping[str, int]) -> dict[str, int]:
         return {**real, **{s: size for s, size in rung.items() if s in self.names}, **self.fixed}
-
-    def _tensors(self) -> Iterator[tuple[int, InputSpec]]:
-        return ((index, spec) for index, spec in self._specs if spec.kind is not InputKind.SCALAR)
-
-    def _why_not(self, symbol: str) -> str:
-        checks: tuple[Callable[[str], str], ...] = (self._why_not_scalars, self._why_not_tensors, self._why_not_outputs)
-        return next((reason for check in checks if (reason := check(symbol))), "")
-
-    def _why_not_scalars(self, symbol: str) -> str:
-        for _, spec in self._specs:
-            if spec.kind is not InputKind.SCALAR or symbol not in _words(spec.symbol):
-                continue
-            if not isinstance(_held(spec), Size):
-                return f"{spec.name} is {spec.symbol}, which does not follow it alone"
-            if not spec.in_key:
-                return f"{spec.name} is not part of the graph key"
-        known = any(size.symbol == symbol for size in self.told_by.values())
-        return "" if known else "no argument tells its value"
-
-    def _why_not_tensors(self, symbol: str) -> str:
-        for index, spec in self._tensors():
-            for dim, size in enumerate(spec.sizes):
-                if size is None:
-                    return f"{spec.name} dim {dim} has a size that follows more than one symbol"
-                if isinstance(size, Size) and size.symbol == symbol and dim not in spec.dim_names:
-                    return f"{spec.name} dim {dim} follows it and is not declared in dynamic_arg_dims"
-            carries = symbol in _symbols(spec.sizes)
-            if not carries and symbol in _symbols(spec.strides):
-                return f"the strides of {spec.name} follow it"
-            if not carries:
-                continue
-            if spec.is_parameter:
-                return f"{spec.name} is a parameter"
-            if any(stride is None or stride == 0 for stride in spec.strides):
-                return f"{spec.name} has strides that a buffer cannot have"
-            if spec.is_write_index and self.declared_fill(index) is None:
-                return f"{spec.name} says where something is written: pad={{{spec.name!r}: ...}} must say with what"
-        return ""
-
-    def _why_not_outputs(self, symbol: str) -> str:
-        writer = {slot: step for step in self.program.steps for slot in step.writes}
-        for number, (slot, sizes) in enumerate(zip(self.program.outputs, self.program.output_sizes, strict=False)):
-            if isinstance(slot, int) and slot in writer and None in sizes and symbol in writer[slot].symbols:
-                return f"output {number} has a size that does not follow one symbol"
-        if len(self.program.output_sizes) != len(self.program.outputs):
-            return "nothing is known about the sizes of the outputs"
-        return ""
 
     def _why_nothing_is_declared(self) -> str:
         if not self._config.dynamic_arg_dims:
@@ -275,53 +225,3 @@ class Padding:
             yield f"capture_sizes lists exact sizes, nothing is padded: {self._why_nothing_is_declared()}"
         for symbol, reason in self.refused.items():
             yield f"{declared[symbol]} is not padded: {reason}"
-
-
-def _declared_names(program: Program) -> dict[str, str]:
-    """The symbols that declared dims follow, each with the first name."""
-    names: dict[str, str] = {}
-    for spec in program.inputs:
-        for dim, name in spec.dim_names.items():
-            if dim < len(spec.sizes) and isinstance(size := spec.sizes[dim], Size):
-                names.setdefault(size.symbol, name)
-    return names
-
-
-def _symbol_scalars(program: Program) -> dict[int, Size]:
-    """The scalar inputs that tell the value of a symbol, each with how it follows from it."""
-    scalars = [(index, spec) for index, spec in enumerate(program.inputs) if spec.kind is InputKind.SCALAR]
-    return {index: size for index, spec in scalars if isinstance(size := _held(spec), Size)}
-
-
-def _held(spec: InputSpec) -> DimSize:
-    """What a scalar holds."""
-    if spec.sizes:
-        return spec.sizes[0]
-    return Size(spec.symbol) if spec.symbol is not None and spec.symbol.isidentifier() else None
-
-
-def _words(symbol: str | None) -> list[str]:
-    return re.findall(r"[A-Za-z_]\w*", symbol or "")
-
-
-def _symbols(sizes: Sequence[DimSize]) -> set[str]:
-    return {size.symbol for size in sizes if isinstance(size, Size)}
-
-
-def _at(sizes: Sequence[DimSize], symbols: Mapping[str, int]) -> torch.Size:
-    """Sizes where symbols have these values."""
-    return torch.Size(size.at(symbols[size.symbol]) if isinstance(size, Size) else int(size or 0) for size in sizes)
-
-
-def _known(sizes: Sequence[DimSize], symbols: Mapping[str, int]) -> tuple[int | None, ...]:
-    """Per dim its size, where one of these symbols tells it."""
-    return tuple(
-        size.at(symbols[size.symbol]) if isinstance(size, Size) and size.symbol in symbols else None for size in sizes
-    )
-
-
-def _strides(spec: InputSpec, symbols: Mapping[str, int]) -> Sequence[int]:
-    """The strides of a padded input: as its spec says, else contiguous."""
-    if spec.strides:
-        return _at(spec.strides, symbols)
-    return torch.empty(_at(spec.sizes, symbols), device="meta").stride()

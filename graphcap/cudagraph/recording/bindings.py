@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from graphcap.cudagraph.program import Capture, InputKind, Program, Step
+from graphcap.cudagraph.recording.liveness import mutated_roots
 from graphcap.cudagraph.recording.observe import Observation
 
 
@@ -53,7 +54,7 @@ class MemoryFacts:
         self.program = program
         self.seen = seen
         self.writer = {slot: index for index, step in enumerate(program.steps) for slot in step.writes}
-        self.mutated = {seen.roots[slot] for step in program.steps for slot in step.mutates}
+        self.mutated = mutated_roots(program, seen.roots)
         self.inputs_of: dict[int, list[int]] = {}
         for index in range(len(program.inputs)):
             self.inputs_of.setdefault(seen.roots[index], []).append(index)

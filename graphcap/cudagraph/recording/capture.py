@@ -20,24 +20,16 @@ import torch
 
 from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.checks.scales import Scales
+from graphcap.cudagraph.dispatch.step import inputs_asked_for
 from graphcap.cudagraph.hardware.device import GraphDevice, Pool, Recording, UnjoinedStreamError
-from graphcap.cudagraph.private import storage_address, weak_view
 from graphcap.cudagraph.program import Program
-from graphcap.cudagraph.recording.arena import Arena, copy_into
-from graphcap.cudagraph.recording.bindings import Binding
-from graphcap.cudagraph.recording.bridges import Bridges, BridgeSpace
-from graphcap.cudagraph.recording.layout import Layout, segment_of
+from graphcap.cudagraph.recording.arena import Arena
+from graphcap.cudagraph.recording.bridges import BridgeSpace
+from graphcap.cudagraph.recording.in_place import InPlace
+from graphcap.cudagraph.recording.layout import Layout
 from graphcap.cudagraph.recording.observe import Observation
-from graphcap.cudagraph.recording.recorded import (
-    Failure,
-    Recorded,
-    captured_slots,
-    handed_out,
-    inputs_written_back,
-    outputs_of,
-    padded_inputs_written,
-    run_live,
-)
+from graphcap.cudagraph.recording.recorded import Failure, Recorded, handed_out, outputs_of, run_live
+from graphcap.cudagraph.recording.values import Values
 from graphcap.cudagraph.replaying.handout import Policy
 from graphcap.errors import RankError
 from graphcap.progress import Progress
@@ -60,45 +52,16 @@ class SegmentedCapture:
         self._device = device
         self._agreement = agreement
         self._verdict: Failure | None = None  # what the group knows of failures
-        self._slots: list[Any] = [*args, *[None] * (len(seen.roots) - len(args))]  # what live steps read
-        self._bound: list[Any] = [*args, *[None] * (len(seen.roots) - len(args))]  # what captured steps read
-        self._padded = {index: args[index] for index in layout.inputs_bound(Binding.PADDED)}
+        self._values = Values(self.recorded, args, device.device)
         self._recording: Recording | None = None
         self._first = 0  # the first step of the current segment
         self._ended: list[torch.Tensor] = []  # released between two segments, for the next one
-        self._outlived: list[int] = []  # live results to drop when the segment is closed
-        self._addresses: dict[int, set[int]] = {}  # where the storage of each root may be
-        self._of_inputs: set[int] = set()  # where the storages of inputs and of their stand-ins are
-        self._captured = captured_slots(program, layout, len(program.steps))
-        self._segments = segment_of(program, layout)
-        self._crossing = _crossing_slots(program, self._segments)
-        self._last_read = {slot: number for number, slots in enumerate(layout.releases) for slot in slots}
+        self._asked = set[str]()  # what the present step looks for among the inputs of the ``graphcap.step``
         self._scales: Scales | None = None
 
-    def bind_inputs(self, arena: Arena, space: BridgeSpace) -> None:
-        """Give every input that captured steps read its place, and copy in what is copied. ``space`` is for the results
-        of live steps later on."""
-        self._bridges = Bridges(space)
-        layout, memory = self.recorded.layout, self.recorded.memory
-        copied = layout.inputs_bound(Binding.COPIED, Binding.COPIED_BACK, Binding.PADDED)
-        buffers, block = arena.buffers([self._slots[index] for index in copied])
-        self.recorded.blocks.append(block)
-        stand_ins = dict(zip(copied, buffers, strict=True))
-        stand_ins |= {index: weak_view(self._slots[index]) for index in layout.inputs_bound(Binding.STATIC)}
-        for index, root in enumerate(self.recorded.seen.roots[: len(layout.bindings)]):
-            if root >= 0:
-                self._addresses.setdefault(root, set()).add(storage_address(self._slots[index]))
-                self._of_inputs.add(storage_address(self._slots[index]))
-        for index, stand_in in stand_ins.items():
-            self._bound[index] = self.recorded.stand_ins[index] = stand_in
-            if address := storage_address(stand_in):
-                memory.homes.setdefault(address, (index, stand_in))
-            self._addresses[self.recorded.seen.roots[index]].add(storage_address(stand_in))
-            self._of_inputs.add(storage_address(stand_in))
-            if index in copied:
-                copy_into(stand_in, self._slots[index])
-        for index in self._padded:
-            self._slots[index] = self._bound[index]
+    def bind_inputs(self, arena: Arena, space: BridgeSpace, in_place: InPlace) -> None:
+        """See :meth:`graphcap.cudagraph.recording.values.Values.bind_inputs`."""
+        self._values.bind_inputs(arena, space, in_place)
 
     def run(
         self, bar: Progress, policy: Policy, scales: Scales | None = None
@@ -118,31 +81,31 @@ class SegmentedCapture:
         """
         self._scales = scales
         try:
-            failure = self._run_segments(bar)
+            with inputs_asked_for() as self._asked:
+                failure = self._run_segments(bar)
             if failure is not None and failure is not self._verdict:
                 failure = self._agree(failure)
         except BaseException:
             self._abort()
             raise
-        recorded = self.recorded
+        recorded, values = self.recorded, self._values
         captured_below = len(recorded.program.steps)
         if failure is not None:
             captured_below = self._first
             if failure.out_of_memory and not recorded.segments:
-                self._give_back()
-            run_live(recorded.program, self._slots, self._first)
-        for index in padded_inputs_written(recorded):
-            copy_into(self._padded[index], recorded.stand_ins[index])
-        recorded.outputs = outputs_of(recorded, self._slots, captured_below)
+                values.give_back(self._first)
+            run_live(recorded.program, values.slots, self._first)
+        values.return_padded()
+        recorded.outputs = outputs_of(recorded, values.slots, captured_below)
         if failure is None:
             try:
-                recorded.outputs = handed_out(recorded, recorded.outputs, self._slots, policy, self._device)
+                recorded.outputs = handed_out(recorded, recorded.outputs, values.slots, policy, self._device)
             except Exception as error:  # no memory for a ring: this call still has clones to return
                 failure = Failure.of(error)
         try:
-            return recorded.outputs.collect(self._slots), failure
+            return recorded.outputs.collect(values.slots), failure
         except torch.OutOfMemoryError as error:  # every effect has happened: hand out what there is, and keep no plan
-            return recorded.outputs.uncopied().collect(self._slots), Failure.of(error)
+            return recorded.outputs.uncopied().collect(values.slots), Failure.of(error)
 
     def _agree(self, failure: Failure | None) -> Failure | None:
         """Whether somebody has failed so far. Each rank asks until that is so, so that all stop at the same place."""
@@ -151,18 +114,6 @@ class SegmentedCapture:
             failure = Failure.of_ranks(failures)
         self._verdict = failure
         return failure
-
-    def _give_back(self) -> None:
-        """Nothing recorded has run, so nothing reads what the recordings hold, and the live run needs the memory."""
-        recorded = self.recorded
-        for step in recorded.program.steps[self._first :]:
-            for slot in step.writes:
-                self._slots[slot] = None
-        self._bound, recorded.pool = [], None
-        if not any(self._slots[slot] is stand_in for slot, stand_in in recorded.stand_ins.items()):
-            recorded.blocks.clear()
-            recorded.stand_ins.clear()
-            recorded.memory.homes.clear()
 
     def _run_segments(self, bar: Progress) -> Failure | None:
         for number, step in enumerate(self.recorded.program.steps):
@@ -173,7 +124,8 @@ class SegmentedCapture:
         return self._close(len(self.recorded.program.steps))
 
     def _record(self, number: int) -> Failure | None:
-        if self._recording is not None and self._segments[number] != self._segments[number - 1]:
+        segments = self.recorded.layout.segments
+        if self._recording is not None and segments[number] != segments[number - 1]:
             failure = self._close(number)
             if failure is not None:
                 return failure
@@ -184,101 +136,46 @@ class SegmentedCapture:
                     self._first = number
                     self._recording = self._device.begin(self.recorded.pool, self._ended)
                     self._ended = []
-                read = [self._bound[slot] for slot in step.reads]
+                read = [self._values.bound[slot] for slot in step.reads]
                 results = self._recording.call(step.fn, read)
-            self.recorded.given |= {s: v for s, v in zip(step.reads, read, strict=True) if s not in self._captured}
-            for slot, value in zip(step.writes, results, strict=True):
-                self._check_memory(slot, value)
-                self._keep_recorded(slot, value)
+                self._values.recorded_step(step, read, results, self._asked)
         except Exception as error:
             self._abort()
             return Failure.of(error, (number,))
         self._release(number)
         return None
 
-    def _keep_recorded(self, slot: int, value: Any) -> None:
-        self._slots[slot] = self._bound[slot] = value
-        tensor = isinstance(value, torch.Tensor)
-        if tensor and self.recorded.seen.roots[slot] == slot:
-            self.recorded.memory.pool.add(storage_address(value))
-        if slot in self._crossing:
-            self.recorded.constants[slot] = weak_view(value) if tensor else value
-
     def _live(self, number: int) -> Failure | None:
         failure = self._close(number)
         if failure is not None:
             return failure
-        step = self.recorded.program.steps[number]
+        step, values = self.recorded.program.steps[number], self._values
         self._first = number
         if (failure := self._agree(None)) is not None:
             return failure
         self._first = number + 1
-        results = step.fn(*[self._slots[slot] for slot in step.reads])
-        for slot, value in zip(step.writes, results, strict=True):
-            self._slots[slot] = self._bound[slot] = value
+        values.ran(step, step.fn(*[values.slots[slot] for slot in step.reads]))
         try:
-            for slot in step.writes:
-                self._check_memory(slot, self._slots[slot])
-                self._give_place(number, slot, self._slots[slot])
+            values.place_results(number, step, self._asked)
         except Exception as error:
             return Failure.of(error)
         self.recorded.timeline.append(number)
         self._release(number)
         return None
 
-    def _give_place(self, number: int, slot: int, value: Any) -> None:
-        """Let captured steps find a live step's result at an address that lasts."""
-        recorded = self.recorded
-        bridged = slot in recorded.layout.bridged
-        if slot in recorded.layout.fixed or (bridged and storage_address(value) in recorded.memory.homes):
-            recorded.places[slot] = value.data_ptr(), value.size()
-            self._bound[slot] = weak_view(value)
-        elif bridged:
-            bridge, chunk = self._bridges.place(value, number, self._last_read.get(slot, len(recorded.program.steps)))
-            copy_into(bridge, value)
-            recorded.blocks.append(chunk)
-            recorded.stand_ins[slot] = self._bound[slot] = bridge
-            recorded.memory.homes[storage_address(bridge)] = slot, bridge
-            root = recorded.seen.roots[slot]
-            self._addresses[root].add(storage_address(bridge))
-            if root < len(recorded.program.inputs):
-                self._of_inputs.add(storage_address(bridge))
-
-    def _check_memory(self, slot: int, value: Any) -> None:
-        """Values must share memory as they did in the warm-up, because the layout was worked out from that."""
-        root = self.recorded.seen.roots[slot]
-        if (root >= 0) != isinstance(value, torch.Tensor):
-            raise RuntimeError(f"slot {slot} held {'a tensor' if root >= 0 else 'no tensor'} in the warm-up only")
-        if root < 0:
-            return
-        address = storage_address(value)
-        if root == slot:
-            self._addresses[slot] = {address}
-            fits = address not in self._of_inputs
-        else:
-            fits = address in self._addresses[root]
-        if address and not fits:
-            raise RuntimeError(f"slot {slot} shares memory with other values than in the warm-up")
-
     def _release(self, number: int) -> None:
-        """Give up the memory of results whose last reader has been recorded or has run."""
-        for slot in self.recorded.layout.releases[number]:
-            value = self._slots[slot]
-            if slot not in self._captured:
-                self._outlived.append(slot)
-                continue
-            # A weak view stays: were the current recording to fail, its steps would read it again, unchanged.
-            rest = weak_view(value) if isinstance(value, torch.Tensor) else value
-            if self._recording is None:
-                self._ended.append(rest)
-            else:
-                self._recording.release(rest)
-            self._slots[slot] = self._bound[slot] = rest
+        self._asked.clear()
+        released = self._values.release(number)
+        if self._recording is None:
+            self._ended += released
+            return
+        for each in released:
+            self._recording.release(each)
 
     def _close(self, number: int) -> Failure | None:
         """End the current segment and run it."""
         if self._recording is None:
-            self._drop_outlived()
+            self._values.drop_outlived()
             return None
         try:
             segment = self._recording.end()
@@ -298,9 +195,7 @@ class SegmentedCapture:
             return Failure.of(error, steps)
         self.recorded.timeline.append(~len(self.recorded.segments))
         self.recorded.segments.append(segment)
-        for index in inputs_written_back(self.recorded, self._first, number):
-            copy_into(self._slots[index], self.recorded.stand_ins[index])
-        self._drop_outlived()
+        self._values.segment_ran(self._first, number)
         return None
 
     def _leaves_stream_unjoined(self, number: int) -> bool:
@@ -312,7 +207,7 @@ class SegmentedCapture:
         try:
             with self._device.session() as pool, torch.inference_mode(False), torch.no_grad():
                 self._recording = self._device.begin(pool, [])
-                self._recording.call(step.fn, [self._bound[slot] for slot in step.reads])
+                self._recording.call(step.fn, [self._values.bound[slot] for slot in step.reads])
                 self._recording.end()
         except Exception as error:
             self._abort()
@@ -320,21 +215,7 @@ class SegmentedCapture:
         self._recording = None
         return False
 
-    def _drop_outlived(self) -> None:
-        for slot in self._outlived:
-            self._slots[slot] = self._bound[slot] = None
-        self._outlived = []
-
     def _abort(self) -> None:
         recording, self._recording = self._recording, None
         if recording is not None:
             recording.abort()
-
-
-def _crossing_slots(program: Program, segments: Sequence[int]) -> set[int]:
-    """Results that are read outside of the segment that makes them, outputs included."""
-    made_in = {slot: segments[number] for number, step in enumerate(program.steps) for slot in step.writes}
-    crossing = {each for each in program.outputs if isinstance(each, int)}
-    for number, step in enumerate(program.steps):
-        crossing |= {slot for slot in step.reads if made_in.get(slot) != segments[number]}
-    return crossing

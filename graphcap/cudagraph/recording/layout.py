@@ -1,17 +1,21 @@
 """The plan of a capture, worked out before it begins: what is captured, what runs live, and how values pass between.
 
-Everything here is a pure function of the program, of what a warm-up call showed and of the configuration.
+Everything here is a pure function of the program, of what a warm-up call showed and of the configuration. Little of it
+depends on sizes, so that the rungs of a ladder share one layout (:class:`Layouts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from graphcap.cudagraph.program import InputKind, Program
 from graphcap.cudagraph.recording.bindings import Binding, Choice, MemoryFacts, bind, live_from_the_start
 from graphcap.cudagraph.recording.liveness import releases
 from graphcap.cudagraph.recording.observe import Observation
+
+_MAX_LAYOUTS = 16  #: of one program that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,11 @@ class Layout:
         fixed: results of live steps that lie in memory which does not move; a replay checks that they still do.
         releases: for each step the slots whose memory ends with it; see ``releases``.
         apart: captured steps that get a segment of their own.
+        segments: for each step the number of its segment, counted from 0; live steps have numbers of their own, below
+            zero.
+        captured: the slots that captured steps write.
+        crossing: the results that are read outside of the segment that makes them, outputs included.
+        inputs_of: the inputs by their binding.
     """
 
     full: bool
@@ -34,11 +43,34 @@ class Layout:
     bridged: frozenset[int]
     fixed: frozenset[int]
     releases: tuple[tuple[int, ...], ...]
-    apart: frozenset[int] = frozenset()
+    apart: frozenset[int]
+    segments: tuple[int, ...]
+    captured: frozenset[int]
+    crossing: frozenset[int]
+    inputs_of: Mapping[Binding, tuple[int, ...]]
 
     def inputs_bound(self, *bindings: Binding) -> list[int]:
         """The inputs with one of these bindings."""
-        return [index for index, binding in enumerate(self.bindings) if binding in bindings]
+        return sorted(index for binding in bindings for index in self.inputs_of.get(binding, ()))
+
+
+class Layouts:
+    """The layouts of one program, each worked out once."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._known: list[tuple[tuple[Any, ...], Layout]] = []
+
+    def of(self, seen: Observation, choice: Choice) -> Layout:
+        """As :func:`lay_out`. Sizes count only in so far as they make an input too large to be copied."""
+        large = tuple(index for index, nbytes in enumerate(seen.nbytes) if nbytes > choice.max_copy_bytes)
+        asked = choice, large, seen.roots, dict(seen.foreign)
+        for before, layout in self._known:
+            if before == asked:
+                return layout
+        layout = lay_out(self._program, seen, choice)
+        self._known = [(asked, layout), *self._known[: _MAX_LAYOUTS - 1]]
+        return layout
 
 
 def lay_out(program: Program, seen: Observation, choice: Choice) -> Layout:
@@ -53,22 +85,42 @@ def lay_out(program: Program, seen: Observation, choice: Choice) -> Layout:
         if not evicted:
             break
         live |= evicted
-    crossing = frozenset(bridged), frozenset(fixed)
-    apart = frozenset(choice.apart) - live.keys()
-    return Layout(choice.full, live, tuple(bindings), *crossing, releases(program, seen.roots), apart)
+    apart = frozenset(choice.apart).difference(live)
+    segments = _segments(len(program.steps), live, apart)
+    inputs_of = {each: tuple(index for index, found in enumerate(bindings) if found is each) for each in Binding}
+    return Layout(
+        choice.full,
+        live,
+        tuple(bindings),
+        frozenset(bridged),
+        frozenset(fixed),
+        releases(program, seen.roots),
+        apart,
+        segments,
+        frozenset(slot for number, step in enumerate(program.steps) if number not in live for slot in step.writes),
+        _crossing_slots(program, segments),
+        inputs_of,
+    )
 
 
-def segment_of(program: Program, layout: Layout) -> list[int]:
-    """For each step the number of its segment, counted from 0; live steps have numbers of their own, below zero."""
+def _segments(num_steps: int, live: Mapping[int, str], apart: frozenset[int]) -> tuple[int, ...]:
     segments: list[int] = []
     current = -1
-    for number in range(len(program.steps)):
-        if number in layout.live:
+    for number in range(num_steps):
+        if number in live:
             segments.append(-number - 1)
             continue
-        current += number == 0 or number - 1 in layout.live or not layout.apart.isdisjoint((number - 1, number))
+        current += number == 0 or number - 1 in live or not apart.isdisjoint((number - 1, number))
         segments.append(current)
-    return segments
+    return tuple(segments)
+
+
+def _crossing_slots(program: Program, segments: Sequence[int]) -> frozenset[int]:
+    made_in = {slot: segments[number] for number, step in enumerate(program.steps) for slot in step.writes}
+    crossing = {each for each in program.outputs if isinstance(each, int)}
+    for number, step in enumerate(program.steps):
+        crossing |= {slot for slot in step.reads if made_in.get(slot) != segments[number]}
+    return frozenset(crossing)
 
 
 def _unfit(facts: MemoryFacts, live: Mapping[int, str]) -> dict[int, str]:

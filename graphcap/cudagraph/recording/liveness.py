@@ -32,6 +32,11 @@ def last_reads(program: Program) -> list[int]:
     return last
 
 
+def mutated_roots(program: Program, roots: Sequence[int]) -> set[int]:
+    """The storages that a step writes into in place, each by the first slot that lies in it (``roots[slot]``)."""
+    return {roots[slot] for step in program.steps for slot in step.mutates}
+
+
 def releases(program: Program, roots: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """For each step the slots whose memory nobody reads after it. Inputs and values that share theirs never appear.
 

@@ -13,7 +13,9 @@ from graphcap.cudagraph.hardware.hooks import HookError
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.bindings import Binding
 from graphcap.cudagraph.recording.layout import Layout
+from graphcap.cudagraph.recording.liveness import mutated_roots
 from graphcap.cudagraph.recording.observe import Observation
+from graphcap.cudagraph.recording.sharing import UnlikeOtherSizes
 from graphcap.cudagraph.replaying.generations import Generations
 from graphcap.cudagraph.replaying.handout import Lent, Policy, Ring, kept_blocks
 from graphcap.cudagraph.replaying.outputs import Clone, OutputPlan, StaticMemory, plan_outputs
@@ -27,11 +29,13 @@ class Failure:
         steps: the steps that may be to blame; empty when no step is.
         reason: one line.
         out_of_memory: whether the device was full.
+        misjudged: whether it was only taken for granted that this size is like another one, and it is not.
     """
 
     steps: tuple[int, ...]
     reason: str
     out_of_memory: bool = False
+    misjudged: bool = False
 
     @staticmethod
     def of_ranks(failures: Sequence[Failure | None]) -> Failure | None:
@@ -41,13 +45,20 @@ class Failure:
             return failures[0]
         rank, first = found[0]
         steps = sorted({step for _, each in found for step in each.steps})
-        return Failure(tuple(steps), f"rank {rank}: {first.reason}", any(each.out_of_memory for _, each in found))
+        return Failure(
+            tuple(steps),
+            f"rank {rank}: {first.reason}",
+            any(each.out_of_memory for _, each in found),
+            all(each.misjudged for _, each in found),
+        )
 
     @staticmethod
     def of(error: BaseException, steps: tuple[int, ...] = ()) -> Failure:
-        """What an exception says about ``steps``. A full device or a failed hook is no fault of theirs."""
-        full = is_out_of_memory(error)
-        return Failure(() if full or isinstance(error, HookError) else steps, describe(error), full)
+        """What an exception says about ``steps``. A full device, a failed hook or a size that is unlike others is no
+        fault of theirs."""
+        full, misjudged = is_out_of_memory(error), isinstance(error, UnlikeOtherSizes)
+        innocent = full or misjudged or isinstance(error, HookError)
+        return Failure(() if innocent else steps, describe(error), full, misjudged)
 
 
 @dataclass(slots=True)
@@ -151,13 +162,16 @@ def borrowed_slots(program: Program, layout: Layout, roots: Sequence[int], captu
 
 def inputs_written_back(recorded: Recorded, first: int, stop: int) -> list[int]:
     """The inputs copied in and out that the captured steps ``first <= step < stop`` write."""
+    candidates = recorded.layout.inputs_bound(Binding.COPIED_BACK)
+    if not candidates:
+        return []
     roots = recorded.seen.roots
     written = {roots[slot] for step in recorded.program.steps[first:stop] for slot in step.mutates}
-    return [index for index in recorded.layout.inputs_bound(Binding.COPIED_BACK) if roots[index] in written]
+    return [index for index in candidates if roots[index] in written]
 
 
 def padded_inputs_written(recorded: Recorded) -> list[int]:
     """The padded inputs that any step writes, captured or live."""
     roots = recorded.seen.roots
-    written = {roots[slot] for step in recorded.program.steps for slot in step.mutates}
+    written = mutated_roots(recorded.program, roots)
     return [index for index in recorded.layout.inputs_bound(Binding.PADDED) if roots[index] in written]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from graphcap import native
 from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import InputKind
-from graphcap.cudagraph.recording.bindings import Binding, MemoryFacts
+from graphcap.cudagraph.recording.bindings import Binding
+from graphcap.cudagraph.recording.liveness import mutated_roots
 from graphcap.cudagraph.recording.recorded import padded_inputs_written
 from graphcap.cudagraph.replaying.lines import Lines
 from graphcap.cudagraph.replaying.plan import static_addresses
@@ -26,44 +27,52 @@ def write_checks(lines: Lines) -> Places | None:
     if static:
         places = static, [address for address in addresses if address is not None]
         lines.line("if not addresses_hold(args): return MOVED", addresses_hold=native.address_check(*places))
-    for index, stand_in in lines.recorded.stand_ins.items():
-        if index >= len(lines.recorded.program.inputs):
-            continue
-        name = lines.argument_or_result(index)
-        if index in lines.padded:  # copied row by row, so that its strides do not matter
-            lines.line(
-                f"if {name}.shape != SIZE{index} or {name}.dtype is not DTYPE{index} or {name}.device != DEVICE: "
-                "return CHANGED",
-                DEVICE=stand_in.device,
-                **{f"DTYPE{index}": stand_in.dtype},
-            )
-        elif index not in static or lines.recorded.program.inputs[index].kind is InputKind.TENSOR:
-            lines.line(
-                f"if {name}.shape != SIZE{index} or {name}.dtype is not DTYPE{index} "
-                f"or {name}.stride() != STRIDE{index} or {name}.device != DEVICE: return CHANGED",
-                DEVICE=stand_in.device,
-                **{f"SIZE{index}": stand_in.size(), f"DTYPE{index}": stand_in.dtype},
-                **{f"STRIDE{index}": stand_in.stride()},
-            )
+    _layout_checks(lines, static)
     _alias_checks(lines)
     _relation_checks(lines)
     _lent_checks(lines)
     return places
 
 
+def _layout_checks(lines: Lines, static: list[int]) -> None:
+    """Size, dtype, device and strides of what may change between calls. Tensors that look exactly like those of the
+    call before need one look; the lines below it say what is allowed."""
+    inputs, stand_ins = lines.recorded.program.inputs, lines.recorded.stand_ins
+    looked_at = [
+        index
+        for index in stand_ins
+        if index < len(inputs)
+        and (index in lines.padded or index not in static or inputs[index].kind is InputKind.TENSOR)
+    ]
+    if not looked_at:
+        return
+    names = ", ".join(map(lines.argument_or_result, looked_at))
+    lines.line("global same")  # each replay has globals of its own
+    lines.line(f"if not same({names}):", same=lambda *tensors: False, layout_check=native.layout_check)
+    for index in looked_at:
+        name, stand_in = lines.argument_or_result(index), stand_ins[index]
+        condition = f"{name}.shape != SIZE{index} or {name}.dtype is not DTYPE{index} or {name}.device != DEVICE"
+        lines.names |= {f"DTYPE{index}": stand_in.dtype, "DEVICE": stand_in.device}
+        if index not in lines.padded:  # those are copied row by row, so that their strides do not matter
+            condition += f" or {name}.stride() != STRIDE{index}"
+            lines.names |= {f"SIZE{index}": stand_in.size(), f"STRIDE{index}": stand_in.stride()}
+        lines.line(f"    if {condition}: return CHANGED")
+    lines.line(f"    same = layout_check([{names}])")
+
+
 def _alias_checks(lines: Lines) -> None:
     """A copy must not hide from a captured step what another step writes into the original."""
     recorded, layout = lines.recorded, lines.recorded.layout
-    facts = MemoryFacts(recorded.program, recorded.seen)
     roots = recorded.seen.roots
-    written = [index for index in layout.inputs_bound(Binding.STATIC) if roots[index] in facts.mutated]
+    mutated = mutated_roots(recorded.program, roots)
+    written = [index for index in layout.inputs_bound(Binding.STATIC) if roots[index] in mutated]
     places = {storage_address(recorded.stand_ins[index]) for index in written} - {0}
     written_copies = padded_inputs_written(recorded)
     copied = layout.inputs_bound(Binding.COPIED, Binding.PADDED) if places else []
     for index in copied:
         name = lines.argument_or_result(index)
         lines.line(f"if {_storage(name)} in WRITTEN: return CHANGED", WRITTEN=places)
-    elsewhere = {i for i, root in enumerate(roots[: len(layout.bindings)]) if root in facts.mutated} - {*written}
+    elsewhere = {i for i, root in enumerate(roots[: len(layout.bindings)]) if root in mutated} - {*written}
     for index in lines.padded:
         if others := sorted(elsewhere - {*lines.padded}):
             storages = ", ".join(_storage(lines.argument_or_result(other)) for other in others)

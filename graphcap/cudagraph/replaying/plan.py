@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class Plan:
     """
 
     route: Route
-    replay: Callable[[tuple[Any, ...]], Any]
+    replay: Callable[[Sequence[Any]], Any]
     source: str
     addresses: list[int | None]
     recorded: Recorded
@@ -63,7 +63,7 @@ class Plan:
             return ""
         return "the step brings other inputs than the one that was captured"
 
-    def fit(self, real: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
+    def fit(self, real: Mapping[str, int]) -> Callable[[Sequence[Any]], Any]:
         """The replay for a call of these sizes, by symbol. To be kept by the caller: a look-up is all it costs then."""
         return self.replay if self.fitter is None else self.fitter.fit(real)
 
@@ -81,7 +81,7 @@ class Served:
         size: counts the calls of this size.
     """
 
-    replay: Callable[[tuple[Any, ...]], Any]
+    replay: Callable[[Sequence[Any]], Any]
     plan: Plan
     key: Hashable
     stats: PlanStats

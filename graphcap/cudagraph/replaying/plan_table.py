@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 
 from graphcap.cudagraph.counters.stats import RunnerStats
@@ -47,6 +48,16 @@ class PlanTable:
             plan.holding.is_dropped = True
             self._stats.retire(plan.stats)
             revise()
+
+    def dropper(self, key: Hashable) -> Callable[[], None]:
+        """How the account gives up a plan; it does not keep the table alive."""
+        reference = weakref.ref(self)
+
+        def drop() -> None:
+            if (table := reference()) is not None:
+                table.drop(key)
+
+        return drop
 
     def drop_if(self, condition: Callable[[Plan], bool]) -> None:
         """Give up the plans for which a condition holds."""

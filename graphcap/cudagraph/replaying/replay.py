@@ -9,10 +9,11 @@ that depend on the real size are bound anew for each (:mod:`~graphcap.cudagraph.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def generate(
     on_mismatch: Callable[[str], None],
     arena: Arena | None = None,
     fitter: Fitter | None = None,
-) -> tuple[Callable[[tuple[Any, ...]], Any], str]:
+) -> tuple[Callable[[Sequence[Any]], Any], str]:
     """Write the replay function.
 
     Args:
@@ -169,11 +170,11 @@ class _Writer(Lines):
                 source, target = self.copy_operands(slot)
                 self.line(f"{target}.copy_({source})")
 
-    def finish(self, places: Places | None) -> tuple[Callable[[tuple[Any, ...]], Any], str]:
+    def finish(self, places: Places | None) -> tuple[Callable[[Sequence[Any]], Any], str]:
         named = set(re.findall(r"\ba(\d+)\b", "\n".join(self.lines)))  # some were asked for and then not needed
         prelude = [f"a{index} = args[{index}]" for index in self.used if str(index) in named]
         source = "\n    ".join(["def replay(args):", *prelude, *self.lines]) + "\n"
-        exec(compile(source, f"<graphcap replay of {self.recorded.program.name}>", "exec"), self.names)
+        exec(_code(source, f"<graphcap replay of {self.recorded.program.name}>"), self.names)
         replay = self.names.pop("replay")  # not in its own globals: a dropped plan must not wait for the collector
 
         def check_natively(replay: FunctionType) -> None:
@@ -184,6 +185,12 @@ class _Writer(Lines):
         if self.fitter is not None:
             self.fitter.adopt(replay, check_natively)
         return replay, source
+
+
+@functools.lru_cache(maxsize=64)
+def _code(source: str, filename: str) -> CodeType:
+    """The compiled text: that of two rungs differs in what the names stand for, hardly ever in itself."""
+    return compile(source, filename, "exec")
 
 
 def _check_natively(static: list[int], addresses: list[int]) -> Callable[[FunctionType], None]:

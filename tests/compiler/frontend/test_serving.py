@@ -15,6 +15,7 @@ from graphcap import GraphKey
 from graphcap.compiler.frontend.subject import runners_of
 from graphcap.cudagraph.counters.cost import StepTime
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedSegment
+from graphcap.cudagraph.recording.sharing import Sharing, UnlikeOtherSizes
 from graphcap.errors import StepError
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}
@@ -291,3 +292,25 @@ def test_state_is_put_back_where_everything_was_captured_before() -> None:
                 model(torch.randn(num_tokens, 4))
         graphcap.capture(model, inputs)
     assert model.calls.item() == 3
+
+
+def test_a_size_unlike_the_others_is_captured_after_one_more_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, watched = Sharing.check, []
+
+    def unlike(self: Sharing, slot: int, value: Any, given: Any) -> None:
+        if value.shape[0] == 4 and self._seen.is_of_another_size:
+            raise UnlikeOtherSizes("for the test")
+        watched.append(value.shape[0])
+        check(self, slot, value, given)
+
+    monkeypatch.setattr(Sharing, "check", unlike)
+    model = compiled()
+    with torch.no_grad():
+        summary = graphcap.capture(model, inputs)
+        assert [key.num_tokens for key in summary.captured] == [8, 4, 2], summary
+        assert 4 in watched
+        x = torch.randn(4, 4)
+        assert torch.allclose(model(x), model.linear(x))
+    (region,) = graphcap.explain(model).regions
+    assert sum(plan.replays for plan in region.plans) == 1
+    assert not region.failures

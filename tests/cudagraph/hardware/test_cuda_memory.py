@@ -85,6 +85,20 @@ def test_exclusive_and_shared_bytes_add_up(device):
     assert memory()[device.name].exclusive_bytes == 0
 
 
+def test_bytes_of_a_pool_are_what_the_allocator_says(device, monkeypatch):
+    looks = []
+    snapshot = torch.cuda.memory_snapshot
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda *args: looks.append(args) or snapshot(*args))
+    runner = runner_of(chain(2), device, max_copy_bytes=2**30)
+    for n in range(4):
+        x = torch.randn(256 << n, 1024, device="cuda")
+        for _ in range(3):
+            check(runner.program, runner, n, x)
+        assert len(looks) <= 2 * (n + 1), "once a plan; the first may have found an older pool"
+        pool = next(iter(runner._table.plans.values())).recorded.pool
+        assert pool.nbytes() == sum(segment["total_size"] for segment in snapshot(pool.handle))
+
+
 def test_no_graph_is_kept_beyond_the_budget(device):
     before = reserved()
     program = chain(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphcap.cudagraph.padded import compare
-from graphcap.cudagraph.padded.compare import departs, distance
+from graphcap.cudagraph.padded.compare import departs, distance, is_finite
 
 NAN, INF = float("nan"), float("inf")
 
@@ -62,3 +62,37 @@ def test_every_float_can_be_compared(dtype: torch.dtype) -> None:
     other = (values.float() + 4).to(dtype)
     assert distance(values, other) > 0
     assert departs(values, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.complex64, torch.uint8])
+@pytest.mark.parametrize("shape", [(1024,), (16, 64), (4, 16, 16)])
+def test_nothing_large_is_made_of_a_large_tensor(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that fills the device leaves no room for it in another dtype."""
+    largest = []
+
+    def noting(tensor: torch.Tensor) -> torch.Tensor:
+        largest.append(tensor.numel())
+        return comparable(tensor)
+
+    comparable = compare._comparable
+    monkeypatch.setattr(compare, "_comparable", noting)
+    monkeypatch.setattr(compare, "_PART", 64)
+    values = torch.ones(shape).to(dtype)
+    other = values.clone()
+    other[-1] = 3
+    assert departs(other, values)
+    assert distance(values, other) == (2.0 if dtype.is_floating_point or dtype.is_complex else INF)
+    assert not departs(values, values.clone())
+    assert is_finite(values)
+    assert max(largest) <= 64
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float32, torch.complex64])
+def test_what_is_finite(value: float, dtype: torch.dtype) -> None:
+    values = torch.zeros(3, 4).to(dtype)
+    values[2, 3] = value
+    assert is_finite(values) == (value == 1.0)
+    assert is_finite(torch.ones(3, dtype=torch.int64))

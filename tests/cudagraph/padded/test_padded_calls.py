@@ -231,6 +231,27 @@ def test_steps_that_bring_an_input_only_at_times(pattern: list[int], live: bool)
             assert has_input == pattern[0], "the plan is of such a step"
 
 
+def test_a_live_step_looks_for_what_it_likes() -> None:
+    """It looks again on every call: a plan made for batches with prompts serves those without."""
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        found = current_step().inputs.get("prompts", [])
+        return x + len(found)
+
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    program = region.program(region.step(attend, region.step(lambda x: x * 2, x), capture=LIVE), sizes=[(N, WIDTH)])
+    runner = runner_of(program, capture_sizes=[4], dynamic_arg_dims={"step.lens": {0: "n"}})
+    for call in range(12):
+        x_, prompts = rows(3), [(0, 0, 2)] * (call % 3)
+        with step(num_tokens=3, inputs={"prompts": prompts} if prompts else {"others": 1}):
+            (out,) = runner(3, x_)
+        torch.testing.assert_close(out, x_ * 2 + len(prompts))
+    (plan,) = runner.stats.plans
+    assert plan.replays >= 6
+    assert runner.stats.live_calls.keys() <= {"warm-up"}
+
+
 def test_inputs_of_the_step_after_a_release() -> None:
     """The buffers of the plan went with it; a warm-up makes new ones."""
     region = PaddedRegion()

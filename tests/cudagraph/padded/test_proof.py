@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphcap.cudagraph import Capture, Program
+from graphcap.cudagraph.hardware.generators import register_generator
 from graphcap.cudagraph.padded.proof import prove
 from graphcap.cudagraph.recording.observe import observe
 from tests.cudagraph.padded_regions import CPU, N, PaddedRegion, cloned, padding_of, proof_of
@@ -262,6 +263,18 @@ def test_random_numbers_are_drawn_once() -> None:
     program.run(3, values)  # proof_of looks on at one more call
     assert proof.reason == ""
     assert torch.equal(after, torch.get_rng_state())
+
+
+def test_a_registered_generator_is_put_back() -> None:
+    mine = torch.Generator().manual_seed(3)
+    register_generator(mine)
+    program = chained(lambda x, n: x + torch.empty(1).uniform_(generator=mine))
+    proof = proof_of(program, [3, rows(3)], 4)
+    assert proof.reason == ""
+    again = torch.Generator().manual_seed(3)
+    for _ in range(2):  # proof_of looks on at one more call
+        torch.empty(1).uniform_(generator=again)
+    assert torch.equal(torch.rand(1, generator=mine), torch.rand(1, generator=again))
 
 
 def test_random_numbers_for_each_row_are_refused() -> None:

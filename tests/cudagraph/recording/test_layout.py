@@ -9,7 +9,7 @@ import torch
 
 from graphcap.cudagraph import Binding, Capture
 from graphcap.cudagraph.recording.bindings import Choice
-from graphcap.cudagraph.recording.layout import lay_out, segment_of
+from graphcap.cudagraph.recording.layout import lay_out
 from graphcap.cudagraph.recording.observe import argument_roots, observe
 from tests.cudagraph.regions import LIVE, Region, randn
 
@@ -91,10 +91,10 @@ def test_a_step_apart_has_a_segment_of_its_own_and_a_live_one_has_none():
         x = region.step(lambda x: x + 1, x, capture=LIVE if number == 4 else Capture.ALWAYS)
     program = region.returning(x)
     together = laid_out(program, randn(2))
-    assert segment_of(program, together) == [0, 0, 0, 0, -5, 1]
+    assert together.segments == (0, 0, 0, 0, -5, 1)
     layout = laid_out(program, randn(2), apart=[2, 4])
     assert layout.apart == {2}
-    assert segment_of(program, layout) == [0, 0, 1, 2, -5, 3]
+    assert layout.segments == (0, 0, 1, 2, -5, 3)
     assert layout.releases == together.releases
 
 

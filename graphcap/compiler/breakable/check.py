@@ -52,6 +52,7 @@ def compare(
     inputs: Sequence[Any],
     watched: Callable[[], tuple[Recorder, Any, str]],
     is_padded: bool,
+    max_bytes: int,
 ) -> Outcome:
     """Run a call both ways.
 
@@ -62,12 +63,15 @@ def compare(
         inputs: of this call.
         watched: runs the function itself and keeps what live calls did; says also where it differs from the recording.
         is_padded: whether the program may run at a larger size, where other kernels round in another way.
+        max_bytes: that copies of what the call writes may take.
     """
     written = sorted({slot for step in built.program.steps for slot in step.mutates if slot < len(inputs)})
     memory = Memory([inputs[slot] for slot in written])
     try:
-        before = memory.copy()
-    except torch.OutOfMemoryError:  # nothing has run yet
+        before = memory.copy() if 2 * memory.nbytes <= max_bytes else None
+    except torch.OutOfMemoryError:
+        before = None
+    if before is None:  # nothing has run yet
         _, result, why = watched()
         return Outcome(result, difference=why, in_python=bool(why), skipped=_NO_ROOM)
     recording, result, why = watched()

@@ -25,7 +25,7 @@ from graphcap.compiler.breakable.incoming import Incoming, InProgress
 from graphcap.compiler.breakable.look import Look, Viewpoint
 from graphcap.compiler.breakable.padded_look import NoRoom, look_unseen
 from graphcap.compiler.breakable.recordings import MAX_RECORDINGS, Recordings
-from graphcap.compiler.breakable.rungs import Rungs
+from graphcap.compiler.breakable.rungs import EXACT, Ready, Rungs
 from graphcap.compiler.breakable.sized import NotRecorded
 from graphcap.compiler.breakable.steps import Surroundings
 from graphcap.compiler.region import Region
@@ -76,7 +76,7 @@ class Entry:
         self._runner: GraphRunner | None = None
         self._due = Due()
         self._revision: object = None
-        self._kinds: dict[Hashable, str] = {}  # of calls: why they run as they are, "" where the runtime decides
+        self._kinds: dict[Hashable, Ready] = {}  # of calls
 
     def fits(self, call: Incoming) -> bool:
         """Whether the Python state is what it was when this entry was made."""
@@ -192,8 +192,9 @@ class Entry:
     def _serve(self, call: Incoming) -> Any:
         said = current()
         kind = call.at, None if said is None else said.token
-        if call.at and (why := self._get_ready(call, kind)):
-            self._live(call, why)
+        ready = self._get_ready(call, kind) if call.at else EXACT
+        if ready.why:
+            self._live(call, ready.why)
         served: bool = call.has_run
         if served:
             return call.result
@@ -202,28 +203,28 @@ class Entry:
             return call.run()
         inputs = self._recordings.inputs(call)
         outlook = runner.outlook(*inputs)
-        when = self._due.when(kind, outlook, call.at, bool(call.at))
+        when = self._due.when(kind, outlook, call.at, ready.is_padded)
         if when is not When.NEVER:
             with self._lock:
                 return self._check(call, inputs, kind, outlook, when)
         outputs = self._outputs(call, inputs)
         return call.result if call.has_run else self._recordings.result.make(call.arguments, outputs)
 
-    def _get_ready(self, call: Incoming, kind: Hashable) -> str:
-        """Have recorded what such calls need. Returns why they run as they are. It may serve the call."""
+    def _get_ready(self, call: Incoming, kind: Hashable) -> Ready:
+        """Have recorded what such calls need. It may serve the call."""
         now = revision()
         if self._revision is not now:
             self._revision, self._kinds = now, {}
-        why = self._kinds.get(kind)
-        if why is not None or self._runner is None:
-            return why or ""
+        ready = self._kinds.get(kind)
+        if ready is not None or self._runner is None:
+            return ready or EXACT
         with self._lock:
-            why = self._rungs.get_ready(call, self._runner)
+            ready = self._rungs.get_ready(call, self._runner)
             self._recorded()
         served: bool = call.has_run
         if not served:
-            self._kinds[kind] = why
-        return why
+            self._kinds[kind] = ready
+        return ready
 
     def _recorded(self) -> None:
         """Something may have been recorded."""
@@ -242,13 +243,14 @@ class Entry:
         run, progress = self._run, self._progress
         if run is None:  # another thread has refused meanwhile
             return call.serve()
-        outer, progress.call = progress.call, call
+        outer = progress.call, progress.inputs
+        progress.call, progress.inputs = call, inputs
         try:
             return run(*inputs)
         except NotRecorded as missing:
             at = missing.at
         finally:
-            progress.call = outer
+            progress.call, progress.inputs = outer
         with self._lock:  # nothing has run
             if at == call.at and self._runner is not None and self._rungs.add(call, self._runner):
                 self._recorded()
@@ -270,7 +272,10 @@ class Entry:
         same_size = call.at == next(iter(built.at))
         is_padded = not isinstance(outlook, PlanStats) or outlook.key != call.at
 
+        look: Look | None = None
+
         def watched() -> tuple[Any, Any, str]:
+            nonlocal look
             look = self._viewpoint.watch(call.run, call.arguments.tensors, call.arguments, keep=True)
             call.result, call.has_run = look.result, True
             why = look.refusal
@@ -278,10 +283,15 @@ class Entry:
                 why = why or difference(reference.recording, look.recording) or reference.made.difference(look.made)
             return look.recording, look.result, why
 
-        outcome = check.compare(call, built, lambda *given: self._outputs(call, given), inputs, watched, is_padded)
+        spare = runner.device.spare_bytes()
+        outcome = check.compare(
+            call, built, lambda *given: self._outputs(call, given), inputs, watched, is_padded, spare
+        )
         unchecked = self._due.was_checked(kind, call.ran_live)
         if outcome.skipped:
             runner.stats.unchecked["replays against the function"] = outcome.skipped
+            if is_padded and look is not None and not outcome.difference:
+                outcome.difference = difference(reference.recording, look.recording, same_size=False)
         if not outcome.difference:
             return (
                 outcome.result if outcome.outputs is None else recordings.result.make(call.arguments, outcome.outputs)

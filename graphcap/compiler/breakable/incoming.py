@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +62,6 @@ class Incoming:
             self.ran_live = True
         return tuple(leaf for leaf in private.tree_flatten(self.result)[0] if isinstance(leaf, torch.Tensor))
 
-    def is_given(self, inputs: tuple[Any, ...]) -> bool:
-        """Whether these inputs of a program begin with the tensors of this call."""
-        return all(given is mine for given, mine in zip(inputs, self.arguments.tensors, strict=False))
-
     @contextlib.contextmanager
     def with_tensors(self, replaced: Mapping[int, torch.Tensor]) -> Iterator[Callable[[], Any]]:
         """Within it, the function that is given runs the call with other tensors, by ``id`` of its own."""
@@ -84,18 +81,20 @@ class InProgress(threading.local):
 
     Attributes:
         call: ``None`` outside of one.
+        inputs: of the program in this call.
     """
 
     call: Incoming | None = None
+    inputs: Sequence[Any] = ()
 
     def run(self, stitched: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         """The outputs of a program.
 
         Args:
             stitched: runs its steps, as they were recorded.
-            inputs: of the program: the call's own tensors, or padded ones, or copies.
+            inputs: of the program: those of the call, or padded ones, or copies.
         """
         call = self.call
-        if call is None or not call.is_given(inputs):
+        if call is None or not all(map(operator.is_, inputs, self.inputs)):
             return stitched(*inputs)
         return call.serve()

@@ -7,7 +7,7 @@ for the recording, and nothing is left of that. What the sizes of results follow
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from graphcap.compiler.breakable.incoming import Incoming
 from graphcap.compiler.breakable.look import Viewpoint
@@ -16,13 +16,30 @@ from graphcap.compiler.breakable.padded_look import NoRoom, look_unseen, padded_
 from graphcap.compiler.breakable.recordings import Recordings
 from graphcap.compiler.breakable.sized import At
 from graphcap.compiler.breakable.steps import sample_of
+from graphcap.compiler.breakable.undo import Memory
 from graphcap.config import Config
 from graphcap.cudagraph import GraphRunner
 from graphcap.cudagraph.dispatch.phase import captures_allowed
 from graphcap.cudagraph.dispatch.step import current
 from graphcap.cudagraph.recording.recorded import describe
 
+_COPIES = 3  #: of what a call writes, in a proof of padding
 _LOOKS = 2  #: at a padded call; two that agree where one alone says too little
+
+
+class Ready(NamedTuple):
+    """What is known of calls of one kind before they come to the graph runtime.
+
+    Attributes:
+        why: why they run as they are, ``""`` where the runtime decides.
+        is_padded: whether they may be padded.
+    """
+
+    why: str = ""
+    is_padded: bool = False
+
+
+EXACT, PADDED = Ready(), Ready(is_padded=True)
 
 
 class Rungs:
@@ -32,23 +49,23 @@ class Rungs:
         """Add to ``recordings``, which has a program."""
         self._recordings, self._viewpoint, self._config = recordings, viewpoint, config
 
-    def get_ready(self, call: Incoming, runner: GraphRunner) -> str:
-        """Record what the graph runtime is going to run for such calls. It may serve the call.
-
-        Returns:
-            Why they run as they are, ``""`` where the runtime decides.
-        """
+    def get_ready(self, call: Incoming, runner: GraphRunner) -> Ready:
+        """Record what the graph runtime is going to run for such calls. It may serve the call."""
         if not captures_allowed():
-            return ""
-        inputs = self._recordings.inputs(call)
+            return PADDED
+        recordings = self._recordings
+        inputs, ready = recordings.inputs(call), EXACT
         routes = runner.router.routes(call.at[0] if len(call.at) == 1 else call.at, current())
         for route in () if isinstance(routes, str) else routes:
-            if not route.rung or runner.padding.why_not_to(route.rung, inputs):
-                continue
-            why = self._rung(call, inputs, runner, route.rung)
-            if why or call.has_run:
-                return why
-        return ""
+            if route.rung and not runner.padding.why_not_to(route.rung, inputs):
+                ready = PADDED
+                if why := self._rung(call, inputs, runner, route.rung):
+                    return Ready(why, is_padded=True)
+            elif not route.rung and self._lacks(call.at) and runner.outlook(*inputs) == "":
+                self._here(call)
+            if call.has_run:
+                break
+        return ready
 
     def add(self, call: Incoming, runner: GraphRunner) -> bool:
         """Record a call at its own sizes, without serving it. Returns whether there is a recording now."""
@@ -71,9 +88,17 @@ class Rungs:
         if why := recordings.odd.get(at, "") or recordings.odd.get(call.at, ""):
             shown = ", ".join(f"{symbol}={size}" for symbol, size in values.items())
             return f"nothing is recorded at {shown}: {why}"
-        if not tell_apart(recordings.samples, real, values):
+        if not tell_apart(recordings.samples, real, values) or self._needs_exact(call, inputs, runner):
             self._here(call)
         return ""
+
+    def _needs_exact(self, call: Incoming, inputs: Sequence[Any], runner: GraphRunner) -> bool:
+        """Whether a proof has to run the call at its own size as well: where what it writes is too large for copies."""
+        built = self._recordings.built
+        assert built is not None
+        if not self._lacks(call.at) or runner.outlook(*inputs) != "":
+            return False
+        return _COPIES * Memory(written_by(built.program, inputs)).nbytes > runner.device.spare_bytes()
 
     def _lacks(self, at: At) -> bool:
         built = self._recordings.built

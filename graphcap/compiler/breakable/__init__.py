@@ -12,7 +12,7 @@ from calls to a program                 ``recordings.py``, ``agree.py`` (when tw
                                         (what is one step), ``writer.py`` (its function), ``program.py``
 sizes                                   ``sized.py`` (a step at each size), ``rungs.py`` (which are recorded),
                                         ``padded_look.py``, ``output_sizes.py``, ``write_indices.py``
-a replay against the function itself    ``due.py`` (when), ``check.py``, ``undo.py`` (effects happen once)
+a replay against the function itself    ``due.py`` (when), ``check.py``, ``undo.py``, ``generators.py``
 ======================================  ===========================================================================
 
 ``current.py`` tells ``@graphcap.eager`` functions that they are being recorded.

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcap.compiler import nodes, private
 from graphcap.compiler.breakable import current
 from graphcap.compiler.breakable.calls import Call, Kind, Outcome, Ref, Value
+from graphcap.compiler.breakable.generators import generator_states
 from graphcap.compiler.breakable.inside import Inside, asked_apart
 from graphcap.compiler.breakable.key import layout_of
-from graphcap.compiler.breakable.limits import WAYS_OUT, generator_states, reads_values, why_live
+from graphcap.compiler.breakable.limits import WAYS_OUT, reads_values, why_live
 from graphcap.compiler.breakable.numbering import Numbering, identity
 from graphcap.compiler.breakable.origin import here
 from graphcap.compiler.effects import declared_written

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from graphcap.compiler.breakable.calls import Outcome
-from graphcap.compiler.breakable.limits import set_generator_states
 from graphcap.cudagraph.dispatch.step import current
+from graphcap.cudagraph.hardware.generators import set_generator_states
 from graphcap.cudagraph.padded.corner import corner
 
 #: The sizes of a call: one number for each symbol.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from graphcap.compiler import private
-from graphcap.compiler.breakable.limits import generator_states, set_generator_states
+from graphcap.compiler.breakable.generators import generator_states
+from graphcap.cudagraph.hardware.generators import GeneratorStates, set_generator_states
 
 
 class Memory:
@@ -59,6 +60,6 @@ class Copy:
         generators: the states of the random number generators.
     """
 
-    def __init__(self, storages: list[torch.Tensor], generators: list[torch.Tensor]) -> None:
+    def __init__(self, storages: list[torch.Tensor], generators: GeneratorStates) -> None:
         self.storages = storages
         self.generators = generators

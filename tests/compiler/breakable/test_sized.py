@@ -12,8 +12,11 @@ from torch import Tensor
 
 from graphcap.compiler.breakable.calls import Outcome
 from graphcap.compiler.breakable.due import CHECK_EVERY, CHECKED_REPLAYS, Due, When
-from graphcap.compiler.breakable.limits import generator_states
+from graphcap.compiler.breakable.generators import generator_states
+from graphcap.compiler.breakable.incoming import Incoming, InProgress
+from graphcap.compiler.breakable.key import arguments_of
 from graphcap.compiler.breakable.sized import LiveStep, NotRecorded, SizedStep
+from graphcap.compiler.breakable.sizes import CallSizes
 from graphcap.compiler.breakable.undo import Memory
 from graphcap.cudagraph import PlanStats
 
@@ -66,6 +69,32 @@ def test_what_a_thread_repeats_is_its_own() -> None:
     assert ran == [3]
     step(3, torch.ones(3, 2), torch.zeros(2))
     assert ran == [3]
+
+
+def test_the_function_itself_serves_a_call_with_its_own_tensors_alone() -> None:
+    """A proof gives copies of what a call writes, which may be none of its arguments."""
+    x, cache = torch.ones(3), torch.zeros(3)
+    ran: list[str] = []
+
+    def function(x: Tensor) -> Tensor:
+        ran.append("function")
+        return x * 2
+
+    def stitched(*inputs: object) -> tuple[object, ...]:
+        ran.append("steps")
+        return inputs
+
+    arguments = arguments_of((x,), {}, {}, CallSizes({"n": 3}, {}))
+    progress = InProgress()
+    progress.call = Incoming(function, (x,), {}, arguments, frozenset(), lambda: ["x"])
+    progress.inputs = [x, 3, cache]
+    progress.run(stitched, (x, 3, cache.clone()))
+    progress.run(stitched, (x.clone(), 3, cache))
+    progress.run(stitched, (x, 4, cache))
+    assert ran == ["steps"] * 3
+    (served,) = progress.run(stitched, (x, 3, cache))
+    assert ran[3:] == ["function"]
+    assert served is progress.call.result
 
 
 def plan(*key: int) -> PlanStats:

@@ -278,9 +278,9 @@ class Entry:
             nonlocal look
             look = self._viewpoint.watch(call.run, call.arguments.tensors, call.arguments, keep=True)
             call.result, call.has_run = look.result, True
-            why = look.refusal
+            why = look.refusal or recordings.result.difference(look.made)
             if same_size:
-                why = why or difference(reference.recording, look.recording) or reference.made.difference(look.made)
+                why = why or difference(reference.recording, look.recording)
             return look.recording, look.result, why
 
         spare = runner.device.spare_bytes()
@@ -296,7 +296,7 @@ class Entry:
             return (
                 outcome.result if outcome.outputs is None else recordings.result.make(call.arguments, outcome.outputs)
             )
-        if is_padded and when is When.FIRST and not outcome.in_python:
+        if is_padded and when is When.FIRST:
             runner.padding.refuse(list(runner.padding.names), outcome.difference)
             runner.release()  # its plans serve other sizes than their own
             return outcome.result

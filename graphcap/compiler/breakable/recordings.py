@@ -121,7 +121,7 @@ class Recordings:
         assert self.built is not None
         at = tuple(values.values())
         steps = self._steps(look, values)
-        why = steps if isinstance(steps, str) else self.built.why_not(steps)
+        why = steps if isinstance(steps, str) else self.built.why_not(steps) or self.result.difference(look.made)
         if isinstance(steps, str) or why:
             self.odd[at] = why
             return

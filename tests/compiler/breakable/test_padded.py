@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import graphcap
 from graphcap import Dim
 from graphcap.compiler.breakable import due, recordings
+from graphcap.compiler.breakable.rungs import Rungs
 from graphcap.compiler.debug.report import RegionReport
 from graphcap.compiler.frontend.subject import runners_of
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
@@ -138,7 +139,10 @@ def test_no_program_is_silently_wrong(operations: list[Operation], sizes: list[i
             torch.testing.assert_close(mine, (x, y))
 
 
-def test_a_mean_over_the_batch_is_not_padded() -> None:
+def test_a_mean_over_the_batch_is_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    unforeseen: list[Any] = []
+    original = Rungs.add
+    monkeypatch.setattr(Rungs, "add", lambda self, call, runner: unforeseen.append(0) or original(self, call, runner))
     captured = padded(lambda x: x - x.mean(0), {"x": 0})
     for _ in range(4):
         for n in MIXED:
@@ -148,6 +152,7 @@ def test_a_mean_over_the_batch_is_not_padded() -> None:
     assert "num_tokens is not padded: piece_0 depends on the padded size" in "".join(region.notes)
     assert keys(region) == {(n,) for n in MIXED}
     assert region.traffic.padded_tokens == 0
+    assert len(unforeseen) <= 1, "sizes are recorded before the runtime comes to them, but for the first proof's own"
 
 
 def test_a_scale_of_the_whole_tensor_is_not_padded() -> None:
@@ -183,6 +188,20 @@ def test_numbers_that_follow_the_size_are_recorded_twice_at_each() -> None:
     region = region_of(captured)
     assert not region.notes
     assert keys(region) >= {(4,), (8,)}
+
+
+@pytest.mark.parametrize("sizes", [MIXED, (8, 8, 8, 8, 8, 7, 5), (3, 8, 4, 8, 7)])
+def test_a_number_in_the_result_that_follows_the_size_is_never_another_one(sizes: tuple[int, ...]) -> None:
+    def function(x: Tensor) -> tuple[Tensor, int]:
+        return x * 2, x.shape[0]
+
+    captured = padded(function, {"x": 0})
+    for _ in range(5):
+        for n in sizes:
+            x = torch.randn(n, 4)
+            torch.testing.assert_close(captured(x), function(x))
+    region = region_of(captured)
+    assert any("holds other numbers" in each for each in (*region.live_calls, *region.notes))
 
 
 def test_a_counter_is_no_size() -> None:

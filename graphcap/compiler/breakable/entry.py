@@ -22,9 +22,9 @@ from graphcap.compiler.breakable.agree import difference
 from graphcap.compiler.breakable.calls import Kind
 from graphcap.compiler.breakable.due import Due, When
 from graphcap.compiler.breakable.incoming import Incoming, InProgress
+from graphcap.compiler.breakable.learning import Learning
 from graphcap.compiler.breakable.look import Look, Viewpoint
-from graphcap.compiler.breakable.padded_look import NoRoom, look_unseen
-from graphcap.compiler.breakable.recordings import MAX_RECORDINGS, Recordings
+from graphcap.compiler.breakable.recordings import Recordings
 from graphcap.compiler.breakable.rungs import EXACT, Ready, Rungs
 from graphcap.compiler.breakable.sized import NotRecorded
 from graphcap.compiler.breakable.steps import Surroundings
@@ -40,8 +40,6 @@ log = logging.getLogger("graphcap.compiler")
 
 _BEFORE_A_PLAN = 2  # calls: the warm-up and the capture
 _MAX_BUILT = 5  #: programs; so often results may have other sizes than were expected
-_MAX_SIZES = 16  #: that calls may have before two of them agree
-_SPARE_BYTES = 2**28  #: for copies of what a call writes, where there is no device to ask yet
 
 
 class Entry:
@@ -50,7 +48,6 @@ class Entry:
     Attributes:
         region: for the report.
         refused: why these calls run as they are, ``""`` as long as they are recorded or served.
-        unsettled: why the latest recording was thrown away, ``""`` where it was not.
     """
 
     def __init__(self, region: Region, viewpoint: Viewpoint, largest: Mapping[str, int]) -> None:
@@ -63,20 +60,24 @@ class Entry:
         """
         self.region = region
         self.refused = ""
-        self.unsettled = ""
         self._lock = threading.RLock()  # of recordings and comparisons
         self._viewpoint = viewpoint
         self._progress = InProgress()
         self._recordings = Recordings(region.name, largest, self._progress.run, viewpoint)
+        self._learning = Learning(self._recordings, viewpoint)
         self._rungs = Rungs(self._recordings, viewpoint, region.config)
-        self._num_recordings = self._num_built = 0
-        self._latest: Look | None = None
+        self._num_built = 0
         self._device: GraphDevice | None = None
         self._run: Callable[..., tuple[Any, ...]] | None = None
         self._runner: GraphRunner | None = None
         self._due = Due()
         self._revision: object = None
         self._kinds: dict[Hashable, Ready] = {}  # of calls
+
+    @property
+    def unsettled(self) -> str:
+        """Why the latest recording was thrown away, ``""`` where it was not."""
+        return self._learning.unsettled
 
     def fits(self, call: Incoming) -> bool:
         """Whether the Python state is what it was when this entry was made."""
@@ -102,8 +103,9 @@ class Entry:
     def refuse(self, why: str) -> None:
         """Run these calls as they are from now on."""
         self.refused = self.region.bypass = why
-        self._run = self._runner = self._latest = None
+        self._run = self._runner = None
         self._recordings = Recordings(self.region.name, {}, self._progress.run, self._viewpoint)
+        self._learning = Learning(self._recordings, self._viewpoint)
         self._rungs = Rungs(self._recordings, self._viewpoint, self.region.config)
         log.warning("%s is not captured and runs eager: %s", self.region.function, why)
 
@@ -111,38 +113,16 @@ class Entry:
 
     def _learn(self, call: Incoming) -> Any:
         """Serve a call by the function itself, and look at it."""
-        known = self._viewpoint.reachable() if self._latest is None else self._latest.written()
-        look = self._viewpoint.here(call, [*call.arguments.tensors, *known])
-        if look is None:
-            return call.result
-        if look.refusal:
-            self.refuse(look.refusal)
-            return call.result
-        self._latest, self._num_recordings = look, self._num_recordings + 1
-        why = self._recordings.agreement(look, call.at)
-        if why and not look.unsettled and len(self._recordings.seen) > 1:  # sizes differ from call to call
-            why = self._look_again(call, look)
-        if not why:
+        look = self._learning.serve(call)
+        if self._learning.refusal:
+            self.refuse(self._learning.refusal)
+        elif look is not None:
             try:
                 self._prepare(call, look)
             except Exception as error:  # a fault of ours must not take the model down
                 log.warning("%s: graphcap failed: %s", self.region.name, error, exc_info=True)
                 self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
-            return call.result
-        self.unsettled = why if self._num_recordings > 1 or look.unsettled else ""
-        if self._num_recordings >= MAX_RECORDINGS:
-            self.refuse(why)
         return call.result
-
-    def _look_again(self, call: Incoming, look: Look) -> str:
-        """Look a second time at a call that was served, of which nothing is left. Returns why they do not agree."""
-        try:
-            again = look_unseen(call, self._viewpoint, look.written(), {}, _SPARE_BYTES)
-        except NoRoom as error:  # another call of one of these sizes will tell
-            self._num_recordings -= len(self._recordings.seen) < _MAX_SIZES
-            return str(error)
-        again.result = None
-        return again.refusal or self._recordings.agreement(again, call.at)
 
     def _prepare(self, call: Incoming, look: Look) -> None:
         """From the recording to what serves calls from now on."""

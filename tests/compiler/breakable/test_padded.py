@@ -139,6 +139,45 @@ def test_no_program_is_silently_wrong(operations: list[Operation], sizes: list[i
             torch.testing.assert_close(mine, (x, y))
 
 
+@given(OPERATIONS, OPERATIONS, st.lists(st.integers(4, 9), min_size=6, max_size=14))
+@settings(max_examples=20)
+def test_no_program_around_a_live_function_is_silently_wrong(
+    before: list[Operation], after: list[Operation], sizes: list[int]
+) -> None:
+    first, second = random_program(before), random_program(after)
+    total = torch.zeros(4)
+
+    @graphcap.eager
+    def live(x: Tensor, y: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        y.mul_(0.5)
+        total.add_(x[0])
+        return x + y, y
+
+    def program(x: Tensor, y: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+        z = first(x, y)[-1]
+        return (*second(*live(z, y, total)), z)
+
+    captured = padded(program, {"x": 0, "y": 0}, capture_sizes=[6, 8])
+    mine_total = torch.zeros(4)
+    with torch.no_grad():
+        for n in sizes:
+            x, y = torch.rand(n, 4), torch.rand(n, 4)
+            mine = x.clone(), y.clone()
+            before_total = total.clone()
+            try:
+                expected = program(x, y, total)
+            except RuntimeError:
+                total.copy_(before_total)
+                before_mine = mine_total.clone()
+                with pytest.raises(RuntimeError):
+                    captured(*mine, mine_total)
+                mine_total.copy_(before_mine)
+                continue
+            torch.testing.assert_close(captured(*mine, mine_total), expected, equal_nan=True)
+            torch.testing.assert_close(mine, (x, y), equal_nan=True)
+            torch.testing.assert_close(mine_total, total, equal_nan=True)
+
+
 def test_a_mean_over_the_batch_is_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     unforeseen: list[Any] = []
     original = Rungs.add

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "model",
     "options",
     "dynamic",
+    "frontend",
     "fullgraph",
     "enable_if",
     "tags",

@@ -18,7 +18,7 @@ from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.agreement import agreement_of
 from graphcap.cudagraph.checks.verify import Inspector
 from graphcap.cudagraph.counters.alerts import warn_once
-from graphcap.cudagraph.counters.stats import RunnerStats, SizeStats
+from graphcap.cudagraph.counters.stats import PlanStats, RunnerStats, SizeStats
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.routes import Route, Router
@@ -130,6 +130,28 @@ class GraphRunner:
         """Whether a batch finds a plan."""
         routes = self.router.routes_of(key, None)
         return not isinstance(routes, str) and any(each.key in self._table.plans for each in routes)
+
+    def outlook(self, *args: Any) -> PlanStats | str:
+        """How a call with these arguments is going to be served, as far as can be told before: the plan that it finds,
+        why it runs without one, or ``""`` where it leads to one. Runs nothing."""
+        said = current()
+        sizes = self._sizes(args)
+        served = self._table.served.get(sizes if said is None else (sizes, said.token))
+        if served is not None:
+            return served.stats
+        routes = self.router.routes(sizes, said)
+        if isinstance(routes, str):
+            return routes
+        reasons = []
+        for route in routes:
+            plan = self._table.plans.get(route.key)
+            other = "" if plan is None else plan.why_not_for(said)
+            if plan is not None and not other and self._maker.may_serve(plan, args, said):
+                return plan.stats
+            reasons.append(self._barred(route, said) if plan is None else other)
+            if not reasons[-1]:
+                return ""
+        return reasons[0]
 
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""

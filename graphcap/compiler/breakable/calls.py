@@ -1,17 +1,15 @@
-"""What a recording consists of: values, calls, and how two recordings compare."""
+"""What a recording consists of: values and calls."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from graphcap.compiler.breakable.key import same_leaf
 from graphcap.compiler.breakable.origin import Origin
-from graphcap.compiler.rules import op_name
 
 
 class Kind(enum.Enum):
@@ -101,63 +99,10 @@ class Outcome:
         results: copies of the tensors that it made.
         written: per value that it wrote a copy of what stood there afterwards.
         generators: the state of the random number generators afterwards.
+        asked: the inputs of the step that it looked for.
     """
 
     results: list[torch.Tensor]
     written: dict[int, torch.Tensor]
     generators: Any
-
-
-class Recorded(Protocol):
-    """What a recording holds; see :class:`graphcap.compiler.breakable.record.Recorder`."""
-
-    values: list[Value]
-    calls: list[Call]
-    outputs: list[tuple[int, int]]
-
-
-def difference(a: Recorded, b: Recorded) -> str:
-    """Where two recordings part, in one line; ``""`` where one could stand for the other.
-
-    Values that were made of Python numbers must have equal bits, those from outside must be the same tensor.
-    """
-    for first, second in zip(a.calls, b.calls, strict=False):
-        if first.function is not second.function:
-            return f"{_name(first)} at {first.origin} in one call, {_name(second)} at {second.origin} in the next"
-        same = len(first.leaves) == len(second.leaves) and all(map(_same_argument, first.leaves, second.leaves))
-        if not same or first.spec != second.spec or first.results != second.results or first.also != second.also:
-            return f"{_name(first)} at {first.origin} has other arguments in the next call"
-    if len(a.calls) != len(b.calls):
-        longer = max(a.calls, b.calls, key=len)
-        extra = longer[min(len(a.calls), len(b.calls))]
-        return f"{_name(extra)} at {extra.origin} runs in one of two calls"
-    if len(a.values) != len(b.values) or a.outputs != b.outputs:
-        return "the calls return different values"
-    for one, other in zip(a.values, b.values, strict=True):
-        if one.kind is not other.kind or one.layout != other.layout:
-            return f"a tensor used at {one.origin} has another layout in the next call"
-        if one.kind is Kind.NUMBERS and not _same_bits(one.numbers, other.numbers):
-            return f"the tensor made from numbers at {one.origin} has other values in the next call"
-        if one.kind is Kind.OUTSIDE and (one.tensor() is not other.tensor() or one.tensor() is None):
-            return f"another tensor is used at {one.origin} in the next call"
-    return ""
-
-
-def _same_argument(a: Any, b: Any) -> bool:
-    if isinstance(a, Weak) and isinstance(b, Weak):
-        return a.object() is b.object() is not None
-    return a == b if isinstance(a, Ref) and isinstance(b, Ref) else same_leaf(a, b)
-
-
-def _name(call: Call) -> str:
-    return op_name(call.function)
-
-
-def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    assert a is not None
-    assert b is not None
-    return bool(torch.equal(_bytes(a), _bytes(b)))
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    asked: frozenset[str] = frozenset()

@@ -1,7 +1,8 @@
 """The calls of one key: recorded until two recordings agree, then served by the graph runtime.
 
-A recording that the function could not repeat (it made something on its first call, it counted its calls) is thrown
-away. What never settles is refused: the function runs as it is, and the report says why.
+Every size has a recording of its own. The graph runtime decides which sizes those are: rungs of the ladder where dims
+may be padded, else the sizes of calls. What never settles is refused: the function runs as it is, and the report says
+why.
 """
 
 from __future__ import annotations
@@ -11,36 +12,34 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from graphcap.compiler import private
 from graphcap.compiler.breakable import check
-from graphcap.compiler.breakable.calls import difference
-from graphcap.compiler.breakable.key import Arguments
-from graphcap.compiler.breakable.origin import module_names
-from graphcap.compiler.breakable.outside import Outside, facts, find_outside, shown_name
-from graphcap.compiler.breakable.program import Built, build
-from graphcap.compiler.breakable.record import Recorder, record
-from graphcap.compiler.breakable.result import Result
-from graphcap.compiler.breakable.state import changed, snapshot
-from graphcap.compiler.breakable.watch import Watch
-from graphcap.compiler.frontend.target import is_disabled
+from graphcap.compiler.breakable.agree import difference
+from graphcap.compiler.breakable.calls import Kind
+from graphcap.compiler.breakable.due import Due, When
+from graphcap.compiler.breakable.incoming import Incoming, InProgress
+from graphcap.compiler.breakable.learning import Learning
+from graphcap.compiler.breakable.look import Look, Viewpoint
+from graphcap.compiler.breakable.recordings import Recordings
+from graphcap.compiler.breakable.rungs import EXACT, Ready, Rungs
+from graphcap.compiler.breakable.sized import NotRecorded
+from graphcap.compiler.breakable.steps import Surroundings
 from graphcap.compiler.region import Region
 from graphcap.compiler.rules import SplitRules
 from graphcap.config import CUDAGraphMode
-from graphcap.cudagraph import GraphRunner, device_for, graph_runner
+from graphcap.cudagraph import GraphDevice, GraphRunner, PlanStats, device_for, graph_runner
+from graphcap.cudagraph.dispatch.revision import revision
+from graphcap.cudagraph.dispatch.step import current
 from graphcap.errors import GuardError
 
 log = logging.getLogger("graphcap.compiler")
 
-MAX_RECORDINGS = 4  #: calls after which a function that differs from call to call is left alone
-CHECKED_REPLAYS = 2  #: of each plan, compared with the function itself
-CHECK_EVERY = 256  #: calls; then the function itself runs once more
 _BEFORE_A_PLAN = 2  # calls: the warm-up and the capture
+_MAX_BUILT = 5  #: programs; so often results may have other sizes than were expected
 
 
 class Entry:
@@ -49,187 +48,240 @@ class Entry:
     Attributes:
         region: for the report.
         refused: why these calls run as they are, ``""`` as long as they are recorded or served.
-        unsettled: why the latest recording was thrown away, ``""`` where it was not.
     """
 
-    def __init__(self, region: Region, roots: Callable[[], Sequence[Any]], num_own_roots: int) -> None:
+    def __init__(self, region: Region, viewpoint: Viewpoint, largest: Mapping[str, int]) -> None:
         """Nothing is recorded yet.
 
         Args:
             region: for the report.
-            roots: gives what the function's Python state is reached from.
-            num_own_roots: how many of them belong to the target; the others are arguments.
+            viewpoint: where the function's Python state is reached from.
+            largest: the symbols with a largest size, each with it.
         """
         self.region = region
         self.refused = ""
-        self.unsettled = ""
         self._lock = threading.RLock()  # of recordings and comparisons
-        self._roots = roots
-        self._num_own_roots = num_own_roots
-        self._watch = Watch(roots, (), facts(roots(), num_own_roots))
-        self._outside = Outside([], [])
-        self._previous: tuple[Recorder, Result] | None = None
-        self._num_recordings = 0
-        self._built: Built | None = None
+        self._viewpoint = viewpoint
+        self._progress = InProgress()
+        self._recordings = Recordings(region.name, largest, self._progress.run, viewpoint)
+        self._learning = Learning(self._recordings, viewpoint)
+        self._rungs = Rungs(self._recordings, viewpoint, region.config)
+        self._num_built = 0
+        self._device: GraphDevice | None = None
         self._run: Callable[..., tuple[Any, ...]] | None = None
         self._runner: GraphRunner | None = None
-        self._plan: Any = None
-        self._checks_left = 0
-        self._num_calls = 0
-        self._num_unchecked = 0
+        self._due = Due()
+        self._revision: object = None
+        self._kinds: dict[Hashable, Ready] = {}  # of calls
 
-    def fits(self, arguments: Arguments) -> bool:
+    @property
+    def unsettled(self) -> str:
+        """Why the latest recording was thrown away, ``""`` where it was not."""
+        return self._learning.unsettled
+
+    def fits(self, call: Incoming) -> bool:
         """Whether the Python state is what it was when this entry was made."""
-        if not self._watch.holds():
+        if not self._recordings.watch.holds():
             return False
-        return not self._outside.shared or self._outside.fits(self._roots(), arguments.tensors)
+        outside = self._recordings.outside
+        return not outside.shared or outside.fits(self._viewpoint.roots(), call.arguments.tensors)
 
-    def call(self, arguments: Arguments, function: Callable[[], Any], names: Callable[[], list[str]]) -> Any:
+    def call(self, call: Incoming) -> Any:
         """Serve one call.
-
-        Args:
-            arguments: of this call.
-            function: runs the call as it is.
-            names: of the arguments' leaves.
 
         Raises:
             GuardError: the function does something else than when it was recorded.
         """
         if self.refused:
-            return function()
-        run, previous = self._run, self._previous
-        if run is None or previous is None:
+            return call.run()
+        if self._run is None:
             with self._lock:
-                return self._record(arguments, function, names) if self._run is None else function()
-        inputs = [*arguments.tensors, *self._watch.tensors]
-        if self._is_due():
-            with self._lock:
-                return self._check(arguments, inputs, function)
-        return previous[1].make(arguments, run(*inputs))
+                if self._run is None:
+                    return self._learn(call)
+        return self._serve(call)
 
     def refuse(self, why: str) -> None:
         """Run these calls as they are from now on."""
         self.refused = self.region.bypass = why
-        self._run = self._runner = self._built = self._previous = None
-        self._outside = Outside([], [])
-        self._watch = Watch(self._roots, (), facts(self._roots(), self._num_own_roots))
+        self._run = self._runner = None
+        self._recordings = Recordings(self.region.name, {}, self._progress.run, self._viewpoint)
+        self._learning = Learning(self._recordings, self._viewpoint)
+        self._rungs = Rungs(self._recordings, self._viewpoint, self.region.config)
         log.warning("%s is not captured and runs eager: %s", self.region.function, why)
 
-    # -- recording -----------------------------------------------------------------------------------------------------
+    # -- before there is a program -------------------------------------------------------------------------------------
 
-    def _record(self, arguments: Arguments, function: Callable[[], Any], names: Callable[[], list[str]]) -> Any:
-        before = snapshot(self._roots())
-        recording, result = self._watched(arguments, function)
-        effect = changed(before, snapshot(self._roots()))
-        del before
-        self._num_recordings += 1
-        made = Result.of(result, arguments)
-        if self.refused:
-            return result
-        if recording.refusal or made.odd:
-            self.refuse(recording.refusal or made.odd)
-            return result
-        unsettled = ""
-        if effect is not None:
-            name = shown_name(effect, arguments, names(), self._num_own_roots)
-            unsettled = f"a call changes {name}, which a replay would not do"
-        unsettled = unsettled or recording.outlived(private.tree_flatten(result)[0])
-        if not unsettled and self._previous is not None:
-            unsettled = self._difference(recording, made)
-            if not unsettled:
-                try:
-                    self._prepare(arguments, recording, made, names())
-                except Exception as error:  # a fault of ours must not take the model down
-                    log.warning("%s: graphcap failed: %s", self.region.name, error, exc_info=True)
-                    self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
-                return result
-        self._previous, self.unsettled = None if unsettled else (recording, made), unsettled
-        if unsettled and self._num_recordings >= MAX_RECORDINGS:
-            self.refuse(unsettled)
-        return result
+    def _learn(self, call: Incoming) -> Any:
+        """Serve a call by the function itself, and look at it."""
+        look = self._learning.serve(call)
+        if self._learning.refusal:
+            self.refuse(self._learning.refusal)
+        elif look is not None:
+            try:
+                self._prepare(call, look)
+            except Exception as error:  # a fault of ours must not take the model down
+                log.warning("%s: graphcap failed: %s", self.region.name, error, exc_info=True)
+                self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
+        return call.result
 
-    def _difference(self, recording: Recorder, made: Result) -> str:
-        assert self._previous is not None
-        return difference(self._previous[0], recording) or self._previous[1].difference(made)
-
-    def _watched(self, arguments: Arguments, function: Callable[[], Any], keep: bool = False) -> tuple[Recorder, Any]:
-        """Run the function itself, nothing of it compiled, and watch it."""
-        own = [root for root in self._roots()[: self._num_own_roots] if isinstance(root, nn.Module)]
-        naming = module_names.set({id(module): name for root in own for name, module in root.named_modules()})
-        disabling = is_disabled.set(True)
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                return record(function, arguments.tensors, keep)
-        finally:
-            is_disabled.reset(disabling)
-            module_names.reset(naming)
-
-    def _prepare(self, arguments: Arguments, recording: Recorder, made: Result, names: list[str]) -> None:
+    def _prepare(self, call: Incoming, look: Look) -> None:
         """From the recording to what serves calls from now on."""
         started = time.perf_counter()
-        region, config, roots = self.region, self.region.config, self._roots()
-        outside = find_outside(recording, roots, arguments.tensors)
-        devices = {value.layout[3] for value in recording.values}
-        device, why = None, f"cudagraph_mode=NONE ({config.origin('cudagraph_mode')})"
-        if config.cudagraph_mode is not CUDAGraphMode.NONE:
-            device, why = device_for(devices, config.simulate)
-        built = build(
-            region.name,
-            recording,
-            [*arguments.tensor_names(names), *outside.names(arguments, names, self._num_own_roots)],
+        region = self.region
+        devices = {value.layout[3] for value in look.recording.values}
+        region.no_capture = f"cudagraph_mode=NONE ({region.config.origin('cudagraph_mode')})"
+        if region.config.cudagraph_mode is not CUDAGraphMode.NONE:
+            self._device, region.no_capture = device_for(devices, region.config.simulate)
+        around = Surroundings(
             home=next((each for each in devices if each.type == "cuda"), torch.device("cpu")),
-            rules=SplitRules.of(config.splitting_ops, ()),
+            rules=SplitRules.of(region.config.splitting_ops, ()),
             autocast=[each for each in ("cpu", "cuda") if torch.is_autocast_enabled(each)],
         )
-        region.pieces, region.source, region.no_capture = built.records, built.source, why
-        region.notes += filter(None, [outside.note(recording)])
+        self._recordings.first(look, call, around)
+        outside = self._recordings.outside
+        region.notes += filter(None, [outside.note(look.recording)])
         region.watch_tensors([each.value for each in outside.tensors])
-        self._watch = Watch(self._roots, outside.tensors, facts(roots, self._num_own_roots))
-        self._outside, self._built, self._previous = outside, built, (recording, made)
-        self._run = built.program.run
-        if device is not None:
-            region.device = device.name
-            # Two calls have been recorded; the runner takes the third one for its first.
-            runtime = dataclasses.replace(config, capture_after=max(2, config.capture_after - 2))
-            self._run = graph_runner(built.program, device, runtime, self._announced)
+        self._start()
         region.seconds = time.perf_counter() - started
+
+    def _start(self) -> None:
+        """Serve calls by the program that there is now."""
+        region, built = self.region, self._recordings.built
+        assert built is not None
+        region.pieces, region.source = built.records, built.source
+        if self._runner is not None:
+            self._runner.release()
+        self._run, self._runner, self._kinds = built.program.run, None, {}
+        self._num_built = self._recordings.num_built
+        if self._device is not None:
+            region.device = self._device.name
+            # Two calls have been recorded; the runner takes the third one for its first.
+            runtime = dataclasses.replace(region.config, capture_after=max(2, region.config.capture_after - 2))
+            self._run = graph_runner(built.program, self._device, runtime, self._announced)
+        if self._runner is not None and self._num_built >= _MAX_BUILT:
+            padding = self._runner.padding
+            padding.refuse(list(padding.names), "the sizes of its results follow it in another way from size to size")
         log.info("%s: %d pieces", region.name, len(built.records))
 
     def _announced(self, runner: GraphRunner) -> None:
         self._runner = runner
         self.region.attach(runner)
 
+    # -- serving by the program ----------------------------------------------------------------------------------------
+
+    def _serve(self, call: Incoming) -> Any:
+        said = current()
+        kind = call.at, None if said is None else said.token
+        ready = self._get_ready(call, kind) if call.at else EXACT
+        if ready.why:
+            self._live(call, ready.why)
+        served: bool = call.has_run
+        if served:
+            return call.result
+        runner = self._runner
+        if runner is None:
+            return call.run()
+        inputs = self._recordings.inputs(call)
+        outlook = runner.outlook(*inputs)
+        when = self._due.when(kind, outlook, call.at, ready.is_padded)
+        if when is not When.NEVER:
+            with self._lock:
+                return self._check(call, inputs, kind, outlook, when)
+        outputs = self._outputs(call, inputs)
+        return call.result if call.has_run else self._recordings.result.make(call.arguments, outputs)
+
+    def _get_ready(self, call: Incoming, kind: Hashable) -> Ready:
+        """Have recorded what such calls need. It may serve the call."""
+        now = revision()
+        if self._revision is not now:
+            self._revision, self._kinds = now, {}
+        ready = self._kinds.get(kind)
+        if ready is not None or self._runner is None:
+            return ready or EXACT
+        with self._lock:
+            ready = self._rungs.get_ready(call, self._runner)
+            self._recorded()
+        served: bool = call.has_run
+        if not served:
+            self._kinds[kind] = ready
+        return ready
+
+    def _recorded(self) -> None:
+        """Something may have been recorded."""
+        if self._recordings.refusal:
+            self.refuse(self._recordings.refusal)
+        elif self._recordings.num_built != self._num_built:
+            self._start()
+
+    def _live(self, call: Incoming, why: str) -> tuple[torch.Tensor, ...]:
+        if self._runner is not None:
+            self._runner.stats.live_calls[why] += 1
+        return call.serve()
+
+    def _outputs(self, call: Incoming, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """What the graph runtime makes of a call; where that ran the function itself, the call says so."""
+        run, progress = self._run, self._progress
+        if run is None:  # another thread has refused meanwhile
+            return call.serve()
+        outer = progress.call, progress.inputs
+        progress.call, progress.inputs = call, inputs
+        try:
+            return run(*inputs)
+        except NotRecorded as missing:
+            at = missing.at
+        finally:
+            progress.call, progress.inputs = outer
+        with self._lock:  # nothing has run
+            if at == call.at and self._runner is not None and self._rungs.add(call, self._runner):
+                self._recorded()
+                return self._outputs(call, inputs)
+            return self._live(call, self._recordings.odd.get(at, "nothing is recorded at its sizes"))
+
     # -- comparing with the function itself ----------------------------------------------------------------------------
 
-    def _is_due(self) -> bool:
-        """Whether this call is one that is compared with the function itself."""
-        self._num_calls += 1
-        plans = self._runner.stats.plans if self._runner is not None else ()
-        if plans and plans[-1] is not self._plan:
-            self._plan, self._checks_left = plans[-1], CHECKED_REPLAYS
-        if self._checks_left:
-            self._checks_left -= 1
-            return True
-        self._num_unchecked += 1
-        return self._num_calls % CHECK_EVERY == 0
+    def _check(
+        self, call: Incoming, inputs: Sequence[Any], kind: Hashable, outlook: PlanStats | str, when: When
+    ) -> Any:
+        recordings = self._recordings
+        built, reference, runner = recordings.built, recordings.reference, self._runner
+        if built is None or reference is None or runner is None:
+            return call.run()  # another thread has refused meanwhile
+        outside = (value for value in reference.recording.values if value.kind is Kind.OUTSIDE)
+        for value, tensor in zip(outside, recordings.watch.tensors, strict=True):
+            value.tensor = weakref.ref(tensor)  # a parameter may have been replaced
+        same_size = call.at == next(iter(built.at))
+        is_padded = not isinstance(outlook, PlanStats) or outlook.key != call.at
 
-    def _check(self, arguments: Arguments, inputs: list[Any], function: Callable[[], Any]) -> Any:
-        if self._built is None or self._run is None or self._previous is None:
-            return function()  # another thread has refused meanwhile
-        for number, tensor in zip(self._built.outside, self._watch.tensors, strict=True):
-            self._previous[0].values[number].tensor = weakref.ref(tensor)  # a parameter may have been replaced
+        look: Look | None = None
 
-        def watched() -> tuple[Recorder, Any, str]:
-            recording, result = self._watched(arguments, function, keep=True)
-            made = Result.of(result, arguments)
-            return recording, result, recording.refusal or made.odd or self._difference(recording, made)
+        def watched() -> tuple[Any, Any, str]:
+            nonlocal look
+            look = self._viewpoint.watch(call.run, call.arguments.tensors, call.arguments, keep=True)
+            call.result, call.has_run = look.result, True
+            why = look.refusal or recordings.result.difference(look.made)
+            if same_size:
+                why = why or difference(reference.recording, look.recording)
+            return look.recording, look.result, why
 
-        outcome = check.compare(self._built, self._run, inputs, watched)
-        unchecked, self._num_unchecked = self._num_unchecked, 0
+        spare = runner.device.spare_bytes()
+        outcome = check.compare(
+            call, built, lambda *given: self._outputs(call, given), inputs, watched, is_padded, spare
+        )
+        unchecked = self._due.was_checked(kind, call.ran_live)
+        if outcome.skipped:
+            runner.stats.unchecked["replays against the function"] = outcome.skipped
+            if is_padded and look is not None and not outcome.difference:
+                outcome.difference = difference(reference.recording, look.recording, same_size=False)
         if not outcome.difference:
-            return outcome.result if outcome.outputs is None else self._previous[1].make(arguments, outcome.outputs)
+            return (
+                outcome.result if outcome.outputs is None else recordings.result.make(call.arguments, outcome.outputs)
+            )
+        if is_padded and when is When.FIRST:
+            runner.padding.refuse(list(runner.padding.names), outcome.difference)
+            runner.release()  # its plans serve other sizes than their own
+            return outcome.result
         self.refuse(outcome.difference)
-        if outcome.in_python and unchecked > _BEFORE_A_PLAN:
+        if (outcome.in_python or when is When.AGAIN) and unchecked > _BEFORE_A_PLAN:
             raise GuardError(
                 f"{self.region.function} does something else than when it was recorded: {outcome.difference}. The last "
                 f"{unchecked} calls may have replayed what it did before. What decides this must be an "

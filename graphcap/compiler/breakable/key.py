@@ -1,5 +1,7 @@
 """Which calls are alike: those with one structure of arguments, equal numbers and strings, tensors of one layout.
 
+Sizes that follow declared dims are no part of it: calls of all sizes are alike.
+
 An argument that is neither a tensor nor a plain value (a cache object, a module) is known by identity. What it holds is
 watched by :mod:`~graphcap.compiler.breakable.state`.
 """
@@ -8,13 +10,14 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from graphcap.compiler import private
+from graphcap.compiler.breakable.sizes import CallSizes, SizedLayout, layout_key, sized_layout
 
 #: Compared by value. A bool is no int and 0.0 is not -0.0: types and signs are part of the key.
 PLAIN = (
@@ -41,13 +44,19 @@ class Arguments:
 
     Attributes:
         key: equal for calls that one recording may serve, as far as arguments and the state of torch tell.
-        leaves: every leaf of ``(args, kwargs)``, in the order of the tree.
+        leaves: every leaf of ``(args, kwargs)``, in the order of the tree, then the inputs of the step.
         tensors: those that are tensors; one object that occurs twice is listed once.
+        sizes: the declared ones.
     """
 
     key: Hashable
     leaves: list[Any]
     tensors: list[torch.Tensor]
+    sizes: CallSizes
+
+    def layouts(self) -> list[SizedLayout]:
+        """Of each tensor."""
+        return [sized_layout(tensor, self.sizes.dims.get(id(tensor), {})) for tensor in self.tensors]
 
     def opaque(self) -> list[Any]:
         """The leaves that are neither tensors nor plain."""
@@ -74,9 +83,20 @@ class Arguments:
         return ""
 
 
-def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Flatten the arguments of a call."""
+def arguments_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any], step_inputs: Mapping[str, Any], sizes: CallSizes
+) -> Arguments:
+    """Flatten the arguments of a call.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        step_inputs: the inputs of the step that the model reads.
+        sizes: the declared sizes of the call.
+    """
     leaves, structure = _flatten(args, kwargs)
+    if step_inputs:
+        leaves = [*leaves, *step_inputs.values()]
     tensors: dict[int, torch.Tensor] = {}
     numbers: dict[int, int] = {}
     keys: list[Hashable] = []
@@ -84,12 +104,15 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         if isinstance(leaf, torch.Tensor):
             number = numbers.setdefault(id(leaf), len(numbers))
             tensors[number] = leaf
-            keys.append((number, *layout_of(leaf), leaf.requires_grad))
+            dims = sizes.dims.get(id(leaf))
+            layout = layout_of(leaf) if dims is None else layout_key(leaf, dims)
+            keys.append((number, layout, leaf.requires_grad))
         elif isinstance(leaf, PLAIN):
             keys.append(plain_key(leaf))
         else:
             keys.append((type(leaf), id(leaf)))
-    return Arguments((structure, tuple(keys), torch_state()), leaves, list(tensors.values()))
+    key = structure, tuple(step_inputs), tuple(keys), tuple(sizes.values), torch_state()
+    return Arguments(key, leaves, list(tensors.values()), sizes)
 
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:

@@ -1,4 +1,4 @@
-"""What cannot be repeated from a recording, what a graph cannot hold, and the random numbers that both draw."""
+"""What cannot be repeated from a recording, and what a graph cannot hold."""
 
 from __future__ import annotations
 
@@ -42,19 +42,6 @@ def why_live(func: Any, args: Any, leaves: Sequence[Any]) -> str:
     if name in ("aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and _has_mask(args):
         return f"{name} with a mask waits for the number of rows"
     return target_never_captured(func) or ""
-
-
-def generator_states() -> list[torch.Tensor]:
-    """The states of the generators that operators draw from by default: the CPU's, and that of each used GPU."""
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
-
-
-def set_generator_states(states: Sequence[torch.Tensor]) -> None:
-    """The inverse of :func:`generator_states`."""
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(list(states[1:]))
 
 
 def _has_mask(args: Any) -> bool:

@@ -1,24 +1,17 @@
-"""From the calls of a recording to a program for the graph runtime."""
+"""A program for the graph runtime out of recordings: one for each size, with one set of steps."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
-import torch
-
-from graphcap.compiler.breakable.calls import Kind, Outcome
-from graphcap.compiler.breakable.groups import Group, fold_numbers, group_calls, returned_values
-from graphcap.compiler.breakable.limits import set_generator_states
-from graphcap.compiler.breakable.record import Recorder
-from graphcap.compiler.breakable.writer import StepWriter
+from graphcap.compiler.breakable.output_sizes import Sample, contradicts, solve
+from graphcap.compiler.breakable.sized import At, LiveStep, SizedStep
+from graphcap.compiler.breakable.steps import StepAt, StepsAt
 from graphcap.compiler.region import PieceRecord
-from graphcap.compiler.rules import SplitRules
 from graphcap.compiler.stitch import compile_live, live_source
-from graphcap.cudagraph import Capture, InputKind, InputSpec, Program, Step
+from graphcap.cudagraph import Capture, InputSpec, Program, Step
 
 
 @dataclass
@@ -26,130 +19,98 @@ class Built:
     """A program, and what belongs to it.
 
     Attributes:
-        program: its inputs are the recorded call's tensors, then those from outside.
-        outside: the numbers of the values from outside, in the order of the inputs.
+        program: its inputs are the call's tensors, its sizes, and the tensors from outside.
         records: a line for the report per step.
-        source: every generated function.
-        lives: the steps that run live because of what they call, by the number of that call.
+        source: every generated function of the first recording, and the one that runs all steps.
+        lives: the steps that run live because of what they call, in order.
+        at: what was recorded, by size.
+        steps: the functions of the program's steps.
     """
 
     program: Program
-    outside: list[int]
     records: list[PieceRecord]
     source: str
-    lives: dict[int, LiveStep]
+    lives: list[LiveStep]
+    at: dict[At, StepsAt]
+    steps: list[SizedStep]
 
+    def why_not(self, other: StepsAt) -> str:
+        """Why a recording of another size is no part of this program, ``""`` where it may be."""
+        first = next(iter(self.at.values()))
+        if len(other.steps) != len(first.steps):
+            return f"{len(other.steps)} steps, where other sizes have {len(first.steps)}"
+        for index, (mine, known) in enumerate(zip(other.steps, first.steps, strict=True)):
+            if mine.face != known.face:
+                origin = mine.group.calls[0].origin if mine.group.calls else "the result"
+                return f"piece_{index} ({origin}) reads, makes or writes other values than at other sizes"
+        ranks = [len(size) for size in other.sample.outputs]
+        if other.outputs != first.outputs or ranks != [len(size) for size in first.sample.outputs]:
+            return "other results than at other sizes"
+        return ""
 
-class _Repeat(threading.local):
-    outcome: Outcome | None = None
+    def add(self, recorded: StepsAt) -> None:
+        """Have calls of another size run what was recorded there."""
+        at = tuple(recorded.values.values())
+        self.at[at] = recorded if not self.at else recorded.without_calls()  # reports show the first one
+        for step, here in zip(self.steps, recorded.steps, strict=True):
+            if isinstance(step, LiveStep):
+                step.add(at, here.function, here.reads, here.made)
+            else:
+                step.functions[at] = here.function
 
-
-class LiveStep:
-    """A call that runs live in every replay. In a comparison it may repeat what it did.
-
-    Attributes:
-        reads: the values that it is given.
-    """
-
-    def __init__(self, run: Callable[..., Any], reads: Sequence[int]) -> None:
-        self.reads = tuple(reads)
-        self._run = run
-        self._repeat = _Repeat()
-
-    def repeat(self, outcome: Outcome | None) -> None:
-        """Do not run at the next call in this thread, but do what an earlier run did; ``None`` takes that back."""
-        self._repeat.outcome = outcome
-
-    def __call__(self, *given: Any) -> Any:
-        """Takes the read values, returns the new ones."""
-        outcome = self._repeat.outcome
-        if outcome is None:
-            return self._run(*given)
-        self._repeat.outcome = None
-        for number, tensor in outcome.written.items():
-            given[self.reads.index(number)].copy_(tensor)
-        set_generator_states(outcome.generators)
-        return outcome.results
+    def is_contradicted(self, sample: Sample) -> bool:
+        """Whether a call's results have other sizes than the program says."""
+        return contradicts(self.program.output_sizes, sample)
 
 
 def build(
     name: str,
-    recording: Recorder,
-    names: Sequence[str],
-    home: torch.device,
-    rules: SplitRules,
-    autocast: Sequence[str],
+    specs: Sequence[InputSpec],
+    recorded: Sequence[StepsAt],
+    samples: Sequence[Sample],
+    largest: Mapping[str, int],
+    serve: Callable[[Callable[..., Any], tuple[Any, ...]], Any],
 ) -> Built:
-    """Number the slots and generate the steps.
+    """Make the program.
 
     Args:
         name: the region's name.
-        recording: without a refusal.
-        names: of the arguments' tensors and then of the values from outside, in the order of their numbers.
-        home: where graphs are captured; calls that touch another device are live.
-        rules: which operators are cut out of their neighbours.
-        autocast: the types of device whose autocast is on around the call: what was recorded is cast already.
+        specs: of the inputs: the tensors of the call, a scalar for each symbol, the tensors from outside.
+        recorded: what was recorded, each at another size and all with the same steps. Reports show the first one.
+        samples: the sizes of the results in all calls that were looked at.
+        largest: the symbols with a largest size, each with it.
+        serve: runs a call live, given the function that runs all steps and its inputs.
     """
-    numbers = fold_numbers(recording)
-    groups = group_calls(recording, numbers, home, rules)
-    outputs = returned_values(recording, groups)
-    inputs = [n for n, v in enumerate(recording.values) if v.kind is Kind.ARGUMENT]
-    outside = [n for n, v in enumerate(recording.values) if v.kind is Kind.OUTSIDE]
-    slots = {number: slot for slot, number in enumerate((*inputs, *outside))}
-    specs = [
-        InputSpec(each, InputKind.STATIC if slot >= len(inputs) else InputKind.TENSOR)
-        for slot, each in enumerate(names)
-    ]
-    steps, records, sources = [], [], []
-    lives: dict[int, LiveStep] = {}
-    numbered = {id(call): number for number, call in enumerate(recording.calls)}
-    seen: dict[Any, int] = {}
-    for index, group in enumerate(groups):
-        writer = StepWriter(group)
-        is_live = group.capture is Capture.NEVER and bool(group.calls[0].live)
-        writes = writer.made if is_live else _read_later(groups[index + 1 :], writer.made, outputs)
-        step_name = f"piece_{index}"
-        run, source, twin_key = writer.finish(step_name, name, writes)
-        fn = _apart(run, group, autocast)
-        if is_live:
-            fn = lives[numbered[id(group.calls[0])]] = LiveStep(fn, writer.reads)
-        slots |= {number: len(slots) + offset for offset, number in enumerate(writes)}
-        written = {storage for call in group.calls for storage in call.written}
-        mutates = tuple(slots[n] for n in writer.reads if recording.values[n].storage in written)
-        reads = tuple(slots[n] for n in writer.reads)
-        steps.append(Step(step_name, fn, reads, tuple(slots[n] for n in writes), mutates, group.capture, group.reason))
-        twin = seen.setdefault(twin_key, index)
-        records.append(_record(steps[-1], group, specs, None if twin == index else twin))
-        sources.append(source)
-    returned = tuple(slots[number] for number in outputs)
-    text = live_source(name, specs, steps, returned, [step.capture.value for step in steps])
-    program = Program(name, tuple(specs), tuple(steps), returned, compile_live(name, text, steps, returned))
-    return Built(program, outside, records, "\n".join((*sources, text)), lives)
+    first = recorded[0]
+    num_sizes = len(first.values)
+    num_tensors = next((at for at, spec in enumerate(specs) if spec.symbol is not None), len(specs))
+    scalars = tuple(range(num_tensors, num_tensors + num_sizes))
+    symbols = frozenset(first.values)
+    functions: list[SizedStep] = []
+    steps, records = [], []
+    for index, recorded_step in enumerate(first.steps):
+        face, group = recorded_step.face, recorded_step.group
+        functions.append(LiveStep(num_sizes) if face.is_live else SizedStep(num_sizes))
+        fn = functions[-1] if num_sizes or face.is_live else recorded_step.function
+        reads, step_name = (*scalars, *face.reads), f"piece_{index}"
+        steps.append(Step(step_name, fn, reads, face.writes, face.mutates, face.capture, group.reason, symbols))
+        records.append(_record(steps[-1], recorded_step, specs))
+    text = live_source(name, specs, steps, first.outputs, [step.capture.value for step in steps])
+    stitched = compile_live(name, text, steps, first.outputs)
+
+    def run(*inputs: Any) -> Any:
+        return serve(stitched, inputs)
+
+    program = Program(name, tuple(specs), tuple(steps), first.outputs, run, solve(samples), largest)
+    lives = [step for step in functions if isinstance(step, LiveStep)]
+    built = Built(program, records, "\n".join((*(each.source for each in first.steps), text)), lives, {}, functions)
+    for each in recorded:
+        built.add(each)
+    return built
 
 
-def _read_later(groups: Iterable[Group], made: Iterable[int], outputs: Sequence[int]) -> list[int]:
-    later = set(outputs)
-    for group in groups:
-        later.update(number for call in group.calls for number in call.reads())
-        later.update(number for _, number in group.views)
-    return [number for number in made if number in later]
-
-
-def _apart(run: Callable[..., Any], group: Group, autocast: Sequence[str]) -> Callable[..., Any]:
-    """Operators run without grad and autocast, which have had their say; a user's function as its caller has it."""
-    if any(isinstance(call.function, FunctionType) for call in group.calls):
-        return run
-
-    def call(*given: Any) -> Any:
-        with torch.no_grad():
-            return run(*given)
-
-    for device in autocast:
-        call = torch.autocast(device, enabled=False)(call)
-    return call
-
-
-def _record(step: Step, group: Group, specs: Sequence[InputSpec], twin: int | None) -> PieceRecord:
+def _record(step: Step, recorded: StepAt, specs: Sequence[InputSpec]) -> PieceRecord:
+    group = recorded.group
     origin = group.calls[0].origin if group.calls else None
     return PieceRecord(
         name=step.name,
@@ -163,7 +124,7 @@ def _record(step: Step, group: Group, specs: Sequence[InputSpec], twin: int | No
         origin="eager",
         key="",
         seconds=0.0,
-        twin_of=twin,
+        twin_of=recorded.twin_of,
         note="",
         passes=[],
     )

@@ -4,20 +4,13 @@ Two modes are on while the function runs. The dispatch mode sees operators below
 written down is what really ran. The function mode sees the few ways in which a value leaves for Python, or its address
 for a kernel, without any operator. The function runs for real and its results are its own: a recording only watches,
 and one that has met something that it cannot repeat says so and watches no further.
-
-Values are numbered in the order in which they show up. A value is known by its memory and layout, not by its Python
-object, as autograd hands out new objects for the same view. Storages are remembered weakly: a recording keeps alive
-no more than the function itself does, and yet no storage is taken for an earlier one at the same address.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import FunctionType
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcap.compiler import nodes, private
 from graphcap.compiler.breakable import current
-from graphcap.compiler.breakable.calls import Call, Kind, Outcome, Ref, Value, Weak, nothing
-from graphcap.compiler.breakable.key import PLAIN, layout_of
-from graphcap.compiler.breakable.limits import WAYS_OUT, generator_states, reads_values, why_live
-from graphcap.compiler.breakable.origin import Origin, here
+from graphcap.compiler.breakable.calls import Call, Kind, Outcome, Ref, Value
+from graphcap.compiler.breakable.generators import generator_states
+from graphcap.compiler.breakable.inside import Inside, asked_apart
+from graphcap.compiler.breakable.key import layout_of
+from graphcap.compiler.breakable.limits import WAYS_OUT, reads_values, why_live
+from graphcap.compiler.breakable.numbering import Numbering, identity
+from graphcap.compiler.breakable.origin import here
 from graphcap.compiler.effects import declared_written
 from graphcap.compiler.rules import op_name
 
@@ -51,43 +47,36 @@ class _WatchWaysOut(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(slots=True)
-class _Inside:
-    """What happens within a live function, by storage: what it was given, meets, makes and writes."""
-
-    given: set[int]
-    met: dict[int, torch.Tensor] = field(default_factory=dict)  # the first one, before any view of it
-    made: set[int] = field(default_factory=set)
-    written: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
 class Recorder(TorchDispatchMode):
     """Watches one call; see :func:`record`.
 
     Attributes:
-        values: by number; the arguments come first.
+        numbering: of the values.
         calls: in order.
         outputs: per tensor of the result its value, and which object: 0 is the value itself, others are views of it.
-        refusal: why the call cannot be repeated from this recording, ``""`` where it can.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, tensors: Sequence[torch.Tensor], keep_outcomes: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.values: list[Value] = []
         self.calls: list[Call] = []
         self.outputs: list[tuple[int, int]] = []
-        self.refusal = ""
-        self._known: dict[tuple[Any, ...], int] = {}
-        self._made: dict[int, tuple[Callable[[], bool], Origin]] = {}
-        self._outside: dict[int, int] = {}  # by storage the first value from outside in it
-        self._inside: _Inside | None = None
+        self.numbering = Numbering(tensors)
+        self._inside: Inside | None = None
         self._keep_outcomes = keep_outcomes
         self._is_blind = False  # while the recorder itself calls operators
         self._autocast = _autocast()
-        for tensor in tensors:
-            self._add(tensor, Kind.ARGUMENT, Origin("", "", ""))
+
+    @property
+    def values(self) -> list[Value]:
+        """By number; the arguments come first."""
+        return self.numbering.values
+
+    @property
+    def refusal(self) -> str:
+        """Why the call cannot be repeated from this recording, ``""`` where it can."""
+        return self.numbering.refusal
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
@@ -96,7 +85,8 @@ class Recorder(TorchDispatchMode):
         if self.refusal or self._is_blind:
             return func(*args, **kwargs)
         if self._inside is not None:
-            return self._watch_inside(func, args, kwargs)
+            self.refuse(self._inside.meet(args, kwargs, self.numbering))
+            return self._inside.run(func, args, kwargs)
         if isinstance(func, torch._ops.HigherOrderOperator):
             self.refuse(f"{op_name(func)} is a higher-order operator")
             return func(*args, **kwargs)
@@ -121,8 +111,8 @@ class Recorder(TorchDispatchMode):
     def _begin(self, func: Any, args: Any, kwargs: Any) -> Call | None:
         """What is known of a call before it runs; ``None`` for one that need not be repeated, or cannot."""
         name = op_name(func)
-        if name == "aten::lift_fresh" and self._unknown(args[0]):
-            self._add(args[0], Kind.NUMBERS, here())
+        if name == "aten::lift_fresh" and self.numbering.is_new(args[0]):
+            self.numbering.add(args[0], Kind.NUMBERS, here())
         if name in _TRANSPARENT:
             return None
         if why := reads_values(func, args, kwargs):
@@ -131,7 +121,7 @@ class Recorder(TorchDispatchMode):
         leaves, spec = private.tree_flatten((args, kwargs))
         written = [t for t in nodes.leaves(list(declared_written(func, args, kwargs))) if isinstance(t, torch.Tensor)]
         memory = frozenset(map(private.storage_id, written))
-        return Call(func, self._refs(leaves), spec, (), memory, why_live(func, args, leaves), here())
+        return Call(func, self.numbering.refs(leaves), spec, (), memory, why_live(func, args, leaves), here())
 
     def _finish(self, call: Call, result: Any, leaves: Sequence[Any]) -> None:
         """Number what a call made, and keep the call unless it did nothing."""
@@ -143,9 +133,10 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"{op_name(call.function)} hands a {type(odd[0]).__name__} to Python")
         if self.refusal:
             return
-        fresh = [isinstance(each, torch.Tensor) and self._unknown(each) for each in results]
+        fresh = [isinstance(each, torch.Tensor) and self.numbering.is_new(each) for each in results]
         call.results = tuple(
-            self._add(each, Kind.RESULT, call.origin) if new else None for each, new in zip(results, fresh, strict=True)
+            self.numbering.add(each, Kind.RESULT, call.origin) if new else None
+            for each, new in zip(results, fresh, strict=True)
         )
         call.bare = isinstance(result, torch.Tensor)
         if any(fresh) or call.written or not any(isinstance(each, torch.Tensor) for each in results):
@@ -155,16 +146,20 @@ class Recorder(TorchDispatchMode):
         log.warning("graphcap failed while it recorded a call, which goes on: %s", error, exc_info=error)
         self.refuse(f"graphcap failed: {type(error).__name__}: {error}")
 
-    def _keep(self, call: Call, results: Sequence[Any], given: Mapping[int, torch.Tensor]) -> None:
+    def _keep(
+        self, call: Call, results: Sequence[Any], given: Mapping[int, torch.Tensor], asked: Collection[str] = ()
+    ) -> None:
         self.calls.append(call)
-        shared = {private.storage_id(each) for each in results if isinstance(each, torch.Tensor)} & set(self._outside)
+        shared = {private.storage_id(each) for each in results if isinstance(each, torch.Tensor)} & set(
+            self.numbering.outside
+        )
         if not self._keep_outcomes or not call.live or shared:
             return
         self._is_blind = True
         try:
             made = [each.clone() for each, number in zip(results, call.results, strict=True) if number is not None]
             written = {n: t.clone() for n, t in given.items() if self.values[n].storage in call.written}
-            call.outcome = Outcome(made, written, generator_states())
+            call.outcome = Outcome(made, written, generator_states(), frozenset(asked))
         finally:
             self._is_blind = False
 
@@ -177,12 +172,13 @@ class Recorder(TorchDispatchMode):
         leaves, spec = private.tree_flatten((tuple(args), dict(kwargs)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         name = getattr(fn, "__qualname__", repr(fn))
-        call = Call(fn, self._refs(leaves), spec, (), frozenset(), f"@graphcap.eager function {name}", here())
+        call = Call(fn, self.numbering.refs(leaves), spec, (), frozenset(), f"@graphcap.eager function {name}", here())
         if _autocast() != self._autocast:
             self.refuse(f"{name} runs under another autocast than its caller")
-        self._inside = inside = _Inside(set(map(private.storage_id, tensors)))
+        self._inside = inside = Inside(set(map(private.storage_id, tensors)))
         try:
-            result = fn(*args, **kwargs)
+            with asked_apart(inside.asked):
+                result = fn(*args, **kwargs)
         finally:
             self._inside = None
         results = private.tree_flatten(result)[0]
@@ -192,110 +188,36 @@ class Recorder(TorchDispatchMode):
             self._finish_live(call, inside, result, dict(zip(call.reads(), _each_once(tensors), strict=True)))
         return result
 
-    def _finish_live(self, call: Call, inside: _Inside, result: Any, given: Mapping[int, torch.Tensor]) -> None:
+    def _finish_live(self, call: Call, inside: Inside, result: Any, given: Mapping[int, torch.Tensor]) -> None:
         results = private.tree_flatten(result)[0]
         call.written = frozenset(inside.written)
-        hidden = {self._number_in(tensor): tensor for key, tensor in inside.written.items() if key not in inside.given}
+        hidden = {
+            self.numbering.number_in(tensor): tensor
+            for key, tensor in inside.written.items()
+            if key not in inside.given
+        }
         call.also = tuple(hidden)
         # New values all of them: what it returns once, it need not return again.
         call.results = tuple(
-            self._add(each, Kind.RESULT, call.origin) if isinstance(each, torch.Tensor) else None for each in results
+            self.numbering.add(each, Kind.RESULT, call.origin) if isinstance(each, torch.Tensor) else None
+            for each in results
         )
         for each, number in zip(results, call.results, strict=True):
             if number is not None:
                 self.values[number].tensor = weakref.ref(each)
         call.bare = isinstance(result, torch.Tensor)
-        self._keep(call, results, {**given, **hidden})
-
-    def _watch_inside(self, func: Any, args: Any, kwargs: Any) -> Any:
-        inside = self._inside
-        assert inside is not None
-        for tensor in nodes.leaves([*args, *kwargs.values()]):
-            if isinstance(tensor, torch.Tensor) and not self.refusal:
-                storage = private.storage_id(tensor)
-                inside.met.setdefault(storage, tensor)
-                if storage in self._made and storage not in inside.given | inside.made:
-                    self.refuse(
-                        f"an @graphcap.eager function uses a value of {self._made[storage][1]} without being given it"
-                    )
-        for tensor in nodes.leaves(list(declared_written(func, args, kwargs))):
-            if isinstance(tensor, torch.Tensor) and private.storage_id(tensor) not in inside.made:
-                storage = private.storage_id(tensor)
-                inside.written.setdefault(storage, inside.met.get(storage, tensor))
-        result = func(*args, **kwargs)
-        before = {private.storage_id(each) for each in nodes.leaves([*args, *kwargs.values()]) if torch.is_tensor(each)}
-        inside.made |= {private.storage_id(each) for each in nodes.leaves(result) if torch.is_tensor(each)} - before
-        return result
-
-    # -- values --------------------------------------------------------------------------------------------------------
+        self._keep(call, results, {**given, **hidden}, inside.asked)
 
     def refuse(self, why: str) -> None:
-        """Watch no further. The first reason counts; within a live function everything is allowed."""
-        if self._inside is None or why.startswith("an @graphcap.eager"):
-            self.refusal = self.refusal or f"{why} ({here()})"
-
-    def _number(self, tensor: torch.Tensor) -> int:
-        """The number of a value, which comes from outside where it was not met before."""
-        if not self._unknown(tensor):
-            return self._known[_identity(tensor)]
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-            self.refuse(f"{type(tensor).__name__} with layout {tensor.layout}: only plain tensors can be recorded")
-        elif private.storage_id(tensor) in self._made:
-            self.refuse("a view was made that no operator shows")
-        return self._add(tensor, Kind.OUTSIDE, here())
-
-    def _number_in(self, tensor: torch.Tensor) -> int:
-        """The number of any value from outside in a tensor's memory."""
-        known = self._outside.get(private.storage_id(tensor))
-        return self._number(tensor) if known is None else known
-
-    def _refs(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(Ref(self._number(leaf)) if isinstance(leaf, torch.Tensor) else _weak(leaf) for leaf in leaves)
-
-    def _unknown(self, tensor: torch.Tensor) -> bool:
-        return _identity(tensor) not in self._known
-
-    def _add(self, tensor: torch.Tensor, kind: Kind, origin: Origin) -> int:
-        number, storage = len(self.values), private.storage_id(tensor)
-        self._known[_identity(tensor)] = number
-        value = Value(kind, storage, layout_of(tensor), origin)
-        if kind in (Kind.ARGUMENT, Kind.OUTSIDE):
-            value.tensor = weakref.ref(tensor)
-            self._outside.setdefault(storage, number)
-        elif storage not in self._outside and storage not in self._made:
-            self._made[storage] = private.weak_storage(tensor), origin
-        if kind is Kind.NUMBERS:
-            value.numbers = tensor.clone()
-        self.values.append(value)
-        return number
+        """Watch no further; ``""`` is no reason. The first one counts; within a live function everything is allowed."""
+        if why and (self._inside is None or why.startswith("an @graphcap.eager")):
+            self.numbering.refuse(why)
 
     def close(self, result: Sequence[Any]) -> None:
         """Number the tensors of the call's result."""
-        objects: dict[int, list[int]] = {}
-        for leaf in result:
-            if isinstance(leaf, torch.Tensor) and not self.refusal:
-                number = self._number(leaf)
-                itself = self.values[number].tensor()
-                # Of what an operator made any object is the value; a live call may have returned what it was given.
-                seen = objects.setdefault(number, [] if self.values[number].tensor is nothing else [id(itself)])
-                if id(leaf) not in seen:
-                    seen.append(id(leaf))
-                self.outputs.append((number, seen.index(id(leaf))))
-                if leaf.requires_grad and leaf is not itself:
-                    self.refuse("a result needs grad: call it under torch.no_grad() or torch.inference_mode()")
-        for value in self.values:
-            if (tensor := value.tensor()) is not None and layout_of(tensor) != value.layout:
-                self.refuse("a tensor was given another form or dtype in place")
-
-    def outlived(self, result: Sequence[Any]) -> str:
-        """Which value of the call is still alive though it was not returned, ``""`` if none is: a replay makes none."""
-        returned = {private.storage_id(leaf) for leaf in result if isinstance(leaf, torch.Tensor)}
-        left = [storage for storage, (expired, _) in self._made.items() if storage not in returned and not expired()]
-        if left:
-            gc.collect()
-            left = [storage for storage in left if not self._made[storage][0]()]
-        origins = [self._made[storage][1] for storage in left]
-        return f"the value made at {origins[0]} is kept beyond the call, which a replay would not do" if origins else ""
+        if not self.refusal:
+            self.outputs = self.numbering.results(result)
+        self.numbering.check_forms()
 
 
 def record(
@@ -328,28 +250,12 @@ def record(
     return recorder, result
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    if tensor.layout is not torch.strided:
-        return (id(tensor),)
-    marks = tensor.is_conj(), tensor.is_neg()
-    return private.storage_id(tensor), tensor.storage_offset(), *layout_of(tensor), *marks
-
-
-def _weak(leaf: Any) -> Any:
-    if isinstance(leaf, (*PLAIN, FunctionType)):
-        return leaf
-    try:
-        return Weak(weakref.ref(leaf))
-    except TypeError:
-        return leaf
-
-
 def _no_tensors(results: Sequence[Any]) -> list[Any]:
     return [each for each in results if each is not None and not isinstance(each, torch.Tensor)]
 
 
 def _each_once(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return list({_identity(tensor): tensor for tensor in tensors}.values())
+    return list({identity(tensor): tensor for tensor in tensors}.values())
 
 
 def _autocast() -> tuple[Any, ...]:

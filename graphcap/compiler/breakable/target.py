@@ -1,7 +1,7 @@
 """One target that is captured without Dynamo: ``graphcap.compile(..., frontend="breakable")``.
 
-A call is flattened to its key; every key has entries of its own, one per state of the modules (``training``, which
-submodules there are). What an entry does not fit is recorded anew.
+A call is flattened to its key, of which declared sizes are no part; every key has entries of its own, one per state of
+the modules (``training``, which submodules there are). What an entry does not fit is recorded anew.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from torch.utils.hooks import RemovableHandle
 from graphcap.compiler import private
 from graphcap.compiler.breakable import current
 from graphcap.compiler.breakable.entry import Entry
+from graphcap.compiler.breakable.incoming import Incoming
 from graphcap.compiler.breakable.key import Arguments, arguments_of
+from graphcap.compiler.breakable.look import Viewpoint
+from graphcap.compiler.breakable.sizes import CallSizes, sizes_of
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.hooks import hooks_of, modules_of
 from graphcap.compiler.frontend.target import CompiledTarget
-from graphcap.compiler.region import Region, register
+from graphcap.compiler.region import Region, close_region, register
+from graphcap.cudagraph.dispatch.metadata import PREFIX
+from graphcap.cudagraph.dispatch.step import current as current_step
 
 log = logging.getLogger("graphcap.compiler")
 
@@ -57,6 +62,9 @@ class BreakableTarget(CompiledTarget):
         self._lock = threading.RLock()
         self._num_hooks = -1
         self._hooks_seen: frozenset[tuple[int, int]] = frozenset()
+        self._step_names: frozenset[str] = frozenset()
+        self._largest = {dim.name: dim.max for dim in (*dims.dims, *dims.step_dims) if dim.max is not None}
+        self._exact = self._why_exact()
         self._signature = inspect.signature(original.forward if isinstance(original, nn.Module) else original)
 
     def call(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -67,23 +75,47 @@ class BreakableTarget(CompiledTarget):
             GuardError: the function does something else than when it was recorded.
         """
 
-        def function() -> Any:
-            return self.entry(*bound, *args, **kwargs)
-
         if current.recording() is not None or private.operators_are_watched():
-            return function()  # part of what is being recorded, or of what somebody else does with it
+            # Part of what is being recorded, or of what somebody else does with it.
+            return self.entry(*bound, *args, **kwargs)
         self._check(args, kwargs)
-        arguments = arguments_of(args, kwargs)
+        call = self._incoming(bound, args, kwargs)
+        key = call.arguments.key
         if RemovableHandle.next_id != self._num_hooks:
             self._look_at_hooks()
-        for entry in self._entries.get(arguments.key, ()):
-            if entry.fits(arguments):
-                return entry.call(arguments, function, lambda: self._names(args, kwargs))
-        if arguments.key in self._given_up or len(self._given_up) > MAX_GIVEN_UP:
-            return function()
+        for entry in self._entries.get(key, ()):
+            if entry.fits(call):
+                return entry.call(call)
+        if key in self._given_up or len(self._given_up) > MAX_GIVEN_UP:
+            return call.run()
         with self._lock:
-            new = self._new_entry(arguments)
-            return function() if new is None else new.call(arguments, function, lambda: self._names(args, kwargs))
+            new = self._new_entry(call.arguments)
+            return call.run() if new is None else new.call(call)
+
+    def _incoming(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Incoming:
+        said, names = current_step(), self._step_names
+        inputs = {}
+        if names and said is not None:
+            inputs = {name: value for name, value in said.inputs.given.items() if name in names}
+        sizes = sizes_of(self.dims, args, kwargs, inputs) if not self._exact else CallSizes()
+        arguments = arguments_of(args, kwargs, inputs, sizes)
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return self.entry(*bound, *args, **kwargs)
+
+        def leaf_names() -> list[str]:
+            return [*self._names(args, kwargs), *(f"{PREFIX}{name}" for name in inputs)]
+
+        return Incoming(function, args, kwargs, arguments, names, leaf_names)
+
+    def _read_from_step(self, names: set[str]) -> None:
+        """These inputs of the step are read: they are arguments like others from now on."""
+        self._step_names |= names
+        for entries in self._entries.values():
+            for entry in entries:
+                close_region(entry.region)
+        self._entries.clear()
+        self._given_up.clear()
 
     def _look_at_hooks(self) -> None:
         """A hook was registered somewhere in the process. If it is one of ours, every recording lacks it."""
@@ -107,15 +139,26 @@ class BreakableTarget(CompiledTarget):
                 "changes from call to call should be a tensor"
             )
             return None
-        entry = Entry(self._region(), self._roots_of(arguments), len(self._own_roots()))
+        viewpoint = Viewpoint(self._roots_of(arguments), len(self._own_roots()), _asker(weakref.ref(self)))
+        entry = Entry(self._region(arguments), viewpoint, self._largest)
         if why := arguments.reason_to_refuse():
             entry.refuse(why)
         for leaf in arguments.opaque() if not why else ():
             self._forget_with(leaf, arguments.key)
         known.append(entry)
+        if self._exact:
+            self._note_once(self._exact)
         return entry
 
-    def _region(self) -> Region:
+    def _why_exact(self) -> str:
+        """Why sizes are not padded, ``""`` where they are."""
+        if self.dims.inferred or not (self.dims.dims or self.dims.step_dims):
+            return "each size has a recording of its own: declare dynamic_arg_dims to pad"
+        if self.config.process_group is not None:
+            return "each size has a recording of its own: what is recorded at padded sizes is not agreed between ranks"
+        return ""
+
+    def _region(self, arguments: Arguments) -> Region:
         number, code = next(_numbers), self.entry.__code__
         original = self.original
         return register(
@@ -126,9 +169,17 @@ class BreakableTarget(CompiledTarget):
                 compile_id="recorded without Dynamo",
                 config=self.config,
                 code=code,
+                key_sizes=self._places(arguments),
                 _owner=weakref.ref(original) if isinstance(original, nn.Module) else lambda: None,
             )
         )
+
+    def _places(self, arguments: Arguments) -> dict[str, str]:
+        """Per symbol where it was declared first."""
+        places: dict[str, str] = {}
+        for dim in (*self.dims.dims, *self.dims.step_dims):
+            places.setdefault(dim.follows[0] if dim.follows else dim.name, f"{dim.path} dim {dim.dim}")
+        return {symbol: places[symbol] for symbol in arguments.sizes.values}
 
     def _own_roots(self) -> list[Any]:
         original = self.original
@@ -180,3 +231,11 @@ class BreakableTarget(CompiledTarget):
         kind = note.partition(": ")[2]
         if not any(kind in each for each in self.notes):
             self._note(note)
+
+
+def _asker(target: weakref.ref[BreakableTarget]) -> Callable[[set[str]], None]:
+    def ask(names: set[str]) -> None:
+        if (found := target()) is not None:
+            found._read_from_step(names)
+
+    return ask

@@ -63,7 +63,7 @@ def compile(
     """
     existing = record_of(target)
     original = target if existing is None else existing.original
-    kind = _frontend(frontend)
+    kind = frontend_of(frontend)
     settings = settings_of(config, options)
     declared = settings.get("dynamic_arg_dims") if dynamic_arg_dims is None else dynamic_arg_dims
     wanted = _target_of(original, declared, settings, fullgraph, kind)
@@ -112,7 +112,12 @@ def module_target(
     return make(module, entry, name=name, kind="module", dims=dims, options=settings, fullgraph=fullgraph)
 
 
-def _frontend(name: str) -> type[CompiledTarget]:
+def frontend_of(name: str) -> type[CompiledTarget]:
+    """What a front end makes of a target.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
     if name == "breakable":
         from graphcap.compiler.breakable.target import BreakableTarget
 

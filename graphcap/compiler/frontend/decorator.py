@@ -13,10 +13,10 @@ from typing import Any, TypeVar, cast, overload
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-from graphcap.compiler.frontend.api import COMPILED_CALL, install, module_target, settings_of
+from graphcap.compiler.frontend.api import COMPILED_CALL, frontend_of, install, module_target, settings_of
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.dims import parse
-from graphcap.compiler.frontend.target import disabled, is_disabled
+from graphcap.compiler.frontend.target import CompiledTarget, disabled, is_disabled
 from graphcap.config import Config
 from graphcap.errors import DimError
 
@@ -35,6 +35,7 @@ def support_graph_compile(
     dynamic_arg_dims: Mapping[str, Any] | None = None,
     enable_if: Callable[[Any], bool] | None = None,
     fullgraph: bool = False,
+    frontend: str = "dynamo",
     config: Config | None = None,
     **options: Any,
 ) -> Callable[[C], C]: ...
@@ -47,6 +48,7 @@ def support_graph_compile(
     dynamic_arg_dims: Mapping[str, Any] | None = None,
     enable_if: Callable[[Any], bool] | None = None,
     fullgraph: bool = False,
+    frontend: str = "dynamo",
     config: Config | None = None,
     **options: Any,
 ) -> C | Callable[[C], C]:
@@ -58,6 +60,7 @@ def support_graph_compile(
             arguments gets its dims from its own annotations.
         enable_if: asked once per instance, at its first call; an instance for which it is false stays eager.
         fullgraph: a graph break is an error.
+        frontend: as for :func:`graphcap.compile`.
         config: settings, overridden by ``options``.
         options: settings by name, see :class:`graphcap.Config`.
 
@@ -74,7 +77,7 @@ def support_graph_compile(
         @support_graph_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0}, enable_if=lambda m: m.depth > 2)
         class Decoder(nn.Module): ...
     """
-    settings = settings_of(config, options)
+    settings, make = settings_of(config, options), frontend_of(frontend)
     given = Config.resolve(settings)  # a mistake is reported where it was made, not at the first call
     if dynamic_arg_dims is None:
         dynamic_arg_dims = given.dynamic_arg_dims
@@ -86,7 +89,7 @@ def support_graph_compile(
             raise TypeError(f"@support_graph_compile is for nn.Module classes, got {cls!r}; see graphcap.compile")
         if dynamic_arg_dims is not None and "forward" in vars(cls):
             CallDims.of(cls.forward, dynamic_arg_dims).require(given.pad, "pad")
-        setattr(cls, COMPILED_CALL, _AtFirstCall(cls, dynamic_arg_dims, enable_if, settings, fullgraph))
+        setattr(cls, COMPILED_CALL, _AtFirstCall(cls, dynamic_arg_dims, enable_if, settings, fullgraph, make))
         return cls
 
     return decorate if cls is None else decorate(cls)
@@ -102,12 +105,14 @@ class _AtFirstCall:
         enable_if: Callable[[Any], bool] | None,
         settings: Mapping[str, Any],
         fullgraph: bool,
+        make: type[CompiledTarget],
     ) -> None:
         self.decorated = decorated
         self.dynamic_arg_dims = dynamic_arg_dims
         self.enable_if = enable_if
         self.settings = settings
         self.fullgraph = fullgraph
+        self.make = make
 
     def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Callable[..., Any] | None:
         """The compiled call of an instance that is being called for the first time; ``None`` runs it as it is."""
@@ -116,7 +121,7 @@ class _AtFirstCall:
         if self.enable_if is not None and not self.enable_if(module):
             object.__setattr__(module, COMPILED_CALL, None)
             return None
-        install(module, module_target(module, self._dims_of(module), self.settings, self.fullgraph))
+        install(module, module_target(module, self._dims_of(module), self.settings, self.fullgraph, self.make))
         return cast(Callable[..., Any], vars(module)[COMPILED_CALL])
 
     def _dims_of(self, module: nn.Module) -> CallDims:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -139,8 +140,10 @@ class LadderCapture:
         """Have something to capture: the batches, in order."""
         for runner in self._runners():
             runner.reconsider()
-        if not self._runners():
-            self._call(_first_key(self._config), Phase.WARM_UP)
+        first = _first_key(self._config)
+        for key in (first, _smaller(first), first):  # without Dynamo, calls of two sizes show what follows a size
+            if not self._runners():
+                self._call(key, Phase.WARM_UP)
         self._subject = subject_of(self._model)  # from now on its modules stay what they are
         self._regions = self._subject.regions()
         keys = dict.fromkeys(key for runner in self._runners() for key in runner.router.ladder.batches())
@@ -218,3 +221,11 @@ def _first_key(config: Config) -> GraphKey:
     sizes = None if isinstance(declared, Mapping) else declared
     tokens = largest.get("num_tokens") or max(sizes or default_sizes(config.max_capture_size))
     return GraphKey.of_sizes(further, tokens, num_reqs=min(tokens, config.max_num_reqs or tokens))
+
+
+def _smaller(key: GraphKey) -> GraphKey:
+    """A batch that is smaller by one in every size that is above 1."""
+    sizes = {name: max(1, size - 1) for name, size in key.sizes}
+    tokens = None if key.sizes and key.num_tokens == math.prod(size for _, size in key.sizes) else key.num_tokens - 1
+    reqs = None if key.num_reqs is None else max(1, key.num_reqs - 1)
+    return GraphKey.of_sizes(sizes, None if tokens is None else max(1, tokens), num_reqs=reqs)

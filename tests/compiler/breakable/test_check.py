@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graphcap
-from graphcap.compiler.breakable import entry
-from graphcap.compiler.breakable.program import Built
+from graphcap.compiler.breakable import due, recordings
+from graphcap.compiler.breakable.steps import StepsAt
 from graphcap.errors import GuardError
 from tests.compiler.breakable.like_original import CALLS, breakable, num_replays, refused, rows
 
@@ -24,9 +24,9 @@ def _no_grad() -> Any:
 
 def test_a_replay_that_differs_is_refused_and_the_call_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program is given a wrong constant on its way to the runtime: the recordings agree, the replay does not."""
-    correct = entry.build
+    correct = recordings.steps_of
 
-    def wrong(*args: Any, **kwargs: Any) -> Built:
+    def wrong(*args: Any, **kwargs: Any) -> StepsAt:
         recording = args[1]
         call = recording.calls[-1]
         call.leaves = tuple(3.0 if leaf == 2.0 else leaf for leaf in call.leaves)
@@ -34,7 +34,7 @@ def test_a_replay_that_differs_is_refused_and_the_call_is_right(monkeypatch: pyt
         call.leaves = tuple(2.0 if leaf == 3.0 else leaf for leaf in call.leaves)
         return built
 
-    monkeypatch.setattr(entry, "build", wrong)
+    monkeypatch.setattr(recordings, "steps_of", wrong)
     state = torch.zeros(4)
 
     def function(x: Tensor, state: Tensor) -> Tensor:
@@ -53,16 +53,16 @@ def test_a_replay_that_differs_is_refused_and_the_call_is_right(monkeypatch: pyt
 
 
 def test_a_state_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    correct = entry.build
+    correct = recordings.steps_of
 
-    def wrong(*args: Any, **kwargs: Any) -> Built:
+    def wrong(*args: Any, **kwargs: Any) -> StepsAt:
         call = args[1].calls[0]
         call.leaves = tuple(5 if leaf == 1 else leaf for leaf in call.leaves)
         built = correct(*args, **kwargs)
         call.leaves = tuple(1 if leaf == 5 else leaf for leaf in call.leaves)
         return built
 
-    monkeypatch.setattr(entry, "build", wrong)
+    monkeypatch.setattr(recordings, "steps_of", wrong)
 
     def function(x: Tensor, state: Tensor) -> Tensor:
         state.add_(1)
@@ -100,7 +100,7 @@ def test_a_changed_attribute_is_found_within_256_calls() -> None:
         model(x)
     model.factor = 3.0
     with pytest.raises(GuardError, match=r"aten::mul at .*test_check.py:\d+ has other arguments"):
-        call_often(model, x, entry.CHECK_EVERY)
+        call_often(model, x, due.CHECK_EVERY)
     torch.testing.assert_close(model(x), x * 3)
 
 
@@ -120,10 +120,10 @@ def test_only_first_replays_and_every_256th_call_run_the_function() -> None:
 
     box = Box()
     model = breakable(Counting())
-    calls = 2 + 2 * entry.CHECK_EVERY
+    calls = 2 + 2 * due.CHECK_EVERY
     for _ in range(calls):
         model(rows())
-    checks = 2 + entry.CHECKED_REPLAYS + 2
+    checks = 2 + due.CHECKED_REPLAYS + 2
     assert box.count == checks
     assert num_replays(model) == calls - 4
 

@@ -143,3 +143,63 @@ def test_tensors_on_the_cpu_stay_live() -> None:
     assert [piece.capture for piece in region.pieces] == ["always", "never", "always"]
     assert "touches a tensor on cpu" in region.pieces[1].reason
     assert region.replays == CALLS - 4
+
+
+class PagedDecoder(nn.Module):
+    """Row-wise attention over a cache of ``[33, 64]``, whose last row belongs to nobody and stays 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.register_buffer("keys", torch.zeros(33, 64))
+        self.register_buffer("values", torch.zeros(33, 64))
+
+    def forward(self, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        real, at = (slots >= 0)[:, None], torch.where(slots < 0, 32, slots)
+        self.keys.index_copy_(0, at, torch.where(real, k, 0))
+        self.values.index_copy_(0, at, torch.where(real, v, 0))
+        shape = (1, 1, -1, 64)
+        keys, values = self.keys[:32].view(shape), self.values[:32].view(shape)
+        y = F.scaled_dot_product_attention(q.view(shape), keys, values).view(-1, 64)
+        return self.out(limited(y)), y.t()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_ladder_without_dynamo(ahead: bool) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(PagedDecoder().cuda().eval().requires_grad_(False))
+    original, captured = models
+    graphcap.compile(
+        captured,
+        frontend="breakable",
+        dynamic_arg_dims={"x": 0, "slots": 0},
+        pad={"slots": -1},
+        capture_sizes=[1, 2, 4, 8, 16, 32],
+    )
+
+    def inputs(key: graphcap.GraphKey) -> Any:
+        n = key.num_tokens
+        return (torch.zeros(n, 64, device="cuda"), torch.full((n,), -1, device="cuda")), {}
+
+    with torch.inference_mode():
+        if ahead:
+            summary = graphcap.capture(captured, inputs)
+            assert [key.num_tokens for key in summary.captured] == [32, 16, 8, 4, 2, 1], summary
+            assert not captured.keys.any()
+        for _ in range(4):
+            for n in (3, 32, 7, 16, 1, 25, 2, 5, 12):
+                x, slots = torch.randn(n, 64, device="cuda"), torch.randperm(32, device="cuda")[:n]
+                torch.testing.assert_close(captured(x, slots), original(x, slots), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(captured.keys, original.keys, rtol=1e-3, atol=1e-4)
+                assert not captured.keys[32].any()
+    (region,) = graphcap.explain(captured).regions
+    assert not region.bypass
+    assert not region.failures
+    assert not region.notes
+    assert {plan.key for plan in region.plans} >= {(32,), (16,), (8,), (4,)}
+    assert region.replays >= 12
+    assert region.traffic.padded_tokens > 0
+    assert graphcap.dispatch(captured, num_tokens=7).num_tokens == 8

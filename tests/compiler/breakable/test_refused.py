@@ -187,7 +187,7 @@ def test_errors_of_the_function_are_its_own() -> None:
     assert num_replays(captured) >= 2
 
 
-@pytest.mark.parametrize("where", ["record.Recorder._begin", "record.Recorder._finish", "entry.build"])
+@pytest.mark.parametrize("where", ["record.Recorder._begin", "record.Recorder._finish", "recordings.steps_of"])
 def test_a_fault_of_ours_is_no_error_of_the_model(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("broken")

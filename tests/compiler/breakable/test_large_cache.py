@@ -113,3 +113,18 @@ def test_a_branch_on_the_size_is_found_by_what_was_recorded(sealed: bool, monkey
             for slots in ((1, 2, 3, 4, 5, 6, 7), (1, 2, 3, 4, 5)) * 4:
                 x, places = call_of(model, *slots)
                 torch.testing.assert_close(model(x, places), (4 if len(slots) > 6 else 8) * x)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_traffic_alone_is_proved_and_recorded_at_every_size(branches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if branches:
+        monkeypatch.setattr(sys.modules[__name__], "Attends", Branches)
+    model = on_a_cpu(monkeypatch)()
+    with torch.no_grad():
+        for number, length in enumerate((8, 8, 8, 7, 7, 7, 5, 5, 5, 5)):
+            x, places = call_of(model, *range(number, number + length))
+            torch.testing.assert_close(model(x, places), (8 if branches and length <= 6 else 4) * x)
+    (runner,) = runners_of(model)
+    assert not runner.padding.refused
+    assert [plan.key for plan in runner.stats.plans] == ([] if branches else [(8,)])
+    assert any("more than sizes differs" in reason for reason in runner.stats.live_calls) == branches

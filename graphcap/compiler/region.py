@@ -118,6 +118,11 @@ class Region:
         runner.stats.on_plan = self.on_plan
         revise()
 
+    def detach(self, runner: GraphRunner) -> None:
+        """Forget a runner that another one replaces."""
+        self._runners = [ref for ref in self._runners if ref() is not runner]
+        revise()
+
     def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let reports find the region by the parameters and buffers that it uses."""
         self._tensors = [weakref.ref(tensor) for tensor in tensors]

@@ -40,6 +40,7 @@ class Recordings:
         watch: whether what the program relies on is still there, and where the tensors from outside are now.
         reference: the look that the program is made from.
         odd: the sizes at which there is none, each with the reason.
+        alike: the sizes at which nothing but sizes differs from the look that the program is made from.
         samples: the sizes of results.
     """
 
@@ -54,6 +55,7 @@ class Recordings:
         self.outside = Outside([], [])
         self.reference: Look | None = None
         self.odd: dict[At, str] = {}
+        self.alike: set[At] = set()
         self.samples: list[Sample] = []
         self._name, self._largest, self._serve = name, largest, serve
         self._latest: dict[At, Look] = {}
@@ -107,6 +109,7 @@ class Recordings:
             *(InputSpec(name, InputKind.STATIC) for name in held),
         ]
         self._around, self.reference, self.result = around, look, look.made
+        self.alike.add(call.at)
         steps = self._steps(look, arguments.sizes.values)
         assert isinstance(steps, StepsAt)
         self._build([steps], [steps.sample])
@@ -126,6 +129,8 @@ class Recordings:
             self.odd[at] = why
             return
         self.built.add(steps)
+        if self.reference is not None and not difference(self.reference.recording, look.recording, same_size=False):
+            self.alike.add(at)
         self.sample(steps.sample)
 
     def sample(self, sample: Sample) -> None:

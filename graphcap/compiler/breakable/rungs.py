@@ -32,7 +32,7 @@ class Ready(NamedTuple):
 
     Attributes:
         why: why they run as they are, ``""`` where the runtime decides.
-        is_padded: whether they may be padded.
+        is_padded: whether they may be padded, and compared.
     """
 
     why: str = ""
@@ -58,9 +58,10 @@ class Rungs:
         routes = runner.router.routes(call.at[0] if len(call.at) == 1 else call.at, current())
         for route in () if isinstance(routes, str) else routes:
             if route.rung and not runner.padding.why_not_to(route.rung, inputs):
-                ready = PADDED
-                if why := self._rung(call, inputs, runner, route.rung):
-                    return Ready(why, is_padded=True)
+                has_room = self._has_room(runner, inputs)
+                ready = PADDED if has_room else EXACT
+                if why := self._rung(call, inputs, runner, route.rung, has_room):
+                    return Ready(why)
             elif not route.rung and self._lacks(call.at) and runner.outlook(*inputs) == "":
                 self._here(call)
             if call.has_run:
@@ -74,7 +75,9 @@ class Rungs:
         built = self._recordings.built
         return built is not None and call.at in built.at
 
-    def _rung(self, call: Incoming, inputs: Sequence[Any], runner: GraphRunner, rung: Mapping[str, int]) -> str:
+    def _rung(
+        self, call: Incoming, inputs: Sequence[Any], runner: GraphRunner, rung: Mapping[str, int], has_room: bool
+    ) -> str:
         recordings, real = self._recordings, call.arguments.sizes.values
         goal = runner.padding.goal(inputs, rung)
         values = {symbol: goal[symbol] for symbol in real}
@@ -88,17 +91,18 @@ class Rungs:
         if why := recordings.odd.get(at, "") or recordings.odd.get(call.at, ""):
             shown = ", ".join(f"{symbol}={size}" for symbol, size in values.items())
             return f"nothing is recorded at {shown}: {why}"
-        if not tell_apart(recordings.samples, real, values) or self._needs_exact(call, inputs, runner):
+        if not tell_apart(recordings.samples, real, values) or (not has_room and self._lacks(call.at)):
             self._here(call)
+        elif not has_room and not {at, call.at} <= recordings.alike:
+            return "what it writes is too large for a comparison, and more than sizes differs from size to size"
         return ""
 
-    def _needs_exact(self, call: Incoming, inputs: Sequence[Any], runner: GraphRunner) -> bool:
-        """Whether a proof has to run the call at its own size as well: where what it writes is too large for copies."""
-        built = self._recordings.built
-        assert built is not None
-        if not self._lacks(call.at) or runner.outlook(*inputs) != "":
-            return False
-        return _COPIES * Memory(written_by(built.program, inputs)).nbytes > runner.device.spare_bytes()
+    def _has_room(self, runner: GraphRunner, inputs: Sequence[Any]) -> bool:
+        """Whether what a call writes can be copied. Otherwise padded calls cannot be compared with the function, and a
+        proof runs the call at its own size as well: what is recorded there has to do."""
+        assert self._recordings.built is not None
+        memory = Memory(written_by(self._recordings.built.program, inputs))
+        return _COPIES * memory.nbytes <= runner.device.spare_bytes()
 
     def _lacks(self, at: At) -> bool:
         built = self._recordings.built

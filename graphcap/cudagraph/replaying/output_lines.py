@@ -44,7 +44,7 @@ def read_by(maker: Any) -> tuple[int, ...]:
         return (maker.slot,)
     if isinstance(maker, View):
         return (maker.base,)
-    return (maker.slot, maker.base) if isinstance(maker, Rehomed) else ()
+    return (maker.slot, maker.base, *maker.before) if isinstance(maker, Rehomed) else ()
 
 
 def _blocks(lines: Lines) -> None:
@@ -71,7 +71,9 @@ def _output(lines: Lines, slot: int, maker: Any) -> str:
             lines.line(f"{name} = view{slot}({lines.value(maker.base)})", **{f"view{slot}": maker.make})
         elif isinstance(maker, Rehomed):
             owner = lines.value(maker.base)
-            lines.line(f"{name} = rehome{slot}(v{slot}, {owner})", **{f"rehome{slot}": maker.make})
+            twins = [] if f"CUT{slot}" in lines.names else maker.before
+            twin = "".join(f"o{each} if v{slot} is v{each} else " for each in twins)
+            lines.line(f"{name} = {twin}rehome{slot}(v{slot}, {owner})", **{f"rehome{slot}": maker.make})
         else:
             lines.line(f"{name} = part{slot}(k{maker.block})", **{f"part{slot}": maker.part})
     if f"CUT{slot}" in lines.names:

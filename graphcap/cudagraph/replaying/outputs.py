@@ -39,12 +39,14 @@ class Rehomed:
     """What a live step made of memory that it saw through a value of the plan, as a view of slot ``base``, its owner.
 
     Without that the result would point into memory that nothing keeps alive once the caller drops the owner.
-    ``stand_in`` is what stood for the owner, at the same distance. The size is the result's own: it may vary.
+    ``stand_in`` is what stood for the owner, at the same distance. The size is the result's own: it may vary. The live
+    step may return one object for several results: ``before`` are those of the same owner that are made earlier.
     """
 
     slot: int
     base: int
     stand_in: torch.Tensor
+    before: tuple[int, ...] = ()
 
     def make(self, value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """The same elements, owned by ``base``; ``base`` itself where that is what the live step returned."""
@@ -95,7 +97,9 @@ class OutputPlan:
             elif isinstance(maker, View):
                 made[slot] = maker.make(slots[maker.base])
             elif isinstance(maker, Rehomed):
-                made[slot] = maker.make(slots[maker.slot], slots[maker.base])
+                value = slots[maker.slot]
+                twin = next((made[each] for each in maker.before if slots[each] is value), None)
+                made[slot] = maker.make(value, slots[maker.base]) if twin is None else twin
             else:
                 made[slot] = maker.part(copies[maker.block]) if maker.part else copies[maker.block]
         if self.generations is not None:
@@ -156,7 +160,8 @@ def plan_outputs(
         if stand_in is not None and (slot in recorded or storage_address(slots[base]) != address):
             makers[slot] = View(base, _view_maker(value, stand_in, slot in seen.needing_grad))
         elif stand_in is not None and slot in borrowed:
-            makers[slot] = Rehomed(slot, base, stand_in)
+            twins = (each for each in makers.values() if isinstance(each, Rehomed) and each.base == base)
+            makers[slot] = Rehomed(slot, base, stand_in, tuple(each.slot for each in twins))
         elif isinstance(value, torch.Tensor) and (slot in recorded or address in memory.pool):
             inside.setdefault(address or -slot - 1, []).append(slot)
         else:

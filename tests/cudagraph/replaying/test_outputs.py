@@ -136,6 +136,24 @@ def test_captured_view_of_a_live_view_of_a_captured_view_of_a_copied_argument():
     assert runner.stats.replays == 2
 
 
+def test_live_results_that_are_one_object_come_back_as_one_object():
+    region = Region()
+    weight = region.static("w")
+    seen = region.step(lambda w: w[:], weight)
+    first = region.step(lambda w, view: view[:3], weight, seen, capture=LIVE)
+    second = region.step(lambda each, w: each, first, weight, capture=LIVE)
+    third = region.step(lambda each, w: each[:2], first, weight, capture=LIVE)
+    runner, w = runner_of(region.returning(first, second, third)), torch.randn(5)
+    for _ in range(6):
+        one, same, other = runner(w)
+        assert one is same
+        assert other is not one
+        assert torch.equal(one, w[:3])
+        assert torch.equal(other, w[:2])
+        assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() == w.untyped_storage().data_ptr()
+    assert runner.stats.replays
+
+
 def test_one_tensor_given_for_two_arguments_is_returned_as_itself():
     region = Region()
     w, x = region.static("w"), region.tensor("x")

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from graphcap.compiler.frontend.lifecycle import release, reset
     from graphcap.compiler.frontend.serving import capture
     from graphcap.compiler.rules import eager, register_op
+    from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
     from graphcap.cudagraph.dispatch.phase import allow_capture
-    from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey, current_step, step
+    from graphcap.cudagraph.dispatch.step import current_step, step
     from graphcap.cudagraph.hardware import hooks
     from graphcap.cudagraph.hardware.choose import set_graph_pool
     from graphcap.cudagraph.hardware.generators import register_generator

@@ -24,7 +24,8 @@ and the folders, each with one theme:
 """
 
 from graphcap.cudagraph.counters.stats import PlanStats, RunnerStats, plans_made
-from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey, step
+from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
+from graphcap.cudagraph.dispatch.step import step
 from graphcap.cudagraph.hardware.choose import device_for
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.hardware.simulated import SimulatedCaptureError

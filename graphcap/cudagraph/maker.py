@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from graphcap.cudagraph.dispatch.asked import Asked
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
 from graphcap.cudagraph.dispatch.routes import Route
-from graphcap.cudagraph.dispatch.step import Asked, current, step
+from graphcap.cudagraph.dispatch.step import current, step
 from graphcap.cudagraph.made import WARM_UP, Made
 from graphcap.cudagraph.padded.proof import prove
 from graphcap.cudagraph.parts import Parts

@@ -11,9 +11,10 @@ from graphcap.cache_root import cache_root
 from graphcap.cudagraph.checks.annotate import annotate
 from graphcap.cudagraph.checks.verify import Inspector
 from graphcap.cudagraph.counters.stats import PlanStats
+from graphcap.cudagraph.dispatch.asked import Asked
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
 from graphcap.cudagraph.dispatch.routes import Route
-from graphcap.cudagraph.dispatch.step import Asked, current
+from graphcap.cudagraph.dispatch.step import current
 from graphcap.cudagraph.hardware.budget import Holding, Usage
 from graphcap.cudagraph.padded.fitted import Fitter
 from graphcap.cudagraph.parts import Parts

@@ -19,10 +19,11 @@ from graphcap.cudagraph.agreement import agreement_of
 from graphcap.cudagraph.checks.verify import Inspector
 from graphcap.cudagraph.counters.alerts import warn_once
 from graphcap.cudagraph.counters.stats import PlanStats, RunnerStats, SizeStats
+from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.routes import Route, Router
-from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey, current, step
+from graphcap.cudagraph.dispatch.step import current, step
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.made import ELSEWHERE
 from graphcap.cudagraph.maker import PlanMaker

@@ -13,8 +13,8 @@ from typing import Any
 from graphcap.compiler.frontend.subject import runners_of
 from graphcap.config import CUDAGraphMode
 from graphcap.cudagraph import Dispatch, GraphKey, GraphRunner
+from graphcap.cudagraph.dispatch.key import RUNTIME_MODES, as_runtime_mode, key_of
 from graphcap.cudagraph.dispatch.revision import revision
-from graphcap.cudagraph.dispatch.step import RUNTIME_MODES, as_runtime_mode, key_of
 
 _MAX_ANSWERS = 65536  #: kinds of batches remembered for one model
 

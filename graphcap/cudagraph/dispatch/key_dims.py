@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from graphcap.config import Config
+from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
 from graphcap.cudagraph.dispatch.ladder import Ladder, requests_ladder
 from graphcap.cudagraph.dispatch.ladders import ladders_of
-from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.program import InputKind, Program
 

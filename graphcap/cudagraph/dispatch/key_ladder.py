@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph.dispatch.key import GraphKey
 from graphcap.cudagraph.dispatch.key_dims import REQS, TOKENS, KeyDims
 from graphcap.cudagraph.dispatch.ladder import Ladder
 from graphcap.cudagraph.dispatch.ladders import Ladders
-from graphcap.cudagraph.dispatch.step import GraphKey
 
 NONE = CUDAGraphMode.NONE
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphcap.cudagraph.dispatch.step import StepInputs, serving_now
+from graphcap.cudagraph.dispatch.step_inputs import StepInputs, serving_now
 from graphcap.cudagraph.padded.corner import Fill, corner, fill_around
 from graphcap.errors import StepError
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphcap.config import Config, CUDAGraphMode
+from graphcap.cudagraph.dispatch.key import RUNTIME_MODES, Dispatch, GraphKey
 from graphcap.cudagraph.dispatch.key_dims import REQS, KeyDims
 from graphcap.cudagraph.dispatch.key_ladder import KeyLadder
 from graphcap.cudagraph.dispatch.metadata import dims_of_step
-from graphcap.cudagraph.dispatch.step import RUNTIME_MODES, Dispatch, GraphKey, step
+from graphcap.cudagraph.dispatch.step import step
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.program import Capture, Program
 from graphcap.cudagraph.recording.bindings import is_captured

@@ -20,7 +20,7 @@ import torch
 
 from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.checks.scales import Scales
-from graphcap.cudagraph.dispatch.step import inputs_asked_for
+from graphcap.cudagraph.dispatch.asked import inputs_asked_for
 from graphcap.cudagraph.hardware.device import GraphDevice, Pool, Recording, UnjoinedStreamError
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.arena import Arena

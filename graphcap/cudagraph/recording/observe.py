@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphcap.cudagraph.dispatch.step import inputs_asked_for
+from graphcap.cudagraph.dispatch.asked import inputs_asked_for
 from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import Capture, Constant, InputKind, Program
 from graphcap.cudagraph.recording.arena import span_bytes

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphcap.cudagraph.counters.stats import PlanStats, SizeStats
+from graphcap.cudagraph.dispatch.asked import Asked
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.routes import Route
-from graphcap.cudagraph.dispatch.step import Asked, step
+from graphcap.cudagraph.dispatch.step import step
 from graphcap.cudagraph.hardware.budget import Holding
 from graphcap.cudagraph.padded.fitted import Fitter
 from graphcap.cudagraph.recording.bindings import Binding

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from graphcap.cudagraph import Capture
 from graphcap.cudagraph.counters.cost import StepTime
-from graphcap.cudagraph.dispatch.step import GraphKey, step
+from graphcap.cudagraph.dispatch.key import GraphKey
+from graphcap.cudagraph.dispatch.step import step
 from tests.cudagraph.clocks import Clock, timed_device
 from tests.cudagraph.padded_regions import N, PaddedRegion
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm

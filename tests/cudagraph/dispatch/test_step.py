@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcap.config import CUDAGraphMode
+from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
-from graphcap.cudagraph.dispatch.step import Dispatch, GraphKey, current, current_step, step
+from graphcap.cudagraph.dispatch.step import current, current_step, step
 from graphcap.errors import StepError
 
 

@@ -94,7 +94,7 @@ class Subject:
     is_ours: bool
 
 
-def ours(mode: str) -> Callable[[Ladder], Subject]:
+def ours(mode: str, **further: Any) -> Callable[[Ladder], Subject]:
     """graphcap with declared dims, padded by repeating the last row."""
 
     def build(ladder: Ladder) -> Subject:
@@ -103,7 +103,7 @@ def ours(mode: str) -> Callable[[Ladder], Subject]:
             layer.attention_op = getattr(torch.ops.lab, OPS[mode])
         graphcap.register_op(f"lab::{OPS['FULL']}", capture="always")
         settings = {"cudagraph_mode": mode, "capture_sizes": ladder.sizes, "pad": PAD, "max_padding_ratio": 0.9}
-        settings |= {**graphcaps.device_options(ladder.device), **ladder.options}
+        settings |= {**further, **graphcaps.device_options(ladder.device), **ladder.options}
         graphcap.compile(model, dynamic_arg_dims=DIMS, **settings)
 
         def make_inputs(key: graphcap.GraphKey) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -145,7 +145,9 @@ def hand_piecewise(ladder: Ladder) -> Subject:
 
 VARIANTS: dict[str, Callable[[Ladder], Subject]] = {
     "graphcap PIECEWISE": ours("PIECEWISE"),
+    "graphcap PIECEWISE, num_warmups=0": ours("PIECEWISE", num_warmups=0),
     "graphcap FULL": ours("FULL"),
+    "graphcap FULL, num_warmups=0": ours("FULL", num_warmups=0),
     "hand-made PIECEWISE": hand_piecewise,
     "hand-made FULL": hand_full,
 }

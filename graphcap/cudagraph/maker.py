@@ -51,7 +51,9 @@ class PlanMaker:
         self._program, self._device, self._config = parts.program, parts.device, parts.config
         self._padding, self._router, self._table = parts.padding, parts.router, parts.table
         self._agreement, self._question = parts.agreement, parts.question
-        self._knowledge = Knowledge(parts.program, parts.device.device)
+        # Ranks must run as many calls as each other, whatever fails where.
+        warms_up = parts.config.num_warmups > 0 or parts.agreement.is_group
+        self._knowledge = Knowledge(parts.program, parts.device.device, warms_up)
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
         self._asked: dict[Hashable, Asked] = {}
@@ -188,12 +190,22 @@ class PlanMaker:
                 made = Made(outputs, WARM_UP)
                 self._asked[route.key] = Asked.of(current(), known.decisive(self._step_dims))
             else:
-                made = self.capture.serve(route, known, padded, serving)
+                is_warm = self._knowledge.is_warm(route)
+                if serving is not None and not is_warm:
+                    self._prepare_inputs(serving)
+                made = self.capture.serve(route, known, padded, serving, is_warm=is_warm)
                 if made.misjudged:
                     self._knowledge.doubt(route.key)
         if route.rung:
             return made._replace(outputs=self._padding.hand_back(args, padded, made.outputs, known))
         return made
+
+    def _prepare_inputs(self, serving: Serving) -> None:
+        """Have the buffers that a warm-up would make: those that ops asked for on other routes."""
+        said = current()
+        given = {} if said is None else said.inputs.given
+        for name in {name for other in self._servings.values() for name in other.names} & given.keys():
+            serving.resolve(name, given[name])
 
     def _serving_of(self, route: Route, said: step | None) -> Serving | None:
         if said is None or not said.inputs:

@@ -87,7 +87,9 @@ class PlanCapture:
         self._attempts.demoted |= steps
         self._table.drop_if(lambda plan: bool(steps.keys() - plan.recorded.layout.live.keys()))
 
-    def serve(self, route: Route, known: Observation, args: tuple[Any, ...], serving: Serving | None) -> Made:
+    def serve(
+        self, route: Route, known: Observation, args: tuple[Any, ...], serving: Serving | None, *, is_warm: bool
+    ) -> Made:
         """Serve a call and record it, if that is possible now.
 
         Args:
@@ -95,6 +97,7 @@ class PlanCapture:
             known: what an earlier call of the same form has shown.
             args: of the call, at the sizes of the route.
             serving: the step inputs that ops find; entered by the caller.
+            is_warm: whether a call of this route has run live. A step that fails in another one may lack just that.
         """
         device = self._device
         with device.lock:
@@ -111,7 +114,7 @@ class PlanCapture:
                 return Made(self._program.run(*args), used)
             device.busy = True
             try:
-                made = self._capture(route, known, layout, args, serving, used)
+                made = self._capture(route, known, layout, args, serving, used, is_warm)
             finally:
                 device.busy = False
             return made or Made(self._program.run(*args), "a capture could not begin")
@@ -161,6 +164,7 @@ class PlanCapture:
         args: tuple[Any, ...],
         serving: Serving | None,
         before: Usage,
+        is_warm: bool,
     ) -> Made | None:
         """Record the call; ``None`` when nothing has run. ``before`` is what was in use."""
         started = time.perf_counter()
@@ -186,6 +190,9 @@ class PlanCapture:
         failure = self._first_failure("was it captured", route, failure)
         if failure is not None and failure.misjudged:
             _log.info("%s: %s is unlike other sizes: %s", self._program.name, route.sizes, failure.reason)
+            return Made(outputs, WARM_UP, misjudged=True)
+        if failure is not None and not is_warm and not failure.out_of_memory:
+            _log.info("%s: %s needs a warm-up: %s", self._program.name, route.sizes, failure.reason)
             return Made(outputs, WARM_UP, misjudged=True)
         if failure is not None:
             self._note_failure(route, failure)

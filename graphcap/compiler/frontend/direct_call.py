@@ -30,8 +30,9 @@ batches of 60 calls, one core of a two-core virtual machine):
 
 On 2.11 all guards take 4.2 of it, those on arguments 2.1. On 2.13 nearly all of the time is guards, and when sealed the
 look at what modules hold: Python 3.12 and later tell of writes to dicts, so that it takes 0.1 there and 19 on 3.11.
-(The proof is the C++ one; without it inputs are fetched. The figures are from before ``same_layout.py``.) From 2.12 on torch no longer skips module trees whose dicts
-are unchanged (``use_recursive_dict_tags_for_guards``), because the skip has crashed; it is not turned on here either.
+(The proof is the C++ one; without it inputs are fetched. The figures are older than ``same_layout.py``.) From 2.12 on
+torch no longer skips module trees whose dicts are unchanged (``use_recursive_dict_tags_for_guards``), because the skip
+has crashed; it is not turned on here either.
 """
 
 from __future__ import annotations

@@ -85,6 +85,11 @@ class Serving:
         """Whether an input was read."""
         return bool(self._buffers)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The inputs that have a buffer."""
+        return frozenset(self._buffers)
+
     def resolve(self, name: str, given: Any) -> Any:
         """The buffer of an input; made and filled at its first use, which is in a warm-up.
 

@@ -3,7 +3,9 @@
 Which values share memory is learned from a call that is watched step by step, which costs the host more than the call
 itself. It follows from the code that runs, hardly ever from a size. So the first route of a family is watched; the
 warm-ups of its other routes are plain runs of the program, there for the libraries, and their captures compare what
-they see with what is taken for granted. Where that is wrong the route is watched itself.
+they see with what is taken for granted. Where that is wrong the route is watched itself. (With ``num_warmups=0`` other
+routes have none: what a library needs to prepare it has prepared at another size, or the capture fails, nobody is
+blamed, and the route is warmed up after all.)
 
 A family is a mode and a kind of batch, in steps that bring the same inputs, with sizes that are 0 or 1 apart: torch
 takes dims of these sizes for contiguous whatever their strides are, so that an operation may return a view there that
@@ -26,12 +28,21 @@ from graphcap.cudagraph.recording.observe import Observation, layouts_of, observ
 class Knowledge:
     """What is known of the routes of one program."""
 
-    def __init__(self, program: Program, device: torch.device) -> None:
+    def __init__(self, program: Program, device: torch.device, every_route_is_warmed_up: bool = True) -> None:
+        """Nothing is known yet.
+
+        Args:
+            program: whose.
+            device: where it is captured.
+            every_route_is_warmed_up: also those of a family that is known.
+        """
+        self._every_route_is_warmed_up = every_route_is_warmed_up
         self._program = program
         self._device = device
         self._watched: dict[Hashable, Observation] = {}  # by route
         self._families: dict[Hashable, Observation] = {}
         self._warm: dict[Hashable, tuple[Any, ...]] = {}  # routes that may be captured, for calls of these layouts
+        self._cold: set[Hashable] = set()  # routes that need a warm-up, whatever is known of their family
         self._apart: set[Hashable] = set()  # routes that are unlike their family
         self._any: Observation | None = None
 
@@ -42,12 +53,18 @@ class Knowledge:
 
     def of(self, route: Route, args: Sequence[Any], captured: Collection[int]) -> Observation | None:
         """What is known about a call on a route that is to be captured; ``None`` where a warm-up has to come first."""
+        if not self.is_warm(route) and not self._every_route_is_warmed_up and route.key not in self._cold:
+            return self._from_family(route, args, captured)
         if self._warm.get(route.key) != layouts_of(self._program, args, captured):
             return None
         watched = self._watched.get(route.key)
         if watched is not None and watched.signature == signature_of(self._program, args, captured):
             return watched
         return self._from_family(route, args, captured)
+
+    def is_warm(self, route: Route) -> bool:
+        """Whether a call of this route has run live before."""
+        return route.key in self._warm
 
     def warm_up(
         self, route: Route, args: Sequence[Any], captured: Collection[int]
@@ -59,6 +76,7 @@ class Knowledge:
             args: of the call, at the sizes of the route.
             captured: the steps that may be captured on it.
         """
+        self._cold.discard(route.key)
         known = self._watched.get(route.key) or self._family_of(route)
         layouts = layouts_of(self._program, args, captured)
         if known is None or self._warm.get(route.key) == layouts:  # warm, and still what is known did not do
@@ -82,6 +100,7 @@ class Knowledge:
     def cool(self, key: Hashable) -> None:
         """Let the next call of a route be a warm-up again."""
         self._warm.pop(key, None)
+        self._cold.add(key)
 
     def doubt(self, key: Hashable) -> None:
         """What is known of a route does not hold: let it be watched again."""

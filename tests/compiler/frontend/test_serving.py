@@ -112,6 +112,27 @@ def test_inputs_are_made_afresh_inside_of_their_step() -> None:
     assert made[4] == made[2] == 3 + 1
 
 
+def test_without_warm_ups_the_smaller_sizes_are_called_once() -> None:
+    made: Counter[int] = Counter()
+    model = compiled(num_warmups=0)
+
+    def make(key: GraphKey) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        made[key.num_tokens] += 1
+        return inputs(key)
+
+    with torch.no_grad():
+        summary = graphcap.capture(model, make)
+        assert made[2] == 1
+        assert not summary.skipped
+        for rows in (1, 2, 3, 4):
+            x = torch.randn(rows, 4)
+            with graphcap.disabled():
+                expected = model(x)
+            torch.testing.assert_close(model(x), expected)
+    (region,) = graphcap.explain(model).regions
+    assert sum(plan.replays for plan in region.plans) >= 3
+
+
 @pytest.mark.parametrize("collecting", [True, False])
 def test_the_collector_is_left_as_it_was(collecting: bool) -> None:
     model, was = compiled(), gc.isenabled()

@@ -12,7 +12,7 @@ from torch import fx
 from graphcap.compiler import nodes, private
 
 #: Operations that write where an integer argument says, in place or into a copy.
-_SCATTERS = ("index_put", "index_copy", "index_add", "index_fill", "scatter", "masked_scatter", "put")
+SCATTERS = ("index_put", "index_copy", "index_add", "index_fill", "scatter", "masked_scatter", "put")
 
 
 def write_index_inputs(graph: fx.Graph, writing: Collection[fx.Node]) -> set[fx.Node]:
@@ -43,7 +43,7 @@ def _indices_of(node: fx.Node, in_writing_piece: bool) -> list[fx.Node]:
     if node.target is operator.setitem:
         return [each for each in nodes.leaves(node.args[1]) if isinstance(each, fx.Node)]
     known = hasattr(torch.ops.aten, plain) or hasattr(torch.ops.aten, f"{plain}_")
-    if known and any(plain.startswith(each) for each in _SCATTERS):
+    if known and any(plain.startswith(each) for each in SCATTERS):
         return node.all_input_nodes[1:]
     return list(node.all_input_nodes) if _writes_somewhere(node.target, in_writing_piece) else []
 

@@ -10,9 +10,10 @@ import torch
 from graphcap.compiler.breakable.agree import Recorded
 from graphcap.compiler.breakable.calls import Call, Kind, Ref
 from graphcap.compiler.rules import op_name
+from graphcap.compiler.write_indices import SCATTERS
 
-#: Operators that write where an integer argument says, in place or into a copy.
-_SCATTERS = ("index_put", "index_copy", "index_add", "index_fill", "scatter", "masked_scatter", "put", "slice_scatter")
+#: A slice that is assigned to is one operator here.
+_SCATTERS = (*SCATTERS, "slice_scatter")
 
 
 def write_indices(recording: Recorded) -> frozenset[int]:

@@ -6,9 +6,9 @@ the graph are not. A target that calls the same function again and again can do 
 made of it, :class:`DirectCalls` has a generated function that
 
 1. evaluates the guards (all of them, on every call, with the variables that the frame would have had),
-2. does what Dynamo's code for the frame does, line by line (:mod:`graphcap.compiler.frontend.frame_code`), side effects
-   included, except that parameters, buffers and module attributes are proved to be those of the last call where that is
-   cheaper than fetching them (:mod:`graphcap.compiler.frontend.statics`).
+2. does what Dynamo's code for the frame does, line by line (:mod:`graphcap.compiler.frontend.frame_reader`), side
+   effects included, except that parameters, buffers and module attributes are proved to be those of the last call where
+   that is cheaper than fetching them (:mod:`graphcap.compiler.frontend.statics`).
 
 Whatever is not understood, and every call for which no guards hold, goes through Dynamo, which decides, traces and
 recompiles. Nothing here keeps a graph alive: a generated function asks Dynamo for its guards and the globals of the
@@ -44,8 +44,9 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from graphcap.compiler.frontend import dynamo
-from graphcap.compiler.frontend.frame_code import Unreadable, read
+from graphcap.compiler.frontend.frame_code import Unreadable
 from graphcap.compiler.frontend.frame_function import MISS, FrameWriter
+from graphcap.compiler.frontend.frame_reader import read
 from graphcap.compiler.frontend.guards import Guards
 from graphcap.compiler.frontend.sealed_function import SealedFunction, sealed_function
 

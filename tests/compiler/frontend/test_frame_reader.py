@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from graphcap.compiler.frontend.frame_code import Unreadable, read
+from graphcap.compiler.frontend.frame_code import Unreadable
+from graphcap.compiler.frontend.frame_reader import read
 
 
 def __compiled_fn_1(*args: Any) -> tuple[Any, ...]:

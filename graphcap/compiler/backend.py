@@ -26,7 +26,7 @@ from graphcap.compiler import nodes, private
 from graphcap.compiler.bypass import reason_to_bypass, run_bypass
 from graphcap.compiler.debug import dump
 from graphcap.compiler.dims import GraphDims, read_dims
-from graphcap.compiler.frontend.target import will_retry
+from graphcap.compiler.frontend.marked_call import will_retry
 from graphcap.compiler.inputs import name_inputs
 from graphcap.compiler.limits import bound_sizes
 from graphcap.compiler.partition import partition

@@ -190,7 +190,7 @@ def eager(
 def _on_fake_tensors(mode: Any, fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     """Learn the output shapes. What the function holds (the weights of a module) is real; a compiled model that it
     calls runs eager, or it would be compiled and captured for tensors without memory."""
-    from graphcap.compiler.frontend.target import disabled
+    from graphcap.compiler.frontend.disabling import disabled
 
     with private.real_tensors_allowed(mode), disabled(), torch.compiler.set_stance("force_eager"):
         return fn(*args, **kwargs)

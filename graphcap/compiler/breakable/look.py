@@ -19,7 +19,7 @@ from graphcap.compiler.breakable.outside import facts, shown_name
 from graphcap.compiler.breakable.record import Recorder, record
 from graphcap.compiler.breakable.result import Result
 from graphcap.compiler.breakable.state import Found, changed, snapshot, walk
-from graphcap.compiler.frontend.target import is_disabled
+from graphcap.compiler.frontend.disabling import is_disabled
 from graphcap.cudagraph.dispatch.phase import current_purpose
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from graphcap.compiler.frontend.call_dims import CallDims
+from graphcap.compiler.frontend.disabling import is_disabled
 from graphcap.compiler.frontend.entry import function_entry, module_entry
-from graphcap.compiler.frontend.target import CompiledTarget, is_disabled
+from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.config import Config
 from graphcap.errors import ConfigError
 

@@ -16,7 +16,8 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from graphcap.compiler.frontend.api import COMPILED_CALL, frontend_of, install, module_target, settings_of
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.dims import parse
-from graphcap.compiler.frontend.target import CompiledTarget, disabled, is_disabled
+from graphcap.compiler.frontend.disabling import disabled, is_disabled
+from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.config import Config
 from graphcap.errors import DimError
 

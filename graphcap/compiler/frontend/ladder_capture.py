@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from graphcap.compiler.frontend.marked_call import DYNAMIC
 from graphcap.compiler.frontend.subject import subject_of
-from graphcap.compiler.frontend.target import DYNAMIC
 from graphcap.compiler.region import Region
 from graphcap.config import Config
 from graphcap.cudagraph import GraphKey, GraphRunner, step

@@ -1,10 +1,11 @@
 """One compiled target: a module, function or bound method, and what happens between its caller and Dynamo.
 
-A call goes through :meth:`CompiledTarget.call`: check the declared dims, then run what ``torch.compile`` made. Dims are
-marked only while Dynamo traces, from a callback at the start of a trace, and unmarked when the call ends. So no call
-but a compiling one pays for marks, a recompile for whatever reason still sees them, and no tensor of the caller keeps
-an attribute. With two declared dims a call costs 2 us more than one through ``nn.Module.compile()``, 0.5 of it the
-checks (torch 2.13, one CPU core); setting and clearing the marks on every call would alone cost 2.0.
+A call goes through :meth:`CompiledTarget.call`: check the declared dims, then run what ``torch.compile`` made. (A
+sealed call that looks exactly like an earlier one needs no check.) Dims are marked only while Dynamo traces, from a
+callback at the start of a trace, and unmarked when the call ends. So no call but a compiling one pays for marks, a
+recompile for whatever reason still sees them, and no tensor of the caller keeps an attribute. With two declared dims a
+call costs 2 us more than one through ``nn.Module.compile()``, 0.5 of it the checks (torch 2.13, one CPU core); setting
+and clearing the marks on every call would alone cost 2.0.
 
 The first trace insists on one graph. With sizes unknown to the trace ("unbacked"), ``if x.shape[0] > 4`` would
 otherwise break the graph in silence; so such a target falls back to ordinary dynamic dims ("dynamic"), which
@@ -17,11 +18,9 @@ import contextlib
 import functools
 import logging
 import os
-import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -32,73 +31,12 @@ from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.direct_call import DirectCalls
 from graphcap.compiler.frontend.frame_function import MISS
 from graphcap.compiler.frontend.hooks import HookWatch, modules_of
+from graphcap.compiler.frontend.marked_call import DYNAMIC, UNBACKED, MarkedCall, in_progress, on_trace_start
 from graphcap.config import CompilationMode, Config
 from graphcap.environment import direct_call_wanted
 from graphcap.errors import DimError
 
 log = logging.getLogger("graphcap.compiler")
-
-UNBACKED = "unbacked"
-DYNAMIC = "dynamic"
-
-is_disabled: ContextVar[bool] = ContextVar("graphcap_disabled", default=False)
-
-
-@contextlib.contextmanager
-def disabled() -> Iterator[None]:
-    """Within it, what :func:`graphcap.compile` and ``@support_graph_compile`` compiled runs eager.
-
-    It holds for this thread or task, and what was compiled is kept. A ``torch.compile(..., backend="graphcap")`` is
-    torch's own and not concerned: use ``torch.compiler.set_stance("force_eager")`` there.
-    """
-    token = is_disabled.set(True)
-    try:
-        yield
-    finally:
-        is_disabled.reset(token)
-
-
-class _Call:
-    """A call in progress: what a trace that begins during it has to mark."""
-
-    __slots__ = ("args", "has_graph", "kwargs", "saved", "target", "traced")
-
-    def __init__(self, target: CompiledTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.target = target
-        self.args = args
-        self.kwargs = kwargs
-        self.traced = False
-        self.has_graph = False
-        self.saved: dynamo.Saved | None = None
-
-    def mark(self) -> None:
-        """Mark the dims for a trace that is about to begin."""
-        self.traced = True
-        if self.saved is None:
-            self.saved = dynamo.mark(self.target.dims.tensors(self.args, self.kwargs), self.target.marking)
-
-    def unmark(self) -> None:
-        if self.saved is not None:
-            dynamo.unmark(self.saved)
-            self.saved = None
-
-
-class _Local(threading.local):
-    call: _Call | None = None
-
-
-_local = _Local()
-
-
-def _on_trace_start(*_: object) -> None:
-    if (call := _local.call) is not None:
-        call.mark()
-
-
-def will_retry(error: BaseException) -> bool:
-    """Whether a backend should raise ``error`` instead of making do: the caller will trace again with known sizes."""
-    call = _local.call
-    return call is not None and call.traced and call.target.marking == UNBACKED and dynamo.is_data_dependent(error)
 
 
 def backend() -> Callable[..., Any]:
@@ -190,10 +128,10 @@ class CompiledTarget:
             return self._instead(bound, args, kwargs)
         if self._compiled is None:
             self._compile()
-        if _on_trace_start not in self._trace_callbacks:
-            self._trace_callbacks.append(_on_trace_start)
-        outer, call = _local.call, _Call(self, args, kwargs)
-        _local.call = call
+        if on_trace_start not in self._trace_callbacks:
+            self._trace_callbacks.append(on_trace_start)
+        outer, call = in_progress.call, MarkedCall(self, args, kwargs)
+        in_progress.call = call
         try:
             result = self._run(bound, args, kwargs)
         except Exception as error:
@@ -205,7 +143,7 @@ class CompiledTarget:
                 self._learn(bound)
             return result
         finally:
-            _local.call = outer
+            in_progress.call = outer
             call.unmark()
         return self._retry(failure, bound, args, kwargs)
 
@@ -271,7 +209,7 @@ class CompiledTarget:
             if target is not None and target._first:
                 dynamo.graph_is_whole()
             compiled = graph_backend(graph, inputs, **settings)
-            if (call := _local.call) is not None and call.target is target:
+            if (call := in_progress.call) is not None and call.target is target:
                 call.has_graph = True
             return compiled
 

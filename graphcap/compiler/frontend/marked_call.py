@@ -1,0 +1,71 @@
+"""A call through Dynamo: its dims are marked when a trace begins during it, and unmarked when it ends."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend.call_dims import CallDims
+
+UNBACKED = "unbacked"
+DYNAMIC = "dynamic"
+
+
+class Marking(Protocol):
+    """What is called.
+
+    Attributes:
+        dims: that it has.
+        marking: how they are marked: :data:`UNBACKED` or :data:`DYNAMIC`.
+    """
+
+    dims: CallDims
+    marking: str
+
+
+class MarkedCall:
+    """A call in progress: what a trace that begins during it has to mark."""
+
+    __slots__ = ("args", "has_graph", "kwargs", "saved", "target", "traced")
+
+    def __init__(self, target: Marking, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.target = target
+        self.args = args
+        self.kwargs = kwargs
+        self.traced = False
+        self.has_graph = False
+        self.saved: dynamo.Saved | None = None
+
+    def mark(self) -> None:
+        """Mark the dims for a trace that is about to begin."""
+        self.traced = True
+        if self.saved is None:
+            self.saved = dynamo.mark(self.target.dims.tensors(self.args, self.kwargs), self.target.marking)
+
+    def unmark(self) -> None:
+        """Take the marks away."""
+        if self.saved is not None:
+            dynamo.unmark(self.saved)
+            self.saved = None
+
+
+class _InProgress(threading.local):
+    """The call of this thread that goes through Dynamo."""
+
+    call: MarkedCall | None = None
+
+
+in_progress = _InProgress()
+
+
+def on_trace_start(*_: object) -> None:
+    """For Dynamo to call when a trace begins."""
+    if (call := in_progress.call) is not None:
+        call.mark()
+
+
+def will_retry(error: BaseException) -> bool:
+    """Whether a backend should raise ``error`` instead of making do: the caller will trace again with known sizes."""
+    call = in_progress.call
+    return call is not None and call.traced and call.target.marking == UNBACKED and dynamo.is_data_dependent(error)

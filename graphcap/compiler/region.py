@@ -112,6 +112,12 @@ class Region:
         """The graph runners of this region that are still alive: one per model instance and specialised size."""
         return [runner for ref in self._runners if (runner := ref()) is not None]
 
+    @property
+    def is_over(self) -> bool:
+        """Whether what it was compiled for is gone: a function is not known to be."""
+        alive = self.owner is not None or any(ref() is not None for ref in self._tensors) or bool(self.runners)
+        return not alive and bool(self._tensors)
+
     def attach(self, runner: GraphRunner) -> None:
         """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
         self._runners.append(weakref.ref(runner, lambda _: revise()))
@@ -164,6 +170,9 @@ def _bound_by(node: fx.Node) -> str:
     return re.sub(r"\.(size|shape)(\(\))?\.(\d+)$", r" dim \3", input_name(node))
 
 
+#: Above this number the regions of models that are gone are forgotten.
+MAX_REGIONS = 1024
+
 _regions: list[Region] = []
 _lock = threading.Lock()
 _numbers = itertools.count()
@@ -205,6 +214,8 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
 def register(region: Region) -> Region:
     """Let :func:`all_regions` find it."""
     with _lock:
+        if len(_regions) >= MAX_REGIONS:
+            _regions[:] = [each for each in _regions if not each.is_over]
         _regions.append(region)
     revise()
     return region

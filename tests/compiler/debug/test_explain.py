@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -336,3 +337,15 @@ def test_alerts_are_those_of_the_counters() -> None:
     assert "captured again 9 times" in graphcap.explain(model).regions[0].alerts[0]
     assert graphcap.explain(model).metrics()["graphcap_captures_total"] == 1
     assert graphcap.explain(model).metrics()["graphcap_capture_seconds_total"] > 0
+
+
+def test_regions_of_models_that_are_gone_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(region, "MAX_REGIONS", 4)
+    kept = compiled(Mlp())
+    call(kept, width=4)
+    for _ in range(8):
+        call(compiled(Mlp()), width=4)
+        torch._dynamo.reset()
+        gc.collect()
+    assert len(region.all_regions()) <= 4
+    assert names(graphcap.explain(kept))

@@ -28,7 +28,7 @@ from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
 from graphcap.cudagraph.dispatch.step import step
 from graphcap.cudagraph.hardware.choose import device_for
 from graphcap.cudagraph.hardware.device import GraphDevice
-from graphcap.cudagraph.hardware.simulated import SimulatedCaptureError
+from graphcap.cudagraph.hardware.simulated_recording import SimulatedCaptureError
 from graphcap.cudagraph.instances import graph_runner
 from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, InputSpec, Program, Size, Step
 from graphcap.cudagraph.recording.bindings import Binding

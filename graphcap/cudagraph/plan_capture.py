@@ -20,7 +20,8 @@ from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.dispatch.routes import FULL, Route
-from graphcap.cudagraph.hardware.budget import Room, Usage
+from graphcap.cudagraph.hardware.account import Usage
+from graphcap.cudagraph.hardware.room import Room
 from graphcap.cudagraph.made import ELSEWHERE, WARM_UP, Made
 from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.plan_writer import PlanWriter

@@ -15,7 +15,7 @@ from graphcap.cudagraph.dispatch.asked import Asked
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
 from graphcap.cudagraph.dispatch.routes import Route
 from graphcap.cudagraph.dispatch.step import current
-from graphcap.cudagraph.hardware.budget import Holding, Usage
+from graphcap.cudagraph.hardware.account import Holding, Usage
 from graphcap.cudagraph.padded.fitted import Fitter
 from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.recording.arena import Arena

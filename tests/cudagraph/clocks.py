@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graphcap.cudagraph.counters.cost import StepTime
-from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedSegment
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated_recording import SimulatedSegment
 
 
 class Clock:

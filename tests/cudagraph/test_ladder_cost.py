@@ -23,7 +23,8 @@ from graphcap.cudagraph import (
 from graphcap.cudagraph.checks.worth import Worth
 from graphcap.cudagraph.dispatch.phase import Phase, in_phase
 from graphcap.cudagraph.dispatch.step import current_step
-from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedRecording, SimulatedSegment
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated_recording import SimulatedRecording, SimulatedSegment
 from graphcap.cudagraph.recording import in_place, knowledge, layout
 from graphcap.cudagraph.replaying import replay as replays
 from graphcap.cudagraph.replaying.plan import Plan

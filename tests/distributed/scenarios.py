@@ -15,7 +15,7 @@ import graphcap
 from graphcap.config import CUDAGraphMode
 from graphcap.cudagraph import Capture, Dispatch, GraphKey, GraphRunner, Program, step
 from graphcap.cudagraph.agreement import agreement_of
-from graphcap.cudagraph.hardware.budget import RECENT_USES
+from graphcap.cudagraph.hardware.account import RECENT_USES
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from graphcap.errors import RankError
 from tests.cudagraph.padded_regions import N, PaddedRegion

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from graphcap.cudagraph.hardware.budget import RECENT_USES
+from graphcap.cudagraph.hardware.account import RECENT_USES
 from tests.distributed.scenarios import ALL
 from tests.distributed.two_ranks import run_on_two_ranks
 

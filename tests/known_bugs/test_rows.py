@@ -2,7 +2,7 @@
 
 | row | what users saw | tests |
 |---|---|---|
-| 5 | out of memory during capture | test_budget, test_cuda_memory |
+| 5 | out of memory during capture | test_account, test_cuda_memory |
 | 8 | capturing dominates the start | test_sizes |
 | 9 | silently wrong for other sizes than the traced one | test_sizes |
 | 11 | memory between two graphs is reused before its last reader | test_liveness, test_cuda |
@@ -11,7 +11,7 @@
 | 14 | batches fall off the ladder, above all in speculative decoding | test_sizes |
 | 15 | metadata and padding do not fit; padded rows leak | test_sizes, test_padded_calls, test_proof |
 | 22 | Python per parameter on each replay | test_trust |
-| 23 | a recording for each new shape, memory grows | test_sizes, test_budget |
+| 23 | a recording for each new shape, memory grows | test_sizes, test_account |
 | 24 | the mode that is chosen by itself is slower | test_trust, test_routes |
 | 25 | an output is overwritten by a later run | test_outputs, test_output_policies, test_generations |
 | 30 | LoRA multiplies graphs | test_sizes |

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import torch
 
-from graphcap.cudagraph.hardware.budget import Account
+from graphcap.cudagraph.hardware.account import Account
 from graphcap.cudagraph.hardware.cuda import CudaDevice
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice

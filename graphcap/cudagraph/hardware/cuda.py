@@ -18,7 +18,7 @@ import torch
 
 from graphcap.cudagraph.counters.cost import StepTime
 from graphcap.cudagraph.hardware import hooks
-from graphcap.cudagraph.hardware.budget import Account, Usage
+from graphcap.cudagraph.hardware.account import Account, Usage
 from graphcap.cudagraph.hardware.collector import without_collector
 from graphcap.cudagraph.hardware.cuda_recording import CudaPool, CudaRecording
 from graphcap.cudagraph.hardware.device import Pool

@@ -11,7 +11,7 @@ import torch
 from graphcap.cudagraph.counters.cost import StepTime
 
 if TYPE_CHECKING:
-    from graphcap.cudagraph.hardware.budget import Account, Usage
+    from graphcap.cudagraph.hardware.account import Account, Usage
 
 #: Runs a call on a device that has nothing to do; how long the host and the device took, launches included.
 Stopwatch = Callable[[Callable[[], object]], StepTime]

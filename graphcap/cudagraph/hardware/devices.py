@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from graphcap.cudagraph.hardware import hooks
-from graphcap.cudagraph.hardware.budget import Account
+from graphcap.cudagraph.hardware.account import Account
 from graphcap.cudagraph.hardware.device import GraphDevice, Lock
 from graphcap.cudagraph.private import StorageWatch
 

@@ -12,7 +12,7 @@ from graphcap.cudagraph.dispatch.asked import Asked
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.routes import Route
 from graphcap.cudagraph.dispatch.step import step
-from graphcap.cudagraph.hardware.budget import Holding
+from graphcap.cudagraph.hardware.account import Holding
 from graphcap.cudagraph.padded.fitted import Fitter
 from graphcap.cudagraph.recording.bindings import Binding
 from graphcap.cudagraph.recording.recorded import Recorded

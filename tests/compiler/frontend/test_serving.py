@@ -14,7 +14,8 @@ import graphcap
 from graphcap import GraphKey
 from graphcap.compiler.frontend.subject import runners_of
 from graphcap.cudagraph.counters.cost import StepTime
-from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedSegment
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated_recording import SimulatedSegment
 from graphcap.cudagraph.recording.sharing import Sharing, UnlikeOtherSizes
 from graphcap.errors import StepError
 

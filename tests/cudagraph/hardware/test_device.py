@@ -15,7 +15,8 @@ from graphcap.cudagraph import device_for
 from graphcap.cudagraph.hardware.choose import set_graph_pool
 from graphcap.cudagraph.hardware.devices import all_devices, drop_all_plans
 from graphcap.cudagraph.hardware.generators import register_generator, registered
-from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedStream
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated_recording import SimulatedStream
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphcap.cudagraph.hardware.simulated import SimulatedCaptureError, SimulatedDevice, SimulatedPool
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated_recording import SimulatedCaptureError, SimulatedPool
 
 ZEROS = torch.zeros(3)  # what is recorded refers to its arguments and does not keep them alive
 

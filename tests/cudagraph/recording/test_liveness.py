@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from graphcap.cudagraph.hardware.simulated import SimulatedDevice, SimulatedRecording
+from graphcap.cudagraph.hardware.simulated import SimulatedDevice
+from graphcap.cudagraph.hardware.simulated_recording import SimulatedRecording
 from graphcap.cudagraph.recording.liveness import last_reads, releases
 from graphcap.cudagraph.recording.observe import observe
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of

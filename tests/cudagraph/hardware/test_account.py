@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphcap.cudagraph import GraphRunner
-from graphcap.cudagraph.hardware import simulated
-from graphcap.cudagraph.hardware.budget import RECENT_USES, Account, Usage
+from graphcap.cudagraph.hardware import simulated_recording
+from graphcap.cudagraph.hardware.account import RECENT_USES, Account, Usage
 from graphcap.cudagraph.hardware.memory import memory
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from graphcap.cudagraph.replaying.outputs import OutputPlan
@@ -255,7 +255,7 @@ def test_aborted_capture_gives_everything_back_before_the_live_run():
     free_for_live_run = []
 
     def step(x):
-        if simulated._thread.recording is None:
+        if simulated_recording._thread.recording is None:
             free_for_live_run.append(device.capacity - sum(device.usage()))
         return x + 1
 

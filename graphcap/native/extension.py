@@ -112,8 +112,8 @@ class Extension:
                 _log.warning("%r keeps its checks in Python", owner, exc_info=True)
 
     def _give_up(self, error: Exception) -> None:
-        self._status = f"python: {error}"
         _log.info("checks of addresses and identities run in Python: %s", error)
+        self._status = f"python: {error}"  # last: who waits for it finds the reason told
 
     def _implementation(self) -> ModuleType:
         return self._module or fallback

@@ -28,6 +28,21 @@ class Layer(nn.Module):
         return x + self.out(F.scaled_dot_product_attention(q, k, v).squeeze(0))
 
 
+class Cached(nn.Module):
+    """Writes its rows into a cache, whose last row belongs to nobody, and counts its calls."""
+
+    def __init__(self, num_rows: int = 33) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("cache", torch.zeros(num_rows, 4))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        self.calls += 1
+        self.cache[slots] = torch.where((slots >= 0)[:, None], x, 0)
+        return self.linear(x) + self.cache[slots]
+
+
 class Stack(nn.Module):
     """Layers over ``[num_tokens, width]``: with three of them pieces 2 and 4 are twins, as are the attentions."""
 

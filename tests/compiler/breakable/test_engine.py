@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import graphcap
 from graphcap import GraphKey, support_graph_compile
@@ -17,6 +17,7 @@ from graphcap.compiler.frontend.api import record_of
 from graphcap.config import CUDAGraphMode
 from graphcap.errors import ConfigError, StepError
 from tests.compiler.breakable.like_original import breakable, num_replays
+from tests.compiler.small import Cached
 
 LADDER = [2, 4, 8]
 MIXED = (3, 5, 8, 7, 2, 4)
@@ -26,21 +27,6 @@ MIXED = (3, 5, 8, 7, 2, 4)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-class Cached(nn.Module):
-    """Writes rows into a cache whose last one belongs to nobody, and counts its calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("cache", torch.zeros(33, 4))
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-        self.calls += 1
-        self.cache[slots] = torch.where((slots >= 0)[:, None], x, 0)
-        return self.linear(x) + self.cache[slots]
 
 
 SETTINGS: dict[str, Any] = {"dynamic_arg_dims": {"x": 0, "slots": 0}, "pad": {"slots": -1}, "capture_sizes": LADDER}

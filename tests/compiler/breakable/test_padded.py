@@ -25,6 +25,7 @@ from graphcap.cudagraph.plan_capture import PlanCapture
 from graphcap.errors import DimError, GuardError
 from tests.compiler.breakable.like_original import breakable, num_replays
 from tests.compiler.random_programs import OPERATIONS, Operation, random_program
+from tests.compiler.small import Cached
 
 LADDER = [1, 2, 4, 8]
 MIXED = (3, 5, 8, 1, 7, 2)
@@ -251,21 +252,6 @@ def test_a_counter_is_no_size() -> None:
     assert results == sorted(set(results))
     (region,) = graphcap.explain(captured).regions
     assert "has other arguments in the next call" in region.bypass
-
-
-class Cached(nn.Module):
-    """Writes rows into a cache whose last one belongs to nobody, and counts its calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("cache", torch.zeros(33, 4))
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-        self.calls += 1
-        self.cache[slots] = torch.where((slots >= 0)[:, None], x, 0)
-        return self.linear(x) + self.cache[slots]
 
 
 DIMS = {"x": 0, "slots": 0}

@@ -16,23 +16,9 @@ import graphcap
 from graphcap import CaptureSummary
 from graphcap.compiler.frontend import serving
 from graphcap.errors import StepError
+from tests.compiler.small import Cached
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}
-
-
-class Cached(nn.Module):
-    """Writes its rows into a cache, whose last row belongs to nobody, and counts its calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("cache", torch.zeros(10, 4))
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-        self.calls += 1
-        self.cache[slots] = torch.where((slots >= 0)[:, None], x, 0)
-        return self.linear(x) + self.cache[slots]
 
 
 DIMS = {"x": 0, "slots": 0}
@@ -40,7 +26,7 @@ DIMS = {"x": 0, "slots": 0}
 
 def compiled(**settings: Any) -> Cached:
     torch.manual_seed(0)
-    return graphcap.compile(Cached(), dynamic_arg_dims=DIMS, **{**SETTINGS, "pad": {"slots": -1}, **settings})
+    return graphcap.compile(Cached(10), dynamic_arg_dims=DIMS, **{**SETTINGS, "pad": {"slots": -1}, **settings})
 
 
 def expected(model: Cached, x: Tensor) -> Tensor:
@@ -311,7 +297,7 @@ def test_on_a_gpu() -> None:
     """The served call, the padded ones after it, and the cache."""
     torch.manual_seed(0)
     settings = {**SETTINGS, "simulate": False}
-    model = graphcap.compile(Cached().cuda(), dynamic_arg_dims=DIMS, pad={"slots": -1}, **settings)
+    model = graphcap.compile(Cached(10).cuda(), dynamic_arg_dims=DIMS, pad={"slots": -1}, **settings)
     summary = graphcap.capture(model)
     for n in (3, 4, 7, 2, 8):
         x = torch.randn(n, 4, device="cuda")

@@ -26,6 +26,13 @@ def unowned(address: int, device: torch.device, nbytes: int) -> torch.UntypedSto
     return cast(torch.UntypedStorage, make(address, device, nbytes))
 
 
+def bytes_of(storage: torch.UntypedStorage, start: int, stop: int) -> torch.Tensor:
+    """The bytes of a storage from ``start`` to ``stop``, uint8. Never an inference tensor."""
+    with torch.inference_mode(False), torch.no_grad():
+        empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        return empty.set_(storage, start, (stop - start,), (1,))
+
+
 def over_storage(storage: torch.UntypedStorage, like: torch.Tensor, offset: int) -> torch.Tensor:
     """A plain tensor with ``like``'s dtype, size and stride, ``offset`` elements into ``storage``.
 

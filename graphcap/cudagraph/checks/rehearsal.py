@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.hardware.generators import same_random_numbers
-from graphcap.cudagraph.private import over_storage, storage_address
+from graphcap.cudagraph.private import bytes_of, over_storage, storage_address
 from graphcap.cudagraph.recording.arena import copy_into, span_bytes
 from graphcap.cudagraph.recording.recorded import Recorded, captured_slots
 
@@ -144,9 +144,7 @@ class Segment:
 
     def _memory(self, region: _Region) -> torch.Tensor:
         """The bytes of a region."""
-        value = self._values[region.slots[0]]
-        empty = torch.empty(0, dtype=torch.uint8, device=value.device)
-        return empty.set_(value.untyped_storage(), region.start, (region.stop - region.start,), (1,))
+        return bytes_of(self._values[region.slots[0]].untyped_storage(), region.start, region.stop)
 
     def _run(self, number: int, slots: dict[int, Any]) -> Iterator[Outcome]:
         step, kept = self._steps[number], self._recorded.constants

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from graphcap.cudagraph.private import storage_address, unowned
+from graphcap.cudagraph.private import bytes_of, storage_address, unowned
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.bindings import MemoryFacts
 from graphcap.cudagraph.recording.observe import Observation, argument_roots
@@ -81,9 +81,7 @@ def _state(tensors: dict[int, torch.Tensor]) -> State:
     start = min(storage.data_ptr() for storage in storages)
     end = max(storage.data_ptr() + storage.nbytes() for storage in storages)
     first = next(iter(tensors.values()))
-    with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=torch.uint8, device=first.device)
-        memory = empty.set_(unowned(start, first.device, end - start), 0, (end - start,), (1,))
+    memory = bytes_of(unowned(start, first.device, end - start), 0, end - start)
     places = {index: _place(each, start) for index, each in tensors.items()}
     return State(memory, places, {each.dtype for each in tensors.values()})
 

@@ -16,7 +16,7 @@ import torch
 
 from graphcap.config import Config
 from graphcap.cudagraph.hardware.device import GraphDevice
-from graphcap.cudagraph.private import fixed_storage, over_storage
+from graphcap.cudagraph.private import bytes_of, fixed_storage, over_storage
 from graphcap.cudagraph.recording.arena import aligned_block, span_bytes
 
 
@@ -141,7 +141,4 @@ def kept_blocks(blocks: Sequence[torch.Tensor], owners: Mapping[int, torch.Tenso
 
 def _keep(block: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     storage = owner.untyped_storage()
-    with torch.inference_mode(False), torch.no_grad():
-        empty = torch.empty(0, dtype=torch.uint8, device=owner.device)
-        whole = empty.set_(storage, 0, (storage.nbytes(),), (1,))
-    return over_storage(fixed_storage(whole), block, int(block.storage_offset()))
+    return over_storage(fixed_storage(bytes_of(storage, 0, storage.nbytes())), block, int(block.storage_offset()))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from graphcap.cudagraph.private import storage_address, weak_view
+from graphcap.cudagraph.private import bytes_of, storage_address, weak_view
 from graphcap.cudagraph.program import Constant
 from graphcap.cudagraph.recording.arena import overlaps_itself, span_bytes
 from graphcap.cudagraph.recording.observe import Observation
@@ -215,11 +215,7 @@ def _block(values: Sequence[torch.Tensor]) -> torch.Tensor:
     if _alone(values):
         return weak_view(values[0])
     start, stop = _reach(values)
-    whole = weak_view(values[0])
-    storage = whole.untyped_storage()
-    with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=torch.uint8, device=whole.device)
-        return empty.set_(storage, start, (stop - start,), (1,))
+    return bytes_of(weak_view(values[0]).untyped_storage(), start, stop)
 
 
 def _alone(values: Sequence[torch.Tensor]) -> bool:

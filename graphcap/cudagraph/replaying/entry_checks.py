@@ -73,11 +73,11 @@ def _alias_checks(lines: Lines) -> None:
         name = lines.argument_or_result(index)
         lines.line(f"if {_storage(name)} in WRITTEN: return CHANGED", WRITTEN=places)
     elsewhere = {i for i, root in enumerate(roots[: len(layout.bindings)]) if root in mutated} - {*written}
-    for index in lines.padded:
-        if others := sorted(elsewhere - {*lines.padded}):
-            storages = ", ".join(_storage(lines.argument_or_result(other)) for other in others)
-            name = lines.argument_or_result(index)
-            lines.line(f"if ({_storage(name)} or None) in ({storages},): return CHANGED")
+    if lines.padded and (others := sorted(elsewhere - {*lines.padded})):
+        storages = ", ".join(_storage(lines.argument_or_result(other)) for other in others)
+        lines.line(f"written = ({storages},)")  # once: a cache in each layer, for each padded input
+        for index in lines.padded:
+            lines.line(f"if ({_storage(lines.argument_or_result(index))} or None) in written: return CHANGED")
     for index in (*layout.inputs_bound(Binding.COPIED_BACK), *written_copies):
         others = [other for other, root in enumerate(roots[: len(layout.bindings)]) if root >= 0 and other != index]
         if others:

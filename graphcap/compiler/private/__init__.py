@@ -6,8 +6,8 @@ gone: what only informs (frames, guard failures, generated code) degrades to "un
 By theme: :mod:`~graphcap.compiler.private.dynamo` (what Dynamo tells, and its hooks),
 :mod:`~graphcap.compiler.private.tensors`, :mod:`~graphcap.compiler.private.shapes` (symbols and guards),
 :mod:`~graphcap.compiler.private.operators`, :mod:`~graphcap.compiler.private.inductor`,
-:mod:`~graphcap.compiler.private.views` (what Inductor makes of them), :mod:`~graphcap.compiler.private.trees` (nested
-containers).
+:mod:`~graphcap.compiler.private.views` and :mod:`~graphcap.compiler.private.fusion_scores` (what it makes of sizes
+without an example), :mod:`~graphcap.compiler.private.trees` (nested containers).
 """
 
 from graphcap.compiler.private.dynamo import (

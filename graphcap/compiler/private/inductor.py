@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from graphcap.compiler.private.fusion_scores import hinted_scores
 from graphcap.compiler.private.views import inlined_views
 
 
@@ -37,7 +38,7 @@ def standalone_compile(gm: fx.GraphModule, inputs: Sequence[Any], *, fake_mode: 
 
     shapes: Any = "from_tracing_context" if fake_mode is not None else "from_example_inputs"
     context = tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext()
-    with context, inlined_views():
+    with context, inlined_views(), hinted_scores():
         return compile_piece(gm, list(inputs), dynamic_shapes=shapes, options={"config_patches": patches})
 
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
 
+from graphcap.compiler.private.patched import Patched
+
 Reindex = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 _writes_views_to_memory = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-_lock = threading.Lock()
-_inside: list[Any] = []  # one entry for each compilation that goes on now: what was there before the first one
 
 
 @contextlib.contextmanager
@@ -31,21 +30,11 @@ def inlined_views() -> Iterator[None]:
         return
     from torch._inductor.ir import View
 
-    with _lock:
-        if not _inside:
-            _inside.append(View.__dict__["create"])
-            View.create = classmethod(_view_of(View.create))  # type: ignore[method-assign, assignment]
-        _inside.append(None)
-    try:
+    with _create.within(View):
         yield
-    finally:
-        with _lock:
-            _inside.pop()
-            if len(_inside) == 1:
-                View.create = _inside.pop()  # type: ignore[method-assign]
 
 
-def _view_of(create: Callable[..., Any]) -> Callable[..., Any]:
+def _view_of(plain: Any) -> Any:
     from torch._inductor.ir import is_storage_and_layout
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -55,9 +44,12 @@ def _view_of(create: Callable[..., Any]) -> Callable[..., Any]:
             reindex = None if list(old) == list(new) else reindexer(old, new)
             if reindex is not None:
                 return cls(data=x, size=list(new), reindex=reindex)
-        return create(x, new_size)
+        return plain.__func__(cls, x, new_size)
 
-    return view
+    return classmethod(view)
+
+
+_create = Patched("create", _view_of)
 
 
 def reindexer(old: Sequence[Any], new: Sequence[Any]) -> Reindex | None:

@@ -103,7 +103,7 @@ def test_padding_is_proved_beside_a_cache_that_fills_most_of_the_memory(fill: in
 
     step = region.step(attend, cache, slots, x, mutates=[cache])
     program = region.program(step, sizes=[(N, WIDTH)])
-    rows = torch.linspace(1, len(kept) - 1, 6, device="cuda").long()
+    rows = torch.linspace(1, len(kept) - 1, 6, dtype=torch.float64, device="cuda").long()
     args = [6, torch.randn(6, WIDTH, dtype=torch.bfloat16, device="cuda"), rows, kept]
     device, _ = device_for({torch.device("cuda", 0)}, simulate=False)
     with torch.no_grad():

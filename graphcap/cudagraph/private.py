@@ -68,6 +68,12 @@ def fixed_storage(memory: torch.Tensor) -> torch.UntypedStorage:
         return dlpack.from_dlpack(torch._C._to_dlpack(memory)).untyped_storage()
 
 
+#: :func:`torch.autograd.graph.increment_version` for a tuple of tensors, without its look at what it was given.
+increment_version: Callable[[tuple[torch.Tensor, ...]], None] = getattr(
+    torch._C, "_increment_version", torch.autograd.graph.increment_version
+)
+
+
 def current_raw_stream() -> Callable[[int], int]:
     """The function that takes a device index and returns the handle of its current stream."""
     return torch._C._cuda_getCurrentRawStream

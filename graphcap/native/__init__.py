@@ -1,4 +1,4 @@
-"""Checks over hundreds of objects that cost microseconds: two small C++ types, built on the user's machine in the
+"""What a replay asks and copies on every call, in microseconds: small C++ types, built on the user's machine in the
 background, and the same in Python until they are there.
 
 In reading order: :mod:`~graphcap.native.fallback` (the contract, in Python), ``checks.cpp`` (the same in C++),
@@ -13,6 +13,9 @@ from graphcap.native.layouts import layout_check
 _of_this_process = Extension()
 
 address_check = _of_this_process.address_check
+answer_check = _of_this_process.answer_check
+apart_check = _of_this_process.apart_check
+grouped_copy = _of_this_process.grouped_copy
 identity_check = _of_this_process.identity_check
 when_ready = _of_this_process.when_ready
 status = _of_this_process.status
@@ -23,6 +26,9 @@ __all__ = [
     "AddressCheck",
     "IdentityCheck",
     "address_check",
+    "answer_check",
+    "apart_check",
+    "grouped_copy",
     "identity_check",
     "layout_check",
     "look",

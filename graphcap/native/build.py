@@ -22,7 +22,7 @@ import torch
 
 NAME = "graphcap_native"  #: of the module; ``checks.cpp`` has it in the name of its init function
 SOURCE = Path(__file__).with_name("checks.cpp")
-HEADER = SOURCE.with_name("dict_watch.h")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 TIMEOUT_SECONDS = 600.0
 
 _COMPILERS = ("c++", "g++", "clang++")
@@ -58,7 +58,7 @@ def recipe() -> Recipe:
     options = _options()
     parts = [  # no paths: an environment that moves, or two of the same make, share what was built
         SOURCE.read_text(),
-        HEADER.read_text(),
+        *(header.read_text() for header in HEADERS),
         *options,
         _run([*compiler, "--version"], timeout_seconds=60),
         str(torch.__version__),
@@ -115,7 +115,7 @@ def _places() -> list[str]:
     if not (python / "Python.h").is_file():
         raise BuildError(f"no Python.h in {python}: install Python's headers")
     includes = ["-isystem", str(root / "include"), "-isystem", str(python)]
-    return [*includes, str(SOURCE), f"-L{root / 'lib'}", "-ltorch_python", "-lc10"]
+    return [*includes, str(SOURCE), f"-L{root / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"]
 
 
 def _run(command: list[str], timeout_seconds: float, leftover: Path | None = None) -> str:

@@ -1,6 +1,7 @@
 // Two questions about hundreds of objects, asked on every call: are these tensors still where they were, and do these
 // dicts still hold the objects that they held? fallback.py has the same in Python and the contract of both; where dicts
-// can be watched (dict_watch.h), the second question costs nothing until somebody writes to one of them.
+// can be watched (dict_watch.h), the second question costs nothing until somebody writes to one of them. What a call
+// needs besides is in answers.h and copies.h.
 //
 // Needs the GIL: build.py does not build it for a free-threaded Python.
 
@@ -15,6 +16,8 @@
 
 #include <structmember.h>
 
+#include "answers.h"
+#include "copies.h"
 #include "dict_watch.h"
 
 namespace {
@@ -31,6 +34,34 @@ struct AddressCheck {
   vectorcallfunc call;
   std::vector<Place> places;
 };
+
+// A tensor lies behind three pointers. Between two steps of a model the processor's caches have forgotten all of them,
+// so each is asked for before the one in front of it is needed: hundreds of waits overlap instead of adding up.
+void fetch_ahead(const std::vector<Place>& places, PyObject* const* items, Py_ssize_t size) {
+  const auto tensors = reinterpret_cast<PyTypeObject*>(THPVariableClass);
+  for (const Place& place : places) {
+    if (place.index < size) {
+      __builtin_prefetch(items[place.index]);
+    }
+  }
+  const auto impl_of = [&](const Place& place) -> const c10::TensorImpl* {
+    const bool is_tensor = place.index < size && PyObject_TypeCheck(items[place.index], tensors);
+    return is_tensor ? THPVariable_Unpack(items[place.index]).unsafeGetTensorImpl() : nullptr;
+  };
+  for (const Place& place : places) {
+    if (const auto* impl = reinterpret_cast<const char*>(impl_of(place))) {
+      for (std::size_t offset = 0; offset < sizeof(c10::TensorImpl); offset += 64) {
+        __builtin_prefetch(impl + offset);
+      }
+    }
+  }
+  for (const Place& place : places) {
+    const c10::TensorImpl* impl = impl_of(place);
+    if (impl != nullptr && impl->has_storage()) {
+      __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
+    }
+  }
+}
 
 // May throw: some tensors refuse to name an address.
 bool lies_at(PyObject* object, std::uintptr_t address) {
@@ -49,6 +80,7 @@ bool lies_at(PyObject* object, std::uintptr_t address) {
 
 bool all_lie_there(const std::vector<Place>& places, PyObject* const* items, Py_ssize_t size) noexcept {
   try {
+    fetch_ahead(places, items, size);
     for (const Place& place : places) {
       if (place.index >= size || !lies_at(items[place.index], place.address)) {
         return false;
@@ -471,7 +503,8 @@ PyType_Spec IdentityCheck_spec = {
 // ---- the module ------------------------------------------------------------------------------------------------------
 
 int add_types(PyObject* module) {
-  for (PyType_Spec* spec : {&AddressCheck_spec, &IdentityCheck_spec}) {
+  for (PyType_Spec* spec : {&AddressCheck_spec, &IdentityCheck_spec, &answers::AnswerCheck_spec,
+                            &copies::ApartCheck_spec, &copies::GroupedCopy_spec}) {
     PyObject* type = PyType_FromModuleAndSpec(module, spec, nullptr);
     if (type == nullptr) {
       return -1;

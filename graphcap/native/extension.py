@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
+
 from graphcap.environment import NATIVE, native_wanted
 from graphcap.errors import ConfigError
 from graphcap.native import fallback
@@ -22,7 +24,7 @@ _Owner = TypeVar("_Owner")
 
 
 class AddressCheck(Protocol):
-    """See :class:`graphcap.native.fallback.AddressCheck`."""
+    """See :class:`graphcap.native.fallback.AddressCheck` and ``ApartCheck``."""
 
     def __call__(self, args: tuple[Any, ...] | list[Any], /) -> bool: ...
 
@@ -53,6 +55,18 @@ class Extension:
     def identity_check(self, entries: Sequence[fallback.Entry], sized: Sequence[fallback.Sized] = ()) -> IdentityCheck:
         """A check that dicts still hold these very objects; contract and errors: ``fallback.IdentityCheck``."""
         return cast(IdentityCheck, self._implementation().IdentityCheck(entries, sized))
+
+    def answer_check(self, questions: Sequence[fallback.Question]) -> Callable[[], bool]:
+        """A check that functions answer what they answered; contract and errors: ``fallback.AnswerCheck``."""
+        return cast(Callable[[], bool], self._implementation().AnswerCheck(questions))
+
+    def apart_check(self, indices: Sequence[int], addresses: Sequence[int]) -> AddressCheck:
+        """A check that tensors lie in other storages; contract and errors: ``fallback.ApartCheck``."""
+        return cast(AddressCheck, self._implementation().ApartCheck(indices, addresses))
+
+    def grouped_copy(self, targets: Sequence[torch.Tensor], indices: Sequence[int]) -> Callable[[Any], None]:
+        """Copies arguments into tensors of one dtype; contract and errors: ``fallback.GroupedCopy``."""
+        return cast(Callable[[Any], None], self._implementation().GroupedCopy(targets, indices))
 
     def when_ready(self, owner: _Owner, update: Callable[[_Owner], None]) -> None:
         """Call ``update(owner)`` once the extension is there, to make ``owner``'s checks anew: at once, later from

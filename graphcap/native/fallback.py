@@ -1,4 +1,4 @@
-"""The two checks in Python: the contract of both implementations, and what runs where there is no extension.
+"""The checks in Python: the contract of both implementations, and what runs where there is no extension.
 
 Microseconds per call that holds, best of seven runs on one core of a two-core AMD EPYC virtual machine, Python 3.11,
 everything in the processor's caches: 227 parameters, and 430 dict entries of the module tree that they belong to.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import operator
 import sys
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -27,6 +27,8 @@ import torch
 
 #: What is expected of a dict, or of an argument: a key and the object under it.
 Entry = tuple[dict[Any, Any] | int, Hashable, object]
+#: A function, what it is called with, and the very object that it has to return.
+Question = tuple[Callable[..., object], tuple[object, ...], object]
 #: A dict, or an argument with the dict that it is now.
 Sized = dict[Any, Any] | tuple[int, dict[Any, Any]]
 
@@ -53,12 +55,10 @@ class AddressCheck:
     __slots__ = ("_addresses", "_indices")
 
     def __init__(self, indices: Sequence[int], addresses: Sequence[int]) -> None:
-        self._indices = [operator.index(index) for index in indices]
+        self._indices = _indices(indices)
         self._addresses = [operator.index(address) for address in addresses]
         if len(self._indices) != len(self._addresses):
             raise ValueError(f"{len(self._indices)} indices, but {len(self._addresses)} addresses")
-        if self._indices and min(self._indices) < 0:
-            raise ValueError(f"an index must not be negative, got {min(self._indices)}")
 
     def __call__(self, args: tuple[Any, ...] | list[Any], /) -> bool:
         if not isinstance(args, (tuple, list)):
@@ -140,6 +140,106 @@ class IdentityCheck:
         self._dead.append(None)
         self._dicts, self._keys, self._ids, self._weak, self._strong = [], [], [], [], []
         self._sized, self._sizes = [], []
+
+
+class AnswerCheck:
+    """Whether functions still answer what they answered.
+
+    It is true exactly when every ``function(*arguments)`` returns the object ``answer``. They are called in their order
+    up to the first one that does not; one that raises is a false.
+
+    Raises:
+        TypeError: for what is no tuple of a function, a tuple of arguments and an answer; when called with anything.
+    """
+
+    __slots__ = ("_questions",)
+
+    def __init__(self, questions: Iterable[Question]) -> None:
+        self._questions = tuple(_question(number, each) for number, each in enumerate(questions))
+
+    def __call__(self) -> bool:
+        try:
+            for function, arguments, answer in self._questions:
+                if function(*arguments) is not answer:
+                    return False
+        except Exception:
+            return False
+        return True
+
+
+class ApartCheck:
+    """Whether tensors lie in other storages than some.
+
+    Called with one tuple or list, it is true exactly when every ``indices[k]`` is the index of a tensor in it whose
+    storage begins at none of the ``addresses``. What is no tensor or has no storage is a false.
+
+    Raises:
+        ValueError: for a negative index.
+        TypeError: for what is no integer; when called, for what is no tuple or list.
+    """
+
+    __slots__ = ("_addresses", "_indices")
+
+    def __init__(self, indices: Sequence[int], addresses: Sequence[int]) -> None:
+        self._indices = _indices(indices)
+        self._addresses = frozenset(operator.index(address) for address in addresses)
+
+    def __call__(self, args: tuple[Any, ...] | list[Any], /) -> bool:
+        if not isinstance(args, (tuple, list)):
+            raise TypeError("ApartCheck takes one argument, a tuple or a list")
+        try:
+            return self._addresses.isdisjoint([args[index].untyped_storage().data_ptr() for index in self._indices])
+        except Exception:
+            return False
+
+
+class GroupedCopy:
+    """Copies arguments into tensors of one dtype, which nobody else knows: autograd does not see it.
+
+    Called with one tuple or list, it copies what has the index ``indices[k]`` in it into ``targets[k]``, which has the
+    same size. There is at least one.
+
+    Raises:
+        ValueError: when the two sequences differ in length, or for a negative index.
+        TypeError: for targets that are no tensors; when called, for what is no tuple or list, or has no tensor there.
+        RuntimeError: when called, from torch: sizes that do not fit.
+    """
+
+    __slots__ = ("_indices", "_targets")
+
+    def __init__(self, targets: Sequence[torch.Tensor], indices: Sequence[int]) -> None:
+        self._targets, self._indices = list(targets), _indices(indices)
+        for number, target in enumerate(self._targets):
+            if not isinstance(target, torch.Tensor):
+                raise TypeError(f"target {number}: expected a tensor, got {target!r}")
+        if len(self._targets) != len(self._indices):
+            raise ValueError(f"{len(self._targets)} targets, but {len(self._indices)} indices")
+
+    def __call__(self, args: tuple[Any, ...] | list[Any], /) -> None:
+        if not isinstance(args, (tuple, list)):
+            raise TypeError("GroupedCopy takes one argument, a tuple or a list")
+        with torch.no_grad():
+            torch._foreach_copy_(self._targets, [_tensor(args, index) for index in self._indices])
+
+
+def _tensor(args: Sequence[Any], index: int) -> torch.Tensor:
+    found = args[index] if index < len(args) else None
+    if isinstance(found, torch.Tensor):
+        return found
+    raise TypeError(f"argument {index}: expected a tensor, got {found!r}")
+
+
+def _question(number: int, given: Any) -> Question:
+    if isinstance(given, tuple) and len(given) == 3 and callable(given[0]) and isinstance(given[1], tuple):
+        return given
+    raise TypeError(f"question {number}: expected a tuple (function, arguments, answer), got {given!r}")
+
+
+def _indices(given: Sequence[int]) -> list[int]:
+    indices = [operator.index(index) for index in given]
+    if indices and min(indices) < 0:
+        raise ValueError(f"an index must not be negative, got {min(indices)}")
+    return indices
 
 
 def _filled_in(places: list[dict[Any, Any] | int], arguments: Sequence[dict[Any, Any]]) -> list[dict[Any, Any]]:

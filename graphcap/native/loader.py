@@ -84,7 +84,10 @@ def _try_out(module: ModuleType) -> None:
     tensor, other, holder = torch.empty(1, device="cpu"), torch.empty(1, device="cpu"), {"key": None}
     lies_there = module.AddressCheck([1], [tensor.data_ptr()])
     holds = module.IdentityCheck([(holder, "key", None)])
-    answers = [lies_there((None, tensor)), lies_there((tensor, other)), holds()]
+    same = module.AnswerCheck([(len, (holder,), 1)])
+    apart = module.ApartCheck([0], [tensor.data_ptr()])
+    answers = [lies_there((None, tensor)), lies_there((tensor, other)), holds(), same(), apart([other])]
     holder.clear()
-    if [*answers, holds()] != [True, False, True, False]:
+    module.GroupedCopy([tensor.zero_()], [1])((None, other.fill_(1.0)))
+    if [*answers, holds(), same(), apart([tensor]), tensor.item()] != [True, False, *[True] * 3, *[False] * 3, 1.0]:
         raise BuildError("the extension answers wrongly")

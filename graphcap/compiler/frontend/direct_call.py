@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
+from graphcap import native
 from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.frame_code import Unreadable
 from graphcap.compiler.frontend.frame_function import MISS, FrameWriter
@@ -147,8 +148,12 @@ class DirectCalls:
         sealed = [way.sealed for way in ways if way.sealed is not None]
         self._again = tuple(each.again for each in sealed if each.again is not None)
         if self._functions:
-            self._is_plain = dynamo.plain_caller()
+            self._ask_plainly()
+            native.when_ready(self, DirectCalls._ask_plainly)
         return self.refused[num_refused:]
+
+    def _ask_plainly(self) -> None:
+        self._is_plain = dynamo.plain_caller()
 
     def unchecked_guards(self) -> list[str]:
         """The guards that calls go by without, each once: those of graphs that are sealed now. Values come first."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from graphcap import native
 from graphcap.compiler.frontend.call_dims import TensorDims
 from graphcap.errors import GraphcapError
 
@@ -219,7 +220,15 @@ def plain_caller() -> Callable[[], bool]:
     from torch._guards import TracingContext
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-    num_dispatch_modes, is_jit_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+    functions_say_so = native.answer_check(
+        [
+            (get_eval_frame_callback, (), None),
+            (torch._C._len_torch_dispatch_stack, (), 0),
+            (get_dynamic_layer_stack_depth, (), 0),
+            (torch._C._is_tracing, (), False),
+            (is_fx_symbolic_tracing, (), False),
+        ]
+    )
     # try_get() asks for an attribute that is usually missing: five times as slow as a look into the dict of the thread.
     of_threads = getattr(torch._guards, "_TLS", None)
     tracing_context = TracingContext.try_get if of_threads is None else lambda: vars(of_threads).get("tracing_context")
@@ -227,14 +236,10 @@ def plain_caller() -> Callable[[], bool]:
     def is_plain() -> bool:
         stance = eval_frame._stance
         return (
-            get_eval_frame_callback() is None
+            functions_say_so()
             and stance.stance == "default"
             and not stance.skip_guard_eval_unsafe
             and stance.backend is None
-            and not num_dispatch_modes()
-            and not get_dynamic_layer_stack_depth()
-            and not is_jit_tracing()
-            and not is_fx_symbolic_tracing()
             and tracing_context() is None
         )
 

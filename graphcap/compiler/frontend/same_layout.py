@@ -30,15 +30,27 @@ class _Layout:
     tensors: tuple[int, ...]  #: the indices of tensors
     constants: tuple[tuple[int, Any], ...]  #: index and value of the others
     check: Callable[..., bool]  #: of the tensors
+    fits: Callable[..., bool]  #: of all values
 
-    def fits(self, values: tuple[Any, ...]) -> bool:
-        if not self.constants:
-            return self.check(*values)
-        for index, constant in self.constants:
+    @classmethod
+    def of(cls, values: tuple[Any, ...], tensors: tuple[int, ...]) -> _Layout:
+        """The layout of these values."""
+        others = tuple((i, value) for i, value in enumerate(values) if i not in tensors)
+        check = native.layout_check([values[index] for index in tensors])
+        return cls(tensors, others, check, _fits(others, tensors, check) if others else check)
+
+
+def _fits(
+    constants: tuple[tuple[int, Any], ...], tensors: tuple[int, ...], check: Callable[..., bool]
+) -> Callable[..., bool]:
+    def fits(*values: Any) -> bool:
+        for index, constant in constants:
             value = values[index]
             if type(value) is not type(constant) or value != constant:
                 return False
-        return self.check(*[values[index] for index in self.tensors])
+        return check(*[values[index] for index in tensors])
+
+    return fits
 
 
 class SameLayout:
@@ -51,20 +63,28 @@ class SameLayout:
             ambient: guards on torch's modes; they are evaluated on every call.
             guards: a weak reference to what Dynamo keeps of them all; without a ``cache_entry`` when it is dropped.
         """
-        self._ambient = tuple(ambient)
+        self._ambient: list[tuple[Callable[..., bool], tuple[Any, ...], bool]] = [
+            (guard, ({},), True) for guard in ambient
+        ]
+        self._ambient_holds: Callable[[], bool]
         self._guards = guards
         self._known: dict[Hashable, _Layout] = {}
         self._latest: _Layout | None = None
         self._count = -1
+        self._ask_natively()
+        native.when_ready(self, SameLayout._ask_natively)
+
+    def _ask_natively(self) -> None:
+        self._ambient_holds = native.answer_check(self._ambient)
 
     def __call__(self, values: tuple[Any, ...]) -> bool:
         """Whether the guards on arguments hold for a call with these. False also means: not known."""
         if len(values) != self._count:
             return False
         layout = self._latest
-        if layout is None or not layout.fits(values):
+        if layout is None or not layout.fits(*values):
             layout = self._known.get(_outline(values))
-            if layout is None or not layout.fits(values):
+            if layout is None or not layout.fits(*values):
                 return False
             self._latest = layout
         guards = self._guards()
@@ -73,27 +93,22 @@ class SameLayout:
         for index in layout.tensors:
             if values[index].__dict__:
                 return False  # Dynamo looks at some attributes: at a dim that the user marks as dynamic
-        for guard in self._ambient:  # noqa: SIM110 - a generator takes longer than the guards
-            if not guard({}):
-                return False
-        return True
+        return self._ambient_holds()
 
     def learn(self, values: tuple[Any, ...]) -> None:
         """The guards, those on torch's modes as well, have held for these."""
         tensors = tuple(i for i, value in enumerate(values) if type(value) in _TENSORS)
-        others = tuple((i, value) for i, value in enumerate(values) if i not in tensors)
         known = self._known.get(_outline(values))
-        if known is not None and len(values) == self._count and known.fits(values):
+        if known is not None and len(values) == self._count and known.fits(*values):
             return
-        if not tensors or not all(type(value) in _CONSTANTS for _, value in others):
+        if not tensors or not all(type(value) in _CONSTANTS for i, value in enumerate(values) if i not in tensors):
             return
         if any(values[index].__dict__ for index in tensors):
             return  # the guards have seen more than will be compared
         if len(self._known) >= _MAX_LAYOUTS or len(values) != self._count:
             self._known.clear()
-        layout = _Layout(tensors, others, native.layout_check([values[index] for index in tensors]))
         self._count = len(values)
-        self._latest = self._known[_outline(values)] = layout
+        self._latest = self._known[_outline(values)] = _Layout.of(values, tensors)
 
 
 def _outline(values: tuple[Any, ...]) -> Hashable:

@@ -11,27 +11,19 @@ from graphcap.cudagraph.recording.recorded import padded_inputs_written
 from graphcap.cudagraph.replaying.lines import Lines
 from graphcap.cudagraph.replaying.plan import static_addresses
 
-#: The inputs that are used in place, and the address of each.
-Places = tuple[list[int], list[int]]
 
-
-def write_checks(lines: Lines) -> Places | None:
-    """Addresses of what is used in place; layouts of what may change between calls; which of them share memory.
-
-    Returns:
-        What the check of addresses compares; ``None`` where nothing is used in place.
-    """
-    addresses = static_addresses(lines.recorded)
-    places: Places | None = None
-    static = [index for index, address in enumerate(addresses) if address is not None]
+def write_checks(lines: Lines) -> None:
+    """Addresses of what is used in place; layouts of what may change between calls; which of them share memory."""
+    found = static_addresses(lines.recorded)
+    static = [index for index, address in enumerate(found) if address is not None]
+    addresses = [address for address in found if address is not None]
     if static:
-        places = static, [address for address in addresses if address is not None]
-        lines.line("if not addresses_hold(args): return MOVED", addresses_hold=native.address_check(*places))
+        lines.line("if not addresses_hold(args): return MOVED")
+        lines.natives["addresses_hold"] = lambda _: native.address_check(static, addresses)
     _layout_checks(lines, static)
     _alias_checks(lines)
     _relation_checks(lines)
     _lent_checks(lines)
-    return places
 
 
 def _layout_checks(lines: Lines, static: list[int]) -> None:
@@ -69,9 +61,9 @@ def _alias_checks(lines: Lines) -> None:
     places = {storage_address(recorded.stand_ins[index]) for index in written} - {0}
     written_copies = padded_inputs_written(recorded)
     copied = layout.inputs_bound(Binding.COPIED, Binding.PADDED) if places else []
-    for index in copied:
-        name = lines.argument_or_result(index)
-        lines.line(f"if {_storage(name)} in WRITTEN: return CHANGED", WRITTEN=places)
+    if copied:
+        lines.line("if not apart(args): return CHANGED")
+        lines.natives["apart"] = lambda _: native.apart_check(copied, sorted(places))
     elsewhere = {i for i, root in enumerate(roots[: len(layout.bindings)]) if root in mutated} - {*written}
     if lines.padded and (others := sorted(elsewhere - {*lines.padded})):
         storages = ", ".join(_storage(lines.argument_or_result(other)) for other in others)

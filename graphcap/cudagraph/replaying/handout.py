@@ -16,7 +16,7 @@ import torch
 
 from graphcap.config import Config
 from graphcap.cudagraph.hardware.device import GraphDevice
-from graphcap.cudagraph.private import bytes_of, fixed_storage, over_storage
+from graphcap.cudagraph.private import bytes_of, fixed_storage, increment_version, over_storage
 from graphcap.cudagraph.recording.arena import aligned_block, span_bytes
 
 
@@ -74,7 +74,7 @@ class Lent:
 
         def hand_out() -> list[torch.Tensor]:
             # Autograd may have saved one for a backward pass: it then reports that the value has changed.
-            torch.autograd.graph.increment_version(lent)
+            increment_version(lent)
             return [block.detach() for block in lent]
 
         return hand_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from graphcap.cudagraph.padded.fitted import Fitter
@@ -19,6 +20,7 @@ class Lines:
         fitter: of a padded plan.
         padded: the padded inputs.
         names: the globals of the function.
+        natives: what makes some of them from the others, again where these differ and when there is an extension.
         used: arguments that need a local variable.
     """
 
@@ -28,6 +30,7 @@ class Lines:
         self.padded = recorded.layout.inputs_bound(Binding.PADDED)
         self.lines: list[str] = []
         self.used: dict[int, None] = {}
+        self.natives: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
         self.names: dict[str, Any] = {"MOVED": Unfit.MOVED, "CHANGED": Unfit.CHANGED, "flat": flat}
         if fitter is not None:
             self.names |= fitter.names(fitter.rung)

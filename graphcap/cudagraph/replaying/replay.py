@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from graphcap import native
 from graphcap.cudagraph.padded.fitted import Fitter
-from graphcap.cudagraph.recording.arena import Arena
+from graphcap.cudagraph.recording.arena import Arena, overlaps_itself
 from graphcap.cudagraph.recording.bindings import Binding
 from graphcap.cudagraph.recording.recorded import (
     Recorded,
@@ -28,7 +28,7 @@ from graphcap.cudagraph.recording.recorded import (
     outputs_of,
     run_live,
 )
-from graphcap.cudagraph.replaying.entry_checks import Places, write_checks
+from graphcap.cudagraph.replaying.entry_checks import write_checks
 from graphcap.cudagraph.replaying.lines import Lines
 from graphcap.cudagraph.replaying.output_lines import read_by, write_expiry, write_outputs
 
@@ -54,7 +54,7 @@ def generate(
         The function (of a padded plan that for the size of its rung; the fitter makes the others) and its source.
     """
     writer = _Writer(recorded, on_mismatch, fitter)
-    places = write_checks(writer)
+    write_checks(writer)
     writer.claim(arena)
     writer.copies_in()
     write_expiry(writer, in_place=True)
@@ -71,7 +71,7 @@ def generate(
             first = entry + 1
     writer.padded_copies_back()
     write_outputs(writer, at_end)
-    return writer.finish(places)
+    return writer.finish()
 
 
 class _Writer(Lines):
@@ -79,10 +79,7 @@ class _Writer(Lines):
 
     def __init__(self, recorded: Recorded, on_mismatch: Callable[[str], None], fitter: Fitter | None) -> None:
         super().__init__(recorded, fitter)
-        self.names |= {
-            "copy_many": torch._foreach_copy_,
-            "finish": _make_finish(recorded, on_mismatch, fitter),
-        }
+        self.names["finish"] = _make_finish(recorded, on_mismatch, fitter)
         self._reads_left = Counter(
             slot for entry in recorded.timeline if entry >= 0 for slot in recorded.program.steps[entry].reads
         )
@@ -114,19 +111,18 @@ class _Writer(Lines):
 
     def copies_in(self) -> None:
         """One grouped copy for each dtype."""
-        groups: dict[torch.dtype, list[tuple[str, str]]] = {}
+        groups: dict[torch.dtype, list[int]] = {}
         for index in self.recorded.layout.inputs_bound(Binding.COPIED, Binding.COPIED_BACK, Binding.PADDED):
             stand_in = self.recorded.stand_ins[index]
-            if stand_in.numel() == 0:
-                continue
-            source, target = self.copy_operands(index)
-            groups.setdefault(stand_in.dtype, []).append((target, source))
-        for pairs in groups.values():
-            if len(pairs) == 1:
-                self.line(f"{pairs[0][0]}.copy_({pairs[0][1]})")
-            else:
-                targets, sources = (", ".join(names) for names in zip(*pairs, strict=True))
-                self.line(f"copy_many([{targets}], [{sources}])")
+            if overlaps_itself(stand_in):
+                source, target = self.copy_operands(index)
+                self.line(f"{target}.copy_({source})")
+            elif stand_in.numel():
+                groups.setdefault(stand_in.dtype, []).append(index)
+        for number, indices in enumerate(groups.values()):
+            targets = [self.copy_operands(index)[1] for index in indices]
+            self.line(f"copy{number}(args)  # {', '.join(f'a{i}' for i in indices)} into {', '.join(targets)}")
+            self.natives[f"copy{number}"] = _copies(targets, indices)
 
     def copies_back(self, first: int, stop: int) -> None:
         """What a segment wrote into copies, for the caller."""
@@ -170,18 +166,14 @@ class _Writer(Lines):
                 source, target = self.copy_operands(slot)
                 self.line(f"{target}.copy_({source})")
 
-    def finish(self, places: Places | None) -> tuple[Callable[[Sequence[Any]], Any], str]:
+    def finish(self) -> tuple[Callable[[Sequence[Any]], Any], str]:
         source, code = _compiled("\n    ".join(self.lines), tuple(self.used), self.recorded.program.name)
         exec(code, self.names)
         replay = self.names.pop("replay")  # not in its own globals: a dropped plan must not wait for the collector
-
-        def check_natively(replay: FunctionType) -> None:
-            if places is not None:
-                native.when_ready(replay, _check_natively(*places))
-
-        check_natively(replay)
+        equip = _equipment(self.natives)
+        equip(replay)
         if self.fitter is not None:
-            self.fitter.adopt(replay, check_natively)
+            self.fitter.adopt(replay, equip)
         return replay, source
 
 
@@ -195,11 +187,24 @@ def _compiled(body: str, used: tuple[int, ...], name: str) -> tuple[str, CodeTyp
     return source, compile(source, f"<graphcap replay of {name}>", "exec")
 
 
-def _check_natively(static: list[int], addresses: list[int]) -> Callable[[FunctionType], None]:
-    def exchange(replay: FunctionType) -> None:
-        replay.__globals__["addresses_hold"] = native.address_check(static, addresses)
+def _copies(targets: Sequence[str], indices: Sequence[int]) -> Callable[[Mapping[str, Any]], Callable[[Any], None]]:
+    return lambda names: native.grouped_copy([names[target] for target in targets], indices)
 
-    return exchange
+
+def _equipment(natives: Mapping[str, Callable[[Mapping[str, Any]], Any]]) -> Callable[[FunctionType], None]:
+    """What gives a replay its native functions: those in Python now, if there are no others, and the others later."""
+
+    def exchange(replay: FunctionType) -> None:
+        names = replay.__globals__
+        names.update({name: make(names) for name, make in natives.items()})
+
+    def equip(replay: FunctionType) -> None:
+        status = native.status()  # first: the extension may come while the functions are made
+        exchange(replay)
+        if status != "extension":
+            native.when_ready(replay, exchange)
+
+    return equip
 
 
 def _make_finish(

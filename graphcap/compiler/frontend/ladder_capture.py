@@ -162,7 +162,8 @@ class LadderCapture:
             self._call(key, Phase.WARM_UP)
         summary, reasons = self._summary, list[str]()
         for _ in range(_RECORDINGS):
-            self._call(key, Phase.RECORD)
+            # Where there are several graphs, what one of them leaves may decide where the others are called.
+            self._call(key, Phase.RECORD, is_unread=len(self._runners()) == 1)
             runners = self._runners()
             if any(runner.has_plan(key) for runner in runners):
                 summary.captured = (*summary.captured, key)
@@ -179,10 +180,11 @@ class LadderCapture:
                 self._call(short, Phase.WARM_UP)
                 return
 
-    def _call(self, key: GraphKey, phase: Phase) -> None:
+    def _call(self, key: GraphKey, phase: Phase, *, is_unread: bool = False) -> None:
         with step(key=key):
             args, kwargs, *rest = self._make_inputs(key)
-        with step(key=key, inputs=rest[0] if rest else None), in_phase(phase, self._keeper):
+        purpose = in_phase(phase, self._keeper, is_unread=is_unread)
+        with step(key=key, inputs=rest[0] if rest else None), purpose:
             self._call_model(*args, **kwargs)
 
     def _sum_up(self, started: float, used: int) -> None:

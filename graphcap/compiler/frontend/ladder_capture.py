@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 #: a warm-up more.
 _RECORDINGS = 3
 
+_WARMUPS = 2  #: of a batch that is the first of its kind, where nobody says how many
+
 #: Takes a batch, returns the positional and keyword arguments of a call with such a batch, and the inputs of its step
 #: where ops of the model read any.
 MakeInputs = Callable[
@@ -158,8 +160,7 @@ class LadderCapture:
 
     def _capture(self, key: GraphKey) -> None:
         """Warm up and record."""
-        for _ in range(self._config.num_warmups):
-            self._call(key, Phase.WARM_UP)
+        self._warm_up(key)
         summary, reasons = self._summary, list[str]()
         for _ in range(_RECORDINGS):
             # Where there are several graphs, what one of them leaves may decide where the others are called.
@@ -172,6 +173,13 @@ class LadderCapture:
             if reasons:
                 break
         summary.skipped = {**summary.skipped, key: reasons[0] if reasons else "not captured"}
+
+    def _warm_up(self, key: GraphKey) -> None:
+        wanted = self._config.num_warmups
+        for number in range(_WARMUPS if wanted is None else wanted):
+            if wanted is None and number and all(runner.is_like_others(key) for runner in self._runners()):
+                return
+            self._call(key, Phase.WARM_UP)
 
     def _prove_padding(self, key: GraphKey) -> None:
         """The first padded call of its kind, which is where padding has to prove itself."""

@@ -77,13 +77,12 @@ class Values:
             if slot not in layout.captured:
                 recorded.given[slot] = value
         for slot, value in zip(step.writes, results, strict=True):
-            self._sharing.check(slot, value, self.bound)
+            address = self._sharing.check(slot, value, self.bound)
             self.slots[slot] = self.bound[slot] = value
-            tensor = isinstance(value, torch.Tensor)
-            if tensor and recorded.seen.roots[slot] == slot:
-                recorded.memory.pool.add(storage_address(value))
+            if recorded.seen.roots[slot] == slot:
+                recorded.memory.pool.add(address)
             if slot in layout.crossing:
-                recorded.constants[slot] = weak_view(value) if tensor else value
+                recorded.constants[slot] = weak_view(value) if isinstance(value, torch.Tensor) else value
 
     def ran(self, step: Step, results: Sequence[Any]) -> None:
         """A live step has run."""

@@ -26,6 +26,16 @@ def require_cuda(tensor: Tensor) -> None:
         raise Skipped("needs CUDA")
 
 
+def capture_nothing(device: torch.device) -> None:
+    """Capture and replay one kernel, for all that the driver and torch do at the first graph of a process."""
+    if device.type != "cuda":
+        return
+    one, graph = torch.ones(1, device=device), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=harness.side_stream(), capture_error_mode="thread_local"):
+        one.mul_(1)
+    graph.replay()
+
+
 def full_graph(compiled: Forward, inputs: Sequence[Tensor], pool: Any = None) -> Forward:
     """One CUDA graph of a compiled forward, attention included, in a memory pool of its own or in ``pool``.
 

@@ -1,10 +1,15 @@
 """A ladder of sizes: what its graphs cost, and whether traffic of any size is served rightly from it.
 
-Three parts, over 35 sizes (1, 2, 4, 8..256 by 8) of the lab decoder of ``bench/models.py``:
+Four parts, over 35 sizes (1, 2, 4, 8..256 by 8) of the lab decoder of ``bench/models.py``:
 
+- *libraries*: seconds that the eager model takes to run each size once, and once more. The difference is what any
+  program pays once a process for new sizes, with graphs or without: plans of cuDNN's attention, choices and kernels of
+  cuBLAS. It comes first, so that no variant pays it for those that come after: their order does not matter. cuDNN's
+  attention stays on: torch chooses it, and its plans are in this row.
 - *capture*: seconds and MiB of device memory of all graphs, captured at one go. Artifacts are warm: a live call has
   compiled everything before. Device memory is cudaMemGetInfo's, after empty_cache on both sides; weights and KV caches
-  are there before, workspaces and warm-ups are counted.
+  are there before, workspaces and warm-ups are counted. All PIECEWISE variants call the same attention op, which the
+  FULL ones capture; it takes padded batches.
 - *traffic*: calls of random sizes 1 to 300, captures forbidden. Sizes between the rungs are padded; a padded row writes
   zeros into one row of the caches that belongs to nobody. Each row is compared with the same model in fp32; a row is
   wrong when the norm of its error is above 0.5 of its own norm (a row of another request is at about 1.4). Calls up to
@@ -94,13 +99,19 @@ class Subject:
     is_ours: bool
 
 
+def with_attention(model: Decoder, mode: str) -> Decoder:
+    """The same weights and caches, with the op that a mode captures or leaves live."""
+    model = models.share_tensors(model)
+    for layer in model.decoder_layers():
+        layer.attention_op = getattr(torch.ops.lab, OPS[mode])
+    return model
+
+
 def ours(mode: str, **further: Any) -> Callable[[Ladder], Subject]:
     """graphcap with declared dims, padded by repeating the last row."""
 
     def build(ladder: Ladder) -> Subject:
-        model = models.share_tensors(ladder.model)
-        for layer in model.decoder_layers():
-            layer.attention_op = getattr(torch.ops.lab, OPS[mode])
+        model = with_attention(ladder.model, mode)
         graphcap.register_op(f"lab::{OPS['FULL']}", capture="always")
         settings = {"cudagraph_mode": mode, "capture_sizes": ladder.sizes, "pad": PAD, "max_padding_ratio": 0.9}
         settings |= {**further, **graphcaps.device_options(ladder.device), **ladder.options}
@@ -116,7 +127,7 @@ def ours(mode: str, **further: Any) -> Callable[[Ladder], Subject]:
 
 def hand_full(ladder: Ladder) -> Subject:
     handmade.require_cuda(ladder.model.rotary)
-    compiled = torch.compile(models.share_tensors(ladder.model), dynamic=True)
+    compiled = torch.compile(with_attention(ladder.model, "FULL"), dynamic=True)
     graphs: list[Forward] = []
 
     def capture() -> None:
@@ -129,16 +140,17 @@ def hand_full(ladder: Ladder) -> Subject:
 def hand_piecewise(ladder: Ladder) -> Subject:
     handmade.require_cuda(ladder.model.rotary)
     pieces = handmade.CompiledPieces(ladder.model.config, dynamic=True)
+    attention = getattr(torch.ops.lab, OPS["PIECEWISE"])
     loops: list[handmade.PiecewiseLoop] = []
 
     def live(*inputs: Tensor) -> Tensor:
-        return handmade.PiecewiseLoop(ladder.model, inputs, pieces).run_compiled(models.attention)
+        return handmade.PiecewiseLoop(ladder.model, inputs, pieces).run_compiled(attention)
 
     def capture() -> None:
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(ladder.sizes):
             loops.append(handmade.PiecewiseLoop(ladder.model, ladder.inputs(size, 0), pieces))
-            loops[-1].capture(models.attention, pool)
+            loops[-1].capture(attention, pool)
 
     return Subject(live, capture, is_ours=False)
 
@@ -151,6 +163,22 @@ VARIANTS: dict[str, Callable[[Ladder], Subject]] = {
     "hand-made PIECEWISE": hand_piecewise,
     "hand-made FULL": hand_full,
 }
+
+
+def libraries(ladder: Ladder) -> dict[str, float]:
+    """Seconds for a live call of each size: the first one, when libraries prepare for it, and the next one."""
+    model = with_attention(ladder.model, "PIECEWISE")
+    model(*ladder.inputs(ladder.most, seed=0))  # what does not depend on a size
+    handmade.capture_nothing(ladder.device)
+    seconds = []
+    for _ in range(2):
+        harness.synchronize(ladder.device)
+        start = time.perf_counter()
+        for size in reversed(ladder.sizes):
+            model(*ladder.inputs(size, seed=0))
+        harness.synchronize(ladder.device)
+        seconds.append(time.perf_counter() - start)
+    return dict(zip(("first calls", "next calls"), seconds, strict=True))
 
 
 def captured(ladder: Ladder, subject: Subject) -> dict[str, Any]:
@@ -166,7 +194,7 @@ def captured(ladder: Ladder, subject: Subject) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     after = harness.used_memory_mib(ladder.device)
     memory = None if before is None or after is None else after - before
-    row = {"num_sizes": len(ladder.sizes), "capture_s": seconds, "memory_mib": memory}
+    row = {"num_sizes": len(ladder.sizes), "seconds": seconds, "memory_mib": memory}
     if subject.is_ours:
         row["num_graphs"] = sum(plan.num_segments for plan in plans(subject.forward))
     return row
@@ -308,6 +336,10 @@ def run_variants(ladder: Ladder, names: list[str], num_calls: int, record: Recor
     """Capture and traffic of each variant; hand-made ladders have no traffic of their own."""
     sizes, name_of_model = traffic_sizes(ladder, num_calls), ladder.model.config.name
     expected = references(ladder, sizes)
+    for calls, seconds in libraries(ladder).items():
+        key = {"model": name_of_model, "part": "libraries", "variant": f"eager, {calls}"}
+        record.put({**key, "status": "ok", "num_sizes": len(ladder.sizes), "seconds": seconds})
+        say(f"  eager, {calls} of each size: {seconds:.3f} s")
     for name in names:
         key = {"model": name_of_model, "part": "capture", "variant": name}
         harness.collect_garbage(ladder.device)

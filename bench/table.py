@@ -100,7 +100,7 @@ LAYOUTS = {
         names=(Column("variant", "variant"),),
         figures=(
             Column("sizes", "num_sizes"),
-            Column("capture s", "capture_s", hundredth),
+            Column("seconds", "seconds", hundredth),
             Column("MiB", "memory_mib", whole),
             Column("graphs", "num_graphs"),
             Column("calls", "num_calls"),

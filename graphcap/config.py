@@ -125,9 +125,10 @@ class Config:
     capture_after: int = 3
     """A shape outside `capture_sizes` is captured at this sighting; at least 2, as an earlier call is the warm-up."""
 
-    num_warmups: int = 2
-    """Live calls of each rung before graphcap.capture() records it. With 0 a rung is recorded at once where another one
-    of its kind has been, and is warmed up when that fails; it has no effect in a process group."""
+    num_warmups: int | None = None
+    """Live calls of each rung before graphcap.capture() records it. None is two of the first rung of each kind of batch
+    and one of each further one. With 0 a rung is recorded at once where another one of its kind has been, and is warmed
+    up when that fails. In a process group None is 2, and 0 has no effect."""
 
     max_plans: int = 64
     """How many shapes of one region may be captured besides those of the ladder; later ones run compiled."""
@@ -293,7 +294,7 @@ _KIND_OF_NAME: dict[str, Kind] = {
     "capture_sizes": values.optional(values.LADDERS),
     "max_num_reqs": values.optional(values.at_least(1)),
     "max_padding_ratio": values.RATIO,
-    "num_warmups": values.at_least(0),
+    "num_warmups": values.optional(values.at_least(0)),
     "max_graph_bytes": values.optional(values.at_least(0)),
     "verify": values.COUNT_OR_BOOL,
     "max_capture_size": values.optional(values.at_least(1)),

@@ -52,7 +52,7 @@ class PlanMaker:
         self._padding, self._router, self._table = parts.padding, parts.router, parts.table
         self._agreement, self._question = parts.agreement, parts.question
         # Ranks must run as many calls as each other, whatever fails where.
-        warms_up = parts.config.num_warmups > 0 or parts.agreement.is_group
+        warms_up = parts.config.num_warmups != 0 or parts.agreement.is_group
         self._knowledge = Knowledge(parts.program, parts.device.device, warms_up)
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
@@ -76,6 +76,10 @@ class PlanMaker:
     def forget(self, key: Hashable) -> None:
         """Let the next call of a route be a warm-up again."""
         self._knowledge.cool(key)
+
+    def is_like_others(self, route: Route) -> bool:
+        """Whether a call of this route has run live, and the rest is known from another route of its family."""
+        return self._knowledge.is_like_others(route)
 
     def no_room(self, route: Route) -> str:
         """Why the device has no room for a plan, ``""`` where it may."""

@@ -1,6 +1,7 @@
 """The capture of a plan: a call is recorded while it is served, and from then on the plan can be replayed.
 
-The call returns what a live run returns, and its effects happen once, whatever becomes of the capture.
+The call returns what a live run returns, and its effects happen once, whatever becomes of the capture; but for a call
+that is made only to be recorded, see ``_spared``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -187,7 +188,8 @@ class PlanCapture:
             session.enter_context(_frozen(serving))
             with torch.no_grad():
                 scales = self._worth.scales(route, layout)
-                outputs, failure = capture.run(bar, self._policy, scales)
+                spared = self._spared(known, layout) if is_warm and scales is None else ()
+                outputs, failure = capture.run(bar, self._policy, scales, spared)
         failure = self._first_failure("was it captured", route, failure)
         if failure is not None and failure.misjudged:
             _log.info("%s: %s is unlike other sizes: %s", self._program.name, route.sizes, failure.reason)
@@ -213,6 +215,15 @@ class PlanCapture:
         seconds = time.perf_counter() - started
         self._table.add(self._writer.write(route, capture.recorded, holding, grown, seconds, serving, self.inspector))
         return Made(outputs)
+
+    def _spared(self, known: Observation, layout: Layout) -> Collection[int]:
+        """The live steps that need not run, in a call that nobody reads, of a size that has run live before: those that
+        only write, if all do. (A result that is not there has no size to make room for, and one that is made from
+        others which are not may be no valid index.) The first size of a family runs whole, and ranks run the same."""
+        steps = self._program.steps
+        if not current_purpose().is_unread or not known.is_of_another_size or self._agreement.is_group:
+            return ()
+        return () if any(steps[number].writes for number in layout.live) else layout.live.keys()
 
     def _bar(self) -> Progress:
         """Shows the steps, unless somebody shows how many captures are done."""

@@ -251,6 +251,112 @@ def test_steps_that_bring_other_inputs_are_another_family(counted: Counter[str])
         assert counted["calls watched"] == watched
 
 
+class Cached:
+    """Layers with a captured step and live ones that add rows to a cache and write into what the captured one made."""
+
+    def __init__(self, device: GraphDevice | None = None, result: bool = False) -> None:
+        self.place = torch.device("cpu") if device is None else device.device
+        self.runs: Counter[int] = Counter()
+        region = PaddedRegion()
+        x = region.rows("x", WIDTH)
+        caches = [region.state(f"cache{each}", 16, WIDTH, kind=InputKind.STATIC) for each in range(NUM_LAYERS)]
+        for cache in caches:
+            x, out = region.step(lambda x: (x + 1, torch.empty_like(x).fill_(torch.nan)), x, writes=2)
+            region.step(self._attend, x, out, cache, writes=0, mutates=[out, cache], capture=LIVE)
+            if result:
+                x = region.step(lambda x: x.clone(), x, capture=LIVE)
+            x = region.step(lambda x, out: x + out, x, out)
+        self.program = region.program(x, sizes=[(N, WIDTH)])
+        self.caches = [torch.zeros(16, WIDTH, device=self.place) for _ in caches]
+        self.runner = runner_of(self.program, device, capture_sizes=SIZES, max_graph_bytes=2**30)
+
+    def _attend(self, x: Tensor, out: Tensor, cache: Tensor) -> tuple[()]:
+        self.runs[x.shape[0]] += 1
+        cache[: x.shape[0]] += x
+        out.copy_(cache[: x.shape[0]] * 2)
+        return ()
+
+    def call(self, size: int, purpose: in_phase) -> tuple[Tensor, Tensor]:
+        """What came of a call, and what should have."""
+        x = torch.randn(size, WIDTH, device=self.place)
+        expected = self.program.run(size, x, *(cache.clone() for cache in self.caches))[0]
+        self.runs.clear()
+        with purpose:
+            return self.runner(size, x, *self.caches)[0], expected
+
+    def capture(self, size: int, num_warmups: int = 1) -> Tensor:
+        for _ in range(num_warmups):
+            self.call(size, in_phase(Phase.WARM_UP))
+        got, _ = self.call(size, in_phase(Phase.RECORD, is_unread=True))
+        assert self.runner.stats.plans[-1].key == (size,)
+        return got
+
+    def serves(self, *sizes: int) -> bool:
+        replays = self.runner.stats.replays
+        for size in sizes:
+            got, expected = self.call(size, in_phase(Phase.TRAFFIC))
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+            assert self.runs == {size: NUM_LAYERS}
+        return self.runner.stats.replays == replays + len(sizes)
+
+
+def test_a_recording_that_nobody_reads_does_without_live_steps_that_only_write() -> None:
+    cached = Cached()
+    cached.capture(SIZES[0])
+    assert cached.runs == {SIZES[0]: NUM_LAYERS}, "the first size of a family runs whole"
+    for size in SIZES[1:]:
+        before = [cache.clone() for cache in cached.caches]
+        got = cached.capture(size)
+        assert not cached.runs
+        assert bool(got.isfinite().all()), "what they would have written is not left to chance"
+        changed = [bool((cache != old).any()) for cache, old in zip(cached.caches, before, strict=True)]
+        assert changed == [True] * NUM_LAYERS, "by the warm-up"
+    assert cached.serves(*SIZES, *reversed(SIZES))
+
+
+def test_state_stays_as_it_is_where_live_steps_do_not_run() -> None:
+    cached = Cached()
+    for size in SIZES[:2]:
+        cached.capture(size)
+    cached.call(SIZES[2], in_phase(Phase.WARM_UP))
+    before = [cache.clone() for cache in cached.caches]
+    cached.call(SIZES[2], in_phase(Phase.RECORD, is_unread=True))
+    assert all(torch.equal(cache, old) for cache, old in zip(cached.caches, before, strict=True))
+
+
+def test_a_recording_whose_result_is_read_runs_whole() -> None:
+    cached = Cached()
+    cached.capture(SIZES[0])
+    cached.call(SIZES[1], in_phase(Phase.WARM_UP))
+    got, expected = cached.call(SIZES[1], in_phase(Phase.RECORD))
+    assert cached.runs == {SIZES[1]: NUM_LAYERS}
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("result", "num_warmups"), [(True, 1), (False, 0)])
+def test_live_steps_run_where_others_have_results_and_where_their_libraries_know_no_such_size(
+    result: bool, num_warmups: int
+) -> None:
+    cached = Cached(result=result)
+    cached.runner = runner_of(cached.program, capture_sizes=SIZES, max_graph_bytes=2**30, num_warmups=num_warmups)
+    cached.capture(SIZES[0])
+    cached.capture(SIZES[1], num_warmups)
+    assert cached.runs == {SIZES[1]: NUM_LAYERS}
+    assert cached.serves(*SIZES[:2])
+
+
+@pytest.mark.gpu
+def test_what_is_recorded_without_live_steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worth, "scales", lambda *_: None)
+    device, reason = device_for({torch.device("cuda", 0)}, simulate=False, private=True)
+    assert device is not None, reason
+    cached = Cached(device)
+    for size in SIZES:
+        cached.capture(size)
+        assert bool(cached.runs) == (size == SIZES[0])
+    assert cached.serves(*SIZES, *reversed(SIZES))
+
+
 @pytest.mark.gpu
 def test_what_each_rung_asks_of_a_gpu(counted: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     looks: Counter[str] = Counter()

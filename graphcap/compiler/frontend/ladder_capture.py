@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 #: a warm-up more.
 _RECORDINGS = 3
 
+_WARMUPS = 2  #: of a batch that is the first of its kind, where nobody says how many
+
 #: Takes a batch, returns the positional and keyword arguments of a call with such a batch, and the inputs of its step
 #: where ops of the model read any.
 MakeInputs = Callable[
@@ -158,11 +160,11 @@ class LadderCapture:
 
     def _capture(self, key: GraphKey) -> None:
         """Warm up and record."""
-        for _ in range(self._config.num_warmups):
-            self._call(key, Phase.WARM_UP)
+        self._warm_up(key)
         summary, reasons = self._summary, list[str]()
         for _ in range(_RECORDINGS):
-            self._call(key, Phase.RECORD)
+            # Where there are several graphs, what one of them leaves may decide where the others are called.
+            self._call(key, Phase.RECORD, is_unread=len(self._runners()) == 1)
             runners = self._runners()
             if any(runner.has_plan(key) for runner in runners):
                 summary.captured = (*summary.captured, key)
@@ -172,6 +174,13 @@ class LadderCapture:
                 break
         summary.skipped = {**summary.skipped, key: reasons[0] if reasons else "not captured"}
 
+    def _warm_up(self, key: GraphKey) -> None:
+        wanted = self._config.num_warmups
+        for number in range(_WARMUPS if wanted is None else wanted):
+            if wanted is None and number and all(runner.is_like_others(key) for runner in self._runners()):
+                return
+            self._call(key, Phase.WARM_UP)
+
     def _prove_padding(self, key: GraphKey) -> None:
         """The first padded call of its kind, which is where padding has to prove itself."""
         for runner in self._runners():
@@ -179,10 +188,11 @@ class LadderCapture:
                 self._call(short, Phase.WARM_UP)
                 return
 
-    def _call(self, key: GraphKey, phase: Phase) -> None:
+    def _call(self, key: GraphKey, phase: Phase, *, is_unread: bool = False) -> None:
         with step(key=key):
             args, kwargs, *rest = self._make_inputs(key)
-        with step(key=key, inputs=rest[0] if rest else None), in_phase(phase, self._keeper):
+        purpose = in_phase(phase, self._keeper, is_unread=is_unread)
+        with step(key=key, inputs=rest[0] if rest else None), purpose:
             self._call_model(*args, **kwargs)
 
     def _sum_up(self, started: float, used: int) -> None:

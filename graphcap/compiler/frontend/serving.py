@@ -26,7 +26,8 @@ def capture(model: Any, make_inputs: MakeInputs | None = None) -> CaptureSummary
 
     Call it in the mode in which the model is going to serve (``torch.inference_mode()`` or ``torch.no_grad()``).
     Buffers of the model that its calls write into are put back afterwards where they are small; what is larger is
-    written with what the inputs make the model write, so give indices that point nowhere.
+    written with what the inputs make the model write, so give indices that point nowhere. A call that records a further
+    size does without live attention that only writes: code of the model around it finds zeros there.
 
     Args:
         model: what :func:`graphcap.compile` or ``@support_graph_compile`` compiled.

@@ -75,10 +75,11 @@ class Keeper:
 
 @dataclass(frozen=True, slots=True)
 class Purpose:
-    """Why a call is made, and who keeps the state that it writes into."""
+    """Why a call is made, who keeps the state that it writes into, and whether nobody reads what it leaves."""
 
     phase: Phase = Phase.TRAFFIC
     keeper: Keeper | None = None
+    is_unread: bool = False
 
 
 _purpose: ContextVar[Purpose] = ContextVar("graphcap_purpose", default=Purpose())  # noqa: B039 - frozen
@@ -86,12 +87,18 @@ current_purpose = _purpose.get
 
 
 class in_phase:
-    """Make the calls inside of the ``with`` block for a purpose."""
+    """Make the calls inside of the ``with`` block for a purpose.
+
+    Args:
+        phase: see :class:`Phase`.
+        keeper: keeps the state that they write into.
+        is_unread: nobody reads what they return and what they write: only what is recorded counts.
+    """
 
     __slots__ = ("_purpose", "_token")
 
-    def __init__(self, phase: Phase, keeper: Keeper | None = None) -> None:
-        self._purpose = Purpose(phase, keeper)
+    def __init__(self, phase: Phase, keeper: Keeper | None = None, *, is_unread: bool = False) -> None:
+        self._purpose = Purpose(phase, keeper, is_unread)
 
     def __enter__(self) -> None:
         self._token: Token[Purpose] = _purpose.set(self._purpose)

@@ -95,15 +95,18 @@ class CudaDevice(Device):
             self._backing, self._pool = backing, None
 
     def _prime(self) -> None:
-        """Let the linear algebra libraries allocate their workspaces for this thread and stream, outside any pool."""
+        """Let the linear algebra libraries allocate their workspaces for this thread and stream, outside any pool.
+
+        cuBLAS has one, and so has cuBLASLt, which adds the bias, where torch does not let the two share. Both serve
+        every dtype: with more than one, kernels would be loaded that nobody uses.
+        """
         if getattr(self._primed, "done", False):
             return
         before = torch.cuda.memory_allocated(self._index)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                square = torch.ones(16, 16, device=self.device, dtype=dtype)
-                torch.mm(square, square)
-                torch.nn.functional.linear(square, square, square[0])
+            square = torch.ones(16, 16, device=self.device, dtype=torch.bfloat16)
+            torch.mm(square, square)
+            torch.nn.functional.linear(square, square, square[0])
             self._stream.synchronize()
             del square
         self._workspace_bytes += max(0, torch.cuda.memory_allocated(self._index) - before)

@@ -42,6 +42,8 @@ def register_generator(generator: torch.Generator) -> None:
 
 def registered(device: torch.device) -> list[torch.Generator]:
     """The generators of this device that were registered and that somebody else holds."""
+    if not _registered:  # asked for each graph that is captured
+        return []
     with _lock:
         _drop_unused()
         held = list(_registered)

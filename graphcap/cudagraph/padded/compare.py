@@ -9,7 +9,7 @@ import torch
 #: Relative to the size of a row: what another choice of kernels may change, and a division by the wrong size exceeds.
 _TOLERANCE = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 5e-3, torch.complex64: 5e-3}
 _TOLERANCE_HALF = 5e-2  #: for everything with fewer bits
-_PART = 2**24  #: elements compared at once: a cache may fill the device
+_PART = 2**24  #: elements (or words of eight bytes) compared at once: a cache may fill the device
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -17,6 +17,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
     Infinite where only one is NaN, and for numbers that are no floats.
     """
+    if _same_bytes(a, b):
+        return 0.0
     return max(_distance(*pair) for pair in _in_parts(a.detach(), b.detach()))
 
 
@@ -37,6 +39,8 @@ def departs(value: torch.Tensor, truth: torch.Tensor) -> bool:
 
     Numbers that are no floats must be equal.
     """
+    if _same_bytes(value, truth):
+        return False
     tolerance = _TOLERANCE.get(truth.dtype, _TOLERANCE_HALF)
     return any(_departs(*pair, tolerance) for pair in _in_parts(value.detach(), truth.detach()))
 
@@ -53,6 +57,21 @@ def _departs(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
     size = torch.where(b.isfinite(), b, 0).double()
     rows, sizes = (apart.norm(dim=-1), size.norm(dim=-1)) if b.dim() > 1 else (apart.abs(), size.abs())
     return bool((rows > tolerance * (sizes + sizes.mean())).any())
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one size and dtype hold the same bytes, eight looked at as one; False where they cannot be
+    looked at in this way, too. It is what most state turns out to be, and a look waits for the device."""
+    if not (_is_of_words(a) and _is_of_words(b)):
+        return False
+    words = (each.detach().view(-1).view(torch.int64).split(_PART) for each in (a, b))
+    return all(torch.equal(*pair) for pair in zip(*words, strict=True))
+
+
+def _is_of_words(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return False
+    return tensor.nbytes % 8 == 0 and tensor.storage_offset() * tensor.element_size() % 8 == 0
 
 
 def is_finite(value: torch.Tensor) -> bool:

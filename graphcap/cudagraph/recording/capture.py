@@ -2,7 +2,8 @@
 
 Captured steps extend the current segment. A live step ends it: the segment is replayed at once, so that the live step
 reads true values, then the live step runs for real. Every effect of the call happens exactly once. Nothing runs on the
-stream that records; replays and live steps run on the caller's.
+stream that records; replays and live steps run on the caller's. (A call that is made only to be recorded may do without
+its live steps.)
 
 When a recording fails, none of its kernels has run: the steps of the failed segment run live from the values that stand
 in the slot table, and so does the rest of the call.
@@ -13,7 +14,7 @@ of them has failed, none goes on: all run the same rest live.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -58,13 +59,14 @@ class SegmentedCapture:
         self._ended: list[torch.Tensor] = []  # released between two segments, for the next one
         self._asked = set[str]()  # what the present step looks for among the inputs of the ``graphcap.step``
         self._scales: Scales | None = None
+        self._spared: Collection[int] = ()
 
     def bind_inputs(self, arena: Arena, space: BridgeSpace, in_place: InPlace) -> None:
         """See :meth:`graphcap.cudagraph.recording.values.Values.bind_inputs`."""
         self._values.bind_inputs(arena, space, in_place)
 
     def run(
-        self, bar: Progress, policy: Policy, scales: Scales | None = None
+        self, bar: Progress, policy: Policy, scales: Scales | None = None, spared: Collection[int] = ()
     ) -> tuple[tuple[Any, ...], Failure | None]:
         """Run the call, one step after the other.
 
@@ -72,14 +74,16 @@ class SegmentedCapture:
             bar: is told of each step.
             policy: how outputs leave.
             scales: weigh each segment before it is launched, if given.
+            spared: live steps that do not run. They write nothing into slots; see
+                :meth:`graphcap.cudagraph.recording.values.Values.blank`.
 
         Returns:
-            The program's outputs, and why there is no plan if there is none.
+            The program's outputs (as far as ``spared`` lets them be), and why there is no plan if there is none.
 
         Raises:
             Exception: what a live step raises, as it would without any graph.
         """
-        self._scales = scales
+        self._scales, self._spared = scales, spared
         try:
             with inputs_asked_for() as self._asked:
                 failure = self._run_segments(bar)
@@ -154,7 +158,10 @@ class SegmentedCapture:
         if (failure := self._agree(None)) is not None:
             return failure
         self._first = number + 1
-        values.ran(step, step.fn(*[values.slots[slot] for slot in step.reads]))
+        if number in self._spared:
+            values.blank(step)
+        else:
+            values.ran(step, step.fn(*[values.slots[slot] for slot in step.reads]))
         try:
             values.place_results(number, step, self._asked)
         except Exception as error:

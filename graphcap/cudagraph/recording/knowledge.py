@@ -3,7 +3,8 @@
 Which values share memory is learned from a call that is watched step by step, which costs the host more than the call
 itself. It follows from the code that runs, hardly ever from a size. So the first route of a family is watched; the
 warm-ups of its other routes are plain runs of the program, there for the libraries, and their captures compare what
-they see with what is taken for granted. Where that is wrong the route is watched itself. (With ``num_warmups=0`` other
+they see with what is taken for granted. Where that is wrong the route is watched itself. One such run is enough: what a
+library prepares for a size it has prepared after its first sight. (With ``num_warmups=0`` other
 routes have none: what a library needs to prepare it has prepared at another size, or the capture fails, nobody is
 blamed, and the route is warmed up after all.)
 
@@ -65,6 +66,11 @@ class Knowledge:
     def is_warm(self, route: Route) -> bool:
         """Whether a call of this route has run live before."""
         return route.key in self._warm
+
+    def is_like_others(self, route: Route) -> bool:
+        """Whether a call of this route has run live, and the rest is taken from another route of its family: one more
+        warm-up would show nothing."""
+        return self.is_warm(route) and route.key not in self._watched
 
     def warm_up(
         self, route: Route, args: Sequence[Any], captured: Collection[int]

@@ -34,7 +34,7 @@ class Layout:
             zero.
         captured: the slots that captured steps write.
         crossing: the results that are read outside of the segment that makes them, outputs included.
-        inputs_of: the inputs by their binding.
+        inputs_of: the inputs by their binding, in order.
     """
 
     full: bool
@@ -51,6 +51,8 @@ class Layout:
 
     def inputs_bound(self, *bindings: Binding) -> list[int]:
         """The inputs with one of these bindings."""
+        if len(bindings) == 1:
+            return list(self.inputs_of.get(bindings[0], ()))
         return sorted(index for binding in bindings for index in self.inputs_of.get(binding, ()))
 
 

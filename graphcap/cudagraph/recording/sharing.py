@@ -45,13 +45,16 @@ class Sharing:
         if root < self._num_inputs:
             self._of_inputs.add(address)
 
-    def check(self, slot: int, value: Any, given: Sequence[Any]) -> None:
+    def check(self, slot: int, value: Any, given: Sequence[Any]) -> int:
         """A step has left ``value`` in a slot.
 
         Args:
             slot: the slot.
             value: what is in it now.
             given: per slot what such a step reads.
+
+        Returns:
+            Where its storage begins; 0 for what has no memory.
 
         Raises:
             UnlikeOtherSizes: it shares memory in another way than at the size that was observed.
@@ -61,7 +64,7 @@ class Sharing:
         if (root >= 0) != isinstance(value, torch.Tensor):
             raise self._error(f"slot {slot} held {'a tensor' if root >= 0 else 'no tensor'} in the warm-up only")
         if root < 0:
-            return
+            return 0
         address = storage_address(value)
         if root == slot:
             self._addresses[slot] = {address}
@@ -72,6 +75,7 @@ class Sharing:
             raise self._error(f"slot {slot} shares memory with other values than in the warm-up")
         if self._seen.is_of_another_size:
             self._check_kind(slot, value, given[self._seen.identity[slot]])
+        return address
 
     def check_asked(self, asked: Collection[str], is_captured: bool) -> None:
         """A step has looked for these names among the inputs of the ``graphcap.step``.

@@ -14,7 +14,7 @@ import torch
 
 from graphcap.cudagraph.private import storage_address, weak_view
 from graphcap.cudagraph.program import Step
-from graphcap.cudagraph.recording.arena import Arena, copy_into
+from graphcap.cudagraph.recording.arena import Arena, copy_into, flat, overlaps_itself
 from graphcap.cudagraph.recording.bindings import Binding
 from graphcap.cudagraph.recording.bridges import Bridges, BridgeSpace
 from graphcap.cudagraph.recording.in_place import InPlace
@@ -77,18 +77,25 @@ class Values:
             if slot not in layout.captured:
                 recorded.given[slot] = value
         for slot, value in zip(step.writes, results, strict=True):
-            self._sharing.check(slot, value, self.bound)
+            address = self._sharing.check(slot, value, self.bound)
             self.slots[slot] = self.bound[slot] = value
-            tensor = isinstance(value, torch.Tensor)
-            if tensor and recorded.seen.roots[slot] == slot:
-                recorded.memory.pool.add(storage_address(value))
+            if recorded.seen.roots[slot] == slot:
+                recorded.memory.pool.add(address)
             if slot in layout.crossing:
-                recorded.constants[slot] = weak_view(value) if tensor else value
+                recorded.constants[slot] = weak_view(value) if isinstance(value, torch.Tensor) else value
 
     def ran(self, step: Step, results: Sequence[Any]) -> None:
         """A live step has run."""
         for slot, value in zip(step.writes, results, strict=True):
             self.slots[slot] = self.bound[slot] = value
+
+    def blank(self, step: Step) -> None:
+        """A live step does not run: what it would have written of the memory that captured steps have made, which may
+        hold anything, holds zeros. State stays as it is."""
+        for slot in step.mutates:
+            if self._recorded.seen.roots[slot] >= len(self._recorded.program.inputs):
+                value = self.slots[slot]
+                (flat(value) if overlaps_itself(value) else value).zero_()
 
     def place_results(self, number: int, step: Step, asked: Collection[str]) -> None:
         """Let captured steps find a live step's results at an address that lasts. ``asked`` as above.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -56,6 +57,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _launch() -> Callable[..., None]:
+    from graphcap.passes.kernels.add_rms_norm_triton import launch
+
+    return launch
+
+
 def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, weight_in_fp32: bool) -> None:
     """Refuse what the kernel would read out of bounds or misinterpret."""
     if x.dtype not in DTYPES or residual.dtype != x.dtype:
@@ -96,13 +104,11 @@ def _triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not has_triton() or not 1 <= x.shape[-1] <= MAX_HIDDEN:
         return _plain(x, residual, weight, eps, weight_in_fp32)
-    from graphcap.passes.kernels.add_rms_norm_triton import launch
-
     _check(x, residual, weight, weight_in_fp32)
     # Nothing to do for the graphs that the pass rewrites; a direct caller of the op may bring any strides.
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     normed, new = torch.empty_like(x), torch.empty_like(x)
-    launch(x, residual, weight, normed, new, eps, weight_in_fp32)
+    _launch()(x, residual, weight, normed, new, eps, weight_in_fp32)
     return normed, new
 
 

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from graphcap.passes.kernels.direct_launch import DirectLaunch
+
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
@@ -56,17 +58,11 @@ def launch(
     if rows == 0:
         return
     block = triton.next_power_of_2(hidden)
-    with torch.cuda.device(x.device):
-        add_rms_norm_kernel[(rows,)](
-            x,
-            residual,
-            weight,
-            normed,
-            new,
-            hidden,
-            eps,
-            WEIGHT_IN_FP32=weight_in_fp32,
-            BLOCK=block,
-            # 16 elements per thread; 16 warps at most, which is also what a GPU with 64-wide wavefronts can hold.
-            num_warps=min(max(block // 512, 1), 16),
-        )
+    # 16 elements per thread; 16 warps at most, which is also what a GPU with 64-wide wavefronts can hold.
+    num_warps = min(max(block // 512, 1), 16)
+    kind = x.dtype, weight.dtype, hidden, weight_in_fp32
+    tensors = x, residual, weight, normed, new
+    _launch(kind, rows, tensors, (hidden, eps, weight_in_fp32, block), num_warps=num_warps)
+
+
+_launch = DirectLaunch(add_rms_norm_kernel)

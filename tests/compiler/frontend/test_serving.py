@@ -113,6 +113,64 @@ def test_inputs_are_made_afresh_inside_of_their_step() -> None:
     assert made[4] == made[2] == 3 + 1
 
 
+def test_a_further_size_is_warmed_up_once() -> None:
+    made: Counter[int] = Counter()
+    model = compiled(capture_sizes=[1, 2, 4, 8])
+
+    def make(key: GraphKey) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        made[key.num_tokens] += 1
+        return inputs(key)
+
+    with torch.no_grad():
+        summary = graphcap.capture(model, make)
+    assert len(summary.captured) == 4
+    assert made[4] == made[2] == 1 + 1, "the first size has shown how values share memory"
+    assert made[8] >= 2 + 1
+    assert made[1] == 2 + 1, "a kind of its own"
+
+
+def test_the_ladder_is_recorded_without_attention_that_nobody_reads() -> None:
+    runs: Counter[int] = Counter()
+
+    @torch.library.custom_op("graphcap_test::attend_into", mutates_args=("cache", "out"))
+    def attend_into(x: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:
+        runs[x.shape[0]] += 1
+        real = slots >= 0
+        cache[slots[real]] = x[real]
+        out.copy_(x * 2)
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("cache", torch.zeros(16, 4))
+
+        def forward(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+            x = self.linear(x)
+            out = x.new_empty(x.shape)
+            attend_into(x, slots, self.cache, out)
+            return self.linear(out)
+
+    def made(key: GraphKey) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (torch.randn(key.num_tokens, 4), torch.arange(key.num_tokens)), {}
+
+    torch.manual_seed(0)
+    settings = {**SETTINGS, "cudagraph_mode": "PIECEWISE", "pad": {"slots": -1}}
+    model = graphcap.compile(Attending(), dynamic_arg_dims={"x": 0, "slots": 0}, **settings)
+    with torch.no_grad():
+        summary = graphcap.capture(model, made)
+        assert [key.num_tokens for key in summary.captured] == [8, 4, 2]
+        assert runs[4] == runs[2] == 1, "by the warm-up"
+        assert runs[8] >= 3, "the first size is recorded while it runs"
+        assert not model.cache.any(), "and is put back"
+        for rows in (8, 7, 4, 3, 2):
+            x, slots = made(GraphKey(rows))[0]
+            y = model.linear(x)
+            torch.testing.assert_close(model(x, slots), model.linear(y * 2))
+            torch.testing.assert_close(model.cache[:rows], y)
+    assert sum(plan.replays for plan in plans_of(model)) == 5
+
+
 def test_without_warm_ups_the_smaller_sizes_are_called_once() -> None:
     made: Counter[int] = Counter()
     model = compiled(num_warmups=0)

@@ -89,6 +89,31 @@ def test_nothing_large_is_made_of_a_large_tensor(
     assert max(largest) <= 64
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.int64, torch.complex64])
+def test_equal_tensors_take_one_look_for_many_elements(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    plain = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: looks.append(a.numel()) or plain(a, b))
+    monkeypatch.setattr(compare, "_PART", 64)
+    values = torch.ones(16, 64).to(dtype)
+    assert distance(values, values.clone()) == 0.0
+    assert not departs(values, values.clone())
+    assert looks == [64] * (2 * values.nbytes // 8 // 64), "words of eight bytes, whatever they hold"
+
+
+@pytest.mark.parametrize("part", [slice(0, 8), slice(1, 9), slice(0, 7), slice(0, 16, 2)])
+@pytest.mark.parametrize("changed", [None, 0, -1])
+def test_parts_of_a_tensor_are_compared_alone(part: slice, changed: int | None) -> None:
+    """Wherever they begin and end: what lies beside them does not count."""
+    values = torch.randn(16).half()
+    one, other = values.clone(), torch.full_like(values, NAN)
+    other[part] = values[part]
+    if changed is not None:
+        other[part][changed] += 1
+    assert (distance(one[part], other[part]) > 0) == (changed is not None)
+    assert departs(other[part], one[part]) == (changed is not None)
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float32, torch.complex64])
 def test_what_is_finite(value: float, dtype: torch.dtype) -> None:

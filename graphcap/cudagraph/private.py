@@ -74,6 +74,12 @@ increment_version: Callable[[tuple[torch.Tensor, ...]], None] = getattr(
 )
 
 
+#: :func:`torch.cuda.is_current_stream_capturing` without a frame of Python; none in a build without CUDA.
+is_capturing: Callable[[], bool] = getattr(
+    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
+
+
 def current_raw_stream() -> Callable[[int], int]:
     """The function that takes a device index and returns the handle of its current stream."""
     return torch._C._cuda_getCurrentRawStream

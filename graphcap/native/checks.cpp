@@ -35,54 +35,48 @@ struct AddressCheck {
   std::vector<Place> places;
 };
 
-// A tensor lies behind three pointers. Between two steps of a model the processor's caches have forgotten all of them,
-// so each is asked for before the one in front of it is needed: hundreds of waits overlap instead of adding up.
-void fetch_ahead(const std::vector<Place>& places, PyObject* const* items, Py_ssize_t size) {
-  const auto tensors = reinterpret_cast<PyTypeObject*>(THPVariableClass);
-  for (const Place& place : places) {
-    if (place.index < size) {
-      __builtin_prefetch(items[place.index]);
-    }
-  }
-  const auto impl_of = [&](const Place& place) -> const c10::TensorImpl* {
-    const bool is_tensor = place.index < size && PyObject_TypeCheck(items[place.index], tensors);
-    return is_tensor ? THPVariable_Unpack(items[place.index]).unsafeGetTensorImpl() : nullptr;
-  };
-  for (const Place& place : places) {
-    if (const auto* impl = reinterpret_cast<const char*>(impl_of(place))) {
-      for (std::size_t offset = 0; offset < sizeof(c10::TensorImpl); offset += 64) {
-        __builtin_prefetch(impl + offset);
+// Tells tensors from what is none. Hundreds of parameters have one type: it is looked up in the bases of that once.
+struct Tensors {
+  PyTypeObject* seen = nullptr;
+
+  // NULL for what is no tensor. Not THPVariable_Check: it believes an object's __class__, and a mock has none inside.
+  const c10::TensorImpl* in(PyObject* object) {
+    if (Py_TYPE(object) != seen) {
+      if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
+        return nullptr;
       }
+      seen = Py_TYPE(object);
     }
+    return THPVariable_Unpack(object).unsafeGetTensorImpl();
   }
-  for (const Place& place : places) {
-    const c10::TensorImpl* impl = impl_of(place);
-    if (impl != nullptr && impl->has_storage()) {
-      __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
-    }
-  }
-}
+};
 
 // May throw: some tensors refuse to name an address.
-bool lies_at(PyObject* object, std::uintptr_t address) {
-  // Not THPVariable_Check: it believes an object's __class__, and a mock has no tensor inside.
-  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
-    return false;
-  }
-  const at::Tensor& tensor = THPVariable_Unpack(object);
-  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (!impl->has_storage() || c10::impl::cow::is_cow_data_ptr(impl->unsafe_storage().data_ptr())) {
+bool lies_at(const c10::TensorImpl* impl, std::uintptr_t address) {
+  if (impl == nullptr || !impl->has_storage() || c10::impl::cow::is_cow_data_ptr(impl->unsafe_storage().data_ptr())) {
     // A copy-on-write tensor moves when it is written, but a graph writes to the address: it must not count as in place.
     return false;
   }
-  return reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) == address;
+  return reinterpret_cast<std::uintptr_t>(impl->data()) == address;
 }
 
+// A tensor lies behind three pointers, and between two steps of a model the processor's caches have forgotten all of
+// them. Those of later tensors are asked for before they are needed, so that the waits overlap.
+constexpr std::size_t kNear = 6, kFar = 12;
+
 bool all_lie_there(const std::vector<Place>& places, PyObject* const* items, Py_ssize_t size) noexcept {
+  const auto item = [&](std::size_t i) {
+    return i < places.size() && places[i].index < size ? items[places[i].index] : Py_None;
+  };
+  Tensors tensors;
   try {
-    fetch_ahead(places, items, size);
-    for (const Place& place : places) {
-      if (place.index >= size || !lies_at(items[place.index], place.address)) {
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      __builtin_prefetch(item(i + kFar));
+      if (const auto* later = reinterpret_cast<const char*>(tensors.in(item(i + kNear)))) {
+        __builtin_prefetch(later);
+        __builtin_prefetch(later + 128);  // the storage is in front, offset and dtype are behind the sizes
+      }
+      if (!lies_at(tensors.in(item(i)), places[i].address)) {
         return false;
       }
     }

@@ -93,32 +93,8 @@ class DirectCalls:
         Raises:
             GuardError: as below.
         """
-        return self._first_of(self._again, bound, args, kwargs) if self._again else MISS
-
-    def __call__(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a call, or :data:`MISS` when nothing has run.
-
-        Raises:
-            GuardError: sealed, and what the graph relies on has changed.
-        """
-        if self._functions and (result := self._first_of(self._functions, bound, args, kwargs)) is not MISS:
-            return result
-        for way in self._ways:
-            if way.sealed is not None:
-                way.sealed.on_arguments.others_evaluated()
-        return MISS
-
-    def _first_of(
-        self,
-        functions: tuple[Callable[..., Any], ...],
-        bound: tuple[Any, ...],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if not self._is_plain():
-            return MISS
         try:
-            for function in functions:
+            for function in self._again:
                 result = function(*bound, *args, **kwargs)
                 if result is not MISS:
                     self.count += 1
@@ -126,6 +102,31 @@ class DirectCalls:
         except BaseException:
             dynamo.leave_functorch_layers()
             raise
+        return MISS
+
+    def __call__(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call, or :data:`MISS` when nothing has run.
+
+        Raises:
+            GuardError: sealed, and what the graph relies on has changed.
+        """
+        if not self._functions or not self._is_plain():
+            return self._not_served()
+        try:
+            for function in self._functions:
+                result = function(*bound, *args, **kwargs)
+                if result is not MISS:
+                    self.count += 1
+                    return result
+        except BaseException:
+            dynamo.leave_functorch_layers()
+            raise
+        return self._not_served()
+
+    def _not_served(self) -> Any:
+        for way in self._ways:
+            if way.sealed is not None:
+                way.sealed.on_arguments.others_evaluated()
         return MISS
 
     def learn(self, bound: tuple[Any, ...]) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from graphcap import native
 from graphcap.compiler.frontend.call_dims import TensorDims
 from graphcap.errors import GraphcapError
+from graphcap.native.fallback import Question
 
 log = logging.getLogger("graphcap.compiler")
 
@@ -215,35 +216,40 @@ def plain_caller() -> Callable[[], bool]:
     and under ``set_stance``. (``torch._dynamo.config.disable`` stops traces, and not the use of what was traced.)
     """
     import torch._dynamo.eval_frame as eval_frame
+
+    functions_say_so = native.answer_check(_questions())
+    return lambda: functions_say_so() and _is_default(eval_frame._stance)
+
+
+def plain_questions() -> list[Question]:
+    """The same as questions for :func:`graphcap.native.answer_check`, as long as the stance is the very one of now."""
+    import torch._dynamo.eval_frame as eval_frame
+
+    stance = eval_frame._stance
+    return [*_questions(), (getattr, (eval_frame, "_stance"), stance if _is_default(stance) else object())]
+
+
+def _questions() -> list[Question]:
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
     from torch._C._functorch import get_dynamic_layer_stack_depth
     from torch._guards import TracingContext
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-    functions_say_so = native.answer_check(
-        [
-            (get_eval_frame_callback, (), None),
-            (torch._C._len_torch_dispatch_stack, (), 0),
-            (get_dynamic_layer_stack_depth, (), 0),
-            (torch._C._is_tracing, (), False),
-            (is_fx_symbolic_tracing, (), False),
-        ]
-    )
     # try_get() asks for an attribute that is usually missing: five times as slow as a look into the dict of the thread.
     of_threads = getattr(torch._guards, "_TLS", None)
     tracing_context = TracingContext.try_get if of_threads is None else lambda: vars(of_threads).get("tracing_context")
+    return [
+        (get_eval_frame_callback, (), None),
+        (torch._C._len_torch_dispatch_stack, (), 0),
+        (get_dynamic_layer_stack_depth, (), 0),
+        (torch._C._is_tracing, (), False),
+        (is_fx_symbolic_tracing, (), False),
+        (tracing_context, (), None),
+    ]
 
-    def is_plain() -> bool:
-        stance = eval_frame._stance
-        return (
-            functions_say_so()
-            and stance.stance == "default"
-            and not stance.skip_guard_eval_unsafe
-            and stance.backend is None
-            and tracing_context() is None
-        )
 
-    return is_plain
+def _is_default(stance: Any) -> bool:
+    return stance.stance == "default" and not stance.skip_guard_eval_unsafe and stance.backend is None
 
 
 def leave_functorch_layers() -> None:

@@ -26,7 +26,11 @@ _OF_ALL = tuple(f"_global{name}" for name in _OF_A_MODULE)
 
 
 class HookWatch:
-    """The hooks that one compiled function may meet."""
+    """The hooks that one compiled function may meet.
+
+    Attributes:
+        counter: ``RemovableHandle.next_id`` at the last look; as long as it is the same there is no new hook.
+    """
 
     def __init__(self, roots: Callable[[], Iterable[nn.Module]]) -> None:
         """Look at nothing yet.
@@ -35,7 +39,7 @@ class HookWatch:
             roots: the modules that the function runs; their submodules are found.
         """
         self._roots = roots
-        self._counter = -1
+        self.counter = -1
         #: Where every trace so far has met hooks, and guards them.
         self._guarded: frozenset[tuple[int, str]] | None = None
 
@@ -46,10 +50,10 @@ class HookWatch:
 
     def has_unguarded(self) -> bool:
         """Whether a hook was registered since the last time where a trace has met none."""
-        if RemovableHandle.next_id == self._counter:
+        if RemovableHandle.next_id == self.counter:
             return False
         # The counter is read first: what is registered while the modules are looked at is found the next time.
-        self._counter = RemovableHandle.next_id
+        self.counter = RemovableHandle.next_id
         return self._guarded is not None and not self._guarded.issuperset(self._occupied())
 
     def _occupied(self) -> Iterator[tuple[int, str]]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from graphcap import native
+from graphcap.compiler.frontend import dynamo
+from graphcap.native.fallback import Question
 
 _MAX_LAYOUTS = 256  #: that are remembered for one graph
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -63,23 +65,19 @@ class SameLayout:
             ambient: guards on torch's modes; they are evaluated on every call.
             guards: a weak reference to what Dynamo keeps of them all; without a ``cache_entry`` when it is dropped.
         """
-        self._ambient: list[tuple[Callable[..., bool], tuple[Any, ...], bool]] = [
-            (guard, ({},), True) for guard in ambient
-        ]
-        self._ambient_holds: Callable[[], bool]
+        self._ambient: list[Question] = [(guard, ({},), True) for guard in ambient]
+        self._around: Callable[[], bool]
         self._guards = guards
         self._known: dict[Hashable, _Layout] = {}
         self._latest: _Layout | None = None
         self._count = -1
-        self._ask_natively()
-        native.when_ready(self, SameLayout._ask_natively)
-
-    def _ask_natively(self) -> None:
-        self._ambient_holds = native.answer_check(self._ambient)
+        self._ask_anew()
+        native.when_ready(self, SameLayout._ask_anew)
 
     def __call__(self, values: tuple[Any, ...]) -> bool:
-        """Whether the guards on arguments hold for a call with these. False also means: not known."""
-        if len(values) != self._count:
+        """Whether a call from plain Python with these would find that the guards on arguments hold. False also means:
+        not known."""
+        if len(values) != self._count or not self._around():
             return False
         layout = self._latest
         if layout is None or not layout.fits(*values):
@@ -90,13 +88,18 @@ class SameLayout:
         guards = self._guards()
         if guards is None or guards.cache_entry is None:
             return False
-        for index in layout.tensors:
+        for index in layout.tensors:  # noqa: SIM110 - a generator takes longer
             if values[index].__dict__:
                 return False  # Dynamo looks at some attributes: at a dim that the user marks as dynamic
-        return self._ambient_holds()
+        return True
+
+    def _ask_anew(self) -> None:
+        self._around = native.answer_check([*dynamo.plain_questions(), *self._ambient])
 
     def learn(self, values: tuple[Any, ...]) -> None:
-        """The guards, those on torch's modes as well, have held for these."""
+        """The guards, those on torch's modes as well, have held for these in a call from plain Python."""
+        if not self._around():
+            self._ask_anew()  # the stance is another one that is the default
         tensors = tuple(i for i, value in enumerate(values) if type(value) in _TENSORS)
         known = self._known.get(_outline(values))
         if known is not None and len(values) == self._count and known.fits(*values):

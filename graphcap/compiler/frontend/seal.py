@@ -49,25 +49,14 @@ class Known:
         holds: takes the own dicts of the modules where everything begins.
         values: the arguments, ``None`` for those that are no static inputs.
         ids: of the static inputs.
-        spare: lists like ``values`` that no call uses now. Hundreds of references are not counted up and down for each
-            call then.
+        spare: lists like ``values`` that no call uses now. A call takes one and puts it back as it was: hundreds of
+            references are not counted up and down for each then.
     """
 
     holds: Callable[..., bool]
     values: list[Any]
     ids: frozenset[int]
     spare: list[list[Any]] = field(default_factory=list)
-
-    def take(self) -> list[Any]:
-        """A list like ``values`` for one call."""
-        try:
-            return self.spare.pop()
-        except IndexError:
-            return self.values.copy()
-
-    def give_back(self, args: list[Any]) -> None:
-        """What :meth:`take` has given, as it was."""
-        self.spare.append(args)
 
 
 class Seal:

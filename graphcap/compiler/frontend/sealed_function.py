@@ -93,11 +93,12 @@ def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[...
             f"if not ({no_more} and {prefix}layout({values})): return {prefix}MISS",
             f"{prefix}known = {prefix}seal.known({', '.join([f'({ids})', *own_dicts])})",
             f"if {prefix}known is None: return {prefix}MISS",
-            f"{prefix}args = {prefix}known.take()",
+            f"try: {prefix}args = {prefix}known.spare.pop()",
+            f"except IndexError: {prefix}args = {prefix}known.values.copy()",
             *before,
             *writer.call_with_statics(set(paths)),
             *([f"{forgotten}None"] if dynamic else []),
-            f"{prefix}known.give_back({prefix}args)",
+            f"{prefix}known.spare.append({prefix}args)",
             *after,
         ]
         again = writer.define_frame(lines, names)

@@ -25,6 +25,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.call_dims import CallDims
@@ -117,7 +118,7 @@ class CompiledTarget:
             DimError: the call does not have the declared dims.
             GuardError: ``guards="sealed"``, and something that the compiled code relies on has changed.
         """
-        if self._hooks.has_unguarded():
+        if RemovableHandle.next_id != self._hooks.counter and self._hooks.has_unguarded():
             self._trace_again_with_hooks()
         if (result := self.direct.again(bound, args, kwargs)) is not MISS:
             return result  # a call like this one has passed all checks

@@ -24,7 +24,7 @@ from graphcap.cudagraph.hardware.cuda_recording import CudaPool, CudaRecording
 from graphcap.cudagraph.hardware.device import Pool
 from graphcap.cudagraph.hardware.devices import Device
 from graphcap.cudagraph.hardware.generators import registered
-from graphcap.cudagraph.private import current_raw_stream
+from graphcap.cudagraph.private import current_raw_stream, is_capturing
 
 _DEFAULT_PART = 10  #: graphs may take one part in so many of the device's memory where nobody says
 
@@ -47,7 +47,7 @@ class CudaDevice(Device):
 
     def enter(self) -> bool:
         """See :class:`graphcap.cudagraph.hardware.device.GraphDevice`."""
-        if torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return False
         handle = self._raw_stream(self._index)
         if handle != self._last_handle:

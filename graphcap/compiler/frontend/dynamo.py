@@ -233,7 +233,6 @@ def _questions() -> list[Question]:
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
     from torch._C._functorch import get_dynamic_layer_stack_depth
     from torch._guards import TracingContext
-    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
     # try_get() asks for an attribute that is usually missing: five times as slow as a look into the dict of the thread.
     of_threads = getattr(torch._guards, "_TLS", None)
@@ -243,9 +242,17 @@ def _questions() -> list[Question]:
         (torch._C._len_torch_dispatch_stack, (), 0),
         (get_dynamic_layer_stack_depth, (), 0),
         (torch._C._is_tracing, (), False),
-        (is_fx_symbolic_tracing, (), False),
+        (getattr, (torch.fx._symbolic_trace, "_is_fx_tracing_flag"), False),
         (tracing_context, (), None),
     ]
+
+
+def question_of(guard: Callable[[dict[str, Any]], bool], text: str) -> Question:
+    """A guard on one of torch's modes as a question. The one on hooks for saved tensors is two frames of Python."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is not None and text.startswith("torch._functorch.aot_autograd.utils.top_saved_tensors_hooks ids == None"):
+        return hooks, (True,), None
+    return guard, ({},), True
 
 
 def _is_default(stance: Any) -> bool:

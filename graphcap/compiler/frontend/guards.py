@@ -17,7 +17,9 @@ from typing import Any
 
 from torch import is_inference_mode_enabled
 
+from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.same_layout import SameLayout
+from graphcap.native.fallback import Question
 
 #: Leaves of the tree, by class.
 _OF_A_TENSOR, _NO_ALIAS = "TENSOR_MATCH", "NO_TENSOR_ALIASING"
@@ -111,7 +113,7 @@ class ArgumentGuards:
         root: Any,
         unaliased: tuple[str, ...],
         unchecked: list[str],
-        ambient: tuple[Any, ...] | None,
+        ambient: list[Question] | None,
     ) -> None:
         self._reference = reference
         self._check: Callable[[dict[str, Any]], bool] = root.check
@@ -197,10 +199,10 @@ def _kept(nodes: Sequence[_Node], fetched: Set[str], proved: Set[str]) -> set[st
     return kept | {place for node in nodes if node.source in kept for place in node.above}
 
 
-def _ambient(kept: Sequence[_Node], state: Set[str]) -> tuple[Any, ...] | None:
-    """Those on torch's modes, each a function of an empty dict, where all others see only the layout of tensor
-    arguments, and constants; ``None`` where some see more."""
-    ambient = []
+def _ambient(kept: Sequence[_Node], state: Set[str]) -> list[Question] | None:
+    """Those on torch's modes, as questions, where all others see only the layout of tensor arguments, and constants;
+    ``None`` where some see more."""
+    ambient: list[Question] = []
     for node in kept:
         if not node.above:
             for leaf in node.leaves:
@@ -209,10 +211,10 @@ def _ambient(kept: Sequence[_Node], state: Set[str]) -> tuple[Any, ...] | None:
                 if "G[" in text or named & state or not callable(leaf):
                     return None
                 if not named:  # the others compare sizes
-                    ambient.append(leaf)
+                    ambient.append(dynamo.question_of(leaf, text))
         elif node.is_state or not _ARGUMENT.fullmatch(node.source) or not node.sees_layout():
             return None
-    return tuple(ambient)
+    return ambient
 
 
 def _is_about_a_mark(leaf: Any) -> bool:

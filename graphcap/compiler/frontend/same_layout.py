@@ -58,14 +58,14 @@ def _fits(
 class SameLayout:
     """The layouts for which the guards on arguments of one graph have held."""
 
-    def __init__(self, ambient: Sequence[Callable[[dict[str, Any]], bool]], guards: Any) -> None:
+    def __init__(self, ambient: Sequence[Question], guards: Any) -> None:
         """Know none.
 
         Args:
-            ambient: guards on torch's modes; they are evaluated on every call.
+            ambient: guards on torch's modes; they are asked on every call.
             guards: a weak reference to what Dynamo keeps of them all; without a ``cache_entry`` when it is dropped.
         """
-        self._ambient: list[Question] = [(guard, ({},), True) for guard in ambient]
+        self._ambient = ambient
         self._around: Callable[[], bool]
         self._guards = guards
         self._known: dict[Hashable, _Layout] = {}

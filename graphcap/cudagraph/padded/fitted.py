@@ -118,7 +118,10 @@ def _filler(buffer: torch.Tensor, size: torch.Size, fill: Any) -> Callable[[], A
     return write
 
 
-def _all(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+def _all(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
+    if not calls:
+        return None
+
     def call_all() -> None:
         for call in calls:
             call()

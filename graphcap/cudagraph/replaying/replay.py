@@ -99,9 +99,9 @@ class _Writer(Lines):
     def fills(self) -> None:
         """Write what lies around the real rows: constants when something else has been there, the rest on each call."""
         if self.fitter is not None:
-            self.line("fill_always()")
+            self.line("if fill_always: fill_always()")
             self.line("if not mine:")
-            self.line("    fill_once()")
+            self.line("    if fill_once: fill_once()")
             self.line("    arena.holder = me")
 
     def padded_copies_back(self) -> None:

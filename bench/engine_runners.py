@@ -155,6 +155,6 @@ VARIANTS: dict[str, Callable[[Setup], Runner]] = {
     "torch.compile default": compiled,
     HAND_MADE: hand_made,
     "graphcap FULL_AND_PIECEWISE": graphcapped(),
-    "graphcap FULL_AND_PIECEWISE static sealed": graphcapped(outputs="static", guards="sealed"),
+    "graphcap FULL_AND_PIECEWISE clone, full guards": graphcapped(outputs="clone", guards="full"),
     "graphcap PIECEWISE": graphcapped(cudagraph_mode="PIECEWISE"),
 }

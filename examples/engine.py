@@ -190,6 +190,8 @@ class Engine:
             "cudagraph_mode": "FULL_AND_PIECEWISE",
             "max_num_reqs": self.max_num_reqs,
             "max_capture_size": self.max_num_tokens,
+            "outputs": "static",  # step() has taken what it wants of them before the next one
+            "guards": "sealed",  # nobody changes the model while it serves
             "simulate": self.device.type == "cpu",
         }  # fmt: skip
         graphcap.compile(self.model, **{**settings, **options})

@@ -1,7 +1,8 @@
 """What a replay asks and copies on every call, in microseconds: small C++ types, built on the user's machine in the
 background, and the same in Python until they are there.
 
-In reading order: :mod:`~graphcap.native.fallback` (the contract, in Python), ``checks.cpp`` (the same in C++),
+In reading order: :mod:`~graphcap.native.places` and :mod:`~graphcap.native.objects` (the contracts, in Python; together
+:mod:`~graphcap.native.fallback`), ``checks.cpp`` with ``answers.h`` and ``copies.h`` (the same in C++),
 :mod:`~graphcap.native.extension` (which of them is used), :mod:`~graphcap.native.build` and
 :mod:`~graphcap.native.loader` (how the extension is made and found). ``GRAPHCAP_NATIVE=0`` switches it off.
 :mod:`~graphcap.native.layouts` is a check of torch's own.

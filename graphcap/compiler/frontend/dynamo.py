@@ -18,7 +18,7 @@ import torch
 from graphcap import native
 from graphcap.compiler.frontend.call_dims import TensorDims
 from graphcap.errors import GraphcapError
-from graphcap.native.fallback import Question
+from graphcap.native.objects import Question
 
 log = logging.getLogger("graphcap.compiler")
 

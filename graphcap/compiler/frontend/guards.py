@@ -19,7 +19,7 @@ from torch import is_inference_mode_enabled
 
 from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.same_layout import SameLayout
-from graphcap.native.fallback import Question
+from graphcap.native.objects import Question
 
 #: Leaves of the tree, by class.
 _OF_A_TENSOR, _NO_ALIAS = "TENSOR_MATCH", "NO_TENSOR_ALIASING"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphcap import native
 from graphcap.compiler.frontend import dynamo
-from graphcap.native.fallback import Question
+from graphcap.native.objects import Question
 
 _MAX_LAYOUTS = 256  #: that are remembered for one graph
 _TENSORS = (Tensor, torch.nn.Parameter)

@@ -45,8 +45,7 @@ def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[...
         ``None`` where it would be no better than ``otherwise``: there is no module whose state could be sealed, or
         torch does not tell which guards are on arguments.
     """
-    frame, prefix = writer.frame, writer.frame.prefix
-    roots = _roots(writer)
+    frame, roots = writer.frame, _roots(writer)
     paths = {
         position: path
         for position, argument in enumerate(frame.arguments)
@@ -65,44 +64,64 @@ def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[...
     numbers = {name: number for number, name in enumerate(roots)}
     statics = [StaticInput(position, numbers[_name(path[0])], _steps(path)) for position, path in paths.items()]
     seal = Seal(writer.entry.__qualname__, guards, statics, len(frame.arguments))
-    ids = "".join(f"id({each}), " for each in on_arguments.unaliased)
-    texts = [root.text for root in roots.values()]
-    own_dicts = [root.own_dict(prefix) for root in roots.values()]
-    before, after = writer.kept_lines(set(paths), {id(value) for path in paths.values() for value in path}, ())
-    layout, (values, no_more) = on_arguments.same_layout, _values(writer)
-    body = [
-        f"{prefix}locals = {writer.variables()}",
-        f"if not {prefix}on_arguments({prefix}locals): return {prefix}MISS",
-        *([f"if {no_more}: {prefix}layout.learn({values})"] if layout is not None else []),
-        f"{prefix}ids = ({ids})",
-        f"{prefix}args = {prefix}seal({', '.join([f'{prefix}ids', *own_dicts])})",
-        f"if {prefix}args is None:",
-        f"  {prefix}args = {prefix}renew({', '.join([f'{prefix}locals', f'{prefix}ids', *texts])})",
-        f"  if {prefix}args is None: return {prefix}otherwise({_forwarded(writer)})",
-        *before,
-        *writer.call_with_statics(set(paths)),
-        *after,
-    ]
+    layout = on_arguments.same_layout
     names = {"on_arguments": on_arguments, "seal": seal, "renew": seal.renew, "otherwise": otherwise, "MISS": MISS}
     names |= {"own_dict": _own_dict, "layout": layout}
-    function, again = writer.define_frame(body, names), None
-    if layout is not None:
-        dynamic = [position for position in range(len(frame.arguments)) if position not in paths]
-        forgotten = "".join(f"{prefix}args[{position}] = " for position in dynamic)
-        lines = [
+    body = _Body(writer, paths, list(roots.values()), on_arguments)
+    again = writer.define_frame(body.again(), names) if layout is not None else None
+    return SealedFunction(writer.define_frame(body.first(), names), again, seal, on_arguments)
+
+
+class _Body:
+    """The lines of both functions: they get the graph's arguments in two ways, and go on in the same one."""
+
+    def __init__(
+        self, writer: FrameWriter, paths: dict[int, list[Value]], roots: list[_Root], on_arguments: ArgumentGuards
+    ) -> None:
+        prefix = writer.frame.prefix
+        static = set(paths)
+        before, self._after = writer.kept_lines(static, {id(value) for path in paths.values() for value in path}, ())
+        self._writer = writer
+        self._fetched = [position for position in range(len(writer.frame.arguments)) if position not in static]
+        self._call = [*before, *writer.call_with_statics(static)]
+        self._ids = f"({''.join(f'id({each}), ' for each in on_arguments.unaliased)})"
+        self._modules = ", ".join(root.text for root in roots)
+        self._own_dicts = ", ".join(root.own_dict(prefix) for root in roots)
+        self._learns = on_arguments.same_layout is not None
+
+    def first(self) -> list[str]:
+        """Evaluates the guards on arguments."""
+        writer, prefix = self._writer, self._writer.frame.prefix
+        values, no_more = _values(writer)
+        return [
+            f"{prefix}locals = {writer.variables()}",
+            f"if not {prefix}on_arguments({prefix}locals): return {prefix}MISS",
+            *([f"if {no_more}: {prefix}layout.learn({values})"] if self._learns else []),
+            f"{prefix}ids = {self._ids}",
+            f"{prefix}args = {prefix}seal({prefix}ids, {self._own_dicts})",
+            f"if {prefix}args is None:",
+            f"  {prefix}args = {prefix}renew({prefix}locals, {prefix}ids, {self._modules})",
+            f"  if {prefix}args is None: return {prefix}otherwise({_forwarded(writer)})",
+            *self._call,
+            *self._after,
+        ]
+
+    def again(self) -> list[str]:
+        """Compares layouts, and takes a list of arguments that is there."""
+        prefix = self._writer.frame.prefix
+        values, no_more = _values(self._writer)
+        forgotten = "".join(f"{prefix}args[{position}] = " for position in self._fetched)
+        return [
             f"if not ({no_more} and {prefix}layout({values})): return {prefix}MISS",
-            f"{prefix}known = {prefix}seal.known({', '.join([f'({ids})', *own_dicts])})",
+            f"{prefix}known = {prefix}seal.known({self._ids}, {self._own_dicts})",
             f"if {prefix}known is None: return {prefix}MISS",
             f"try: {prefix}args = {prefix}known.spare.pop()",
             f"except IndexError: {prefix}args = {prefix}known.values.copy()",
-            *before,
-            *writer.call_with_statics(set(paths)),
-            *([f"{forgotten}None"] if dynamic else []),
+            *self._call,
+            *([f"{forgotten}None"] if forgotten else []),
             f"{prefix}known.spare.append({prefix}args)",
-            *after,
+            *self._after,
         ]
-        again = writer.define_frame(lines, names)
-    return SealedFunction(function, again, seal, on_arguments)
 
 
 def _values(writer: FrameWriter) -> tuple[str, str]:

@@ -27,14 +27,14 @@ def write_checks(lines: Lines) -> Places | None:
     if static:
         places = static, [address for address in addresses if address is not None]
         lines.line("if not addresses_hold(args): return MOVED", addresses_hold=native.address_check(*places))
-    _layout_checks(lines, frozenset(static))
+    _layout_checks(lines, static)
     _alias_checks(lines)
     _relation_checks(lines)
     _lent_checks(lines)
     return places
 
 
-def _layout_checks(lines: Lines, static: frozenset[int]) -> None:
+def _layout_checks(lines: Lines, static: list[int]) -> None:
     """Size, dtype, device and strides of what may change between calls. Tensors that look exactly like those of the
     call before need one look; the lines below it say what is allowed."""
     inputs, stand_ins = lines.recorded.program.inputs, lines.recorded.stand_ins

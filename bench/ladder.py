@@ -1,11 +1,12 @@
 """A ladder of sizes: what its graphs cost, and whether traffic of any size is served rightly from it.
 
-Four parts, over 35 sizes (1, 2, 4, 8..256 by 8) of the lab decoder of ``bench/models.py``:
+Four parts, over 35 sizes (1, 2, 4, 8..256 by 8) of the lab decoder of ``bench/models.py``. Every variant runs in a
+process of its own, so that none finds what another has left: kernels that are loaded, memory that the driver keeps for
+graphs that are gone. Their order does not matter.
 
-- *libraries*: seconds that the eager model takes to run each size once, and once more. The difference is what any
-  program pays once a process for new sizes, with graphs or without: plans of cuDNN's attention, choices and kernels of
-  cuBLAS. It comes first, so that no variant pays it for those that come after: their order does not matter. cuDNN's
-  attention stays on: torch chooses it, and its plans are in this row.
+- *libraries*: seconds that the eager model takes to run each size once, and once more, before anything else in each
+  process. The difference is what any program pays for new sizes, with graphs or without: plans of cuDNN's attention,
+  choices and kernels of cuBLAS. cuDNN's attention stays on: torch chooses it, and its plans are in this row.
 - *capture*: seconds and MiB of device memory of all graphs, captured at one go. Artifacts are warm: a live call has
   compiled everything before. Device memory is cudaMemGetInfo's, after empty_cache on both sides; weights and KV caches
   are there before, workspaces and warm-ups are counted. All PIECEWISE variants call the same attention op, which the
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import random
 import threading
 import time
@@ -332,31 +334,34 @@ def threads(ladder: Ladder, hidden: int, num_threads: int, seconds: float) -> di
 COUNTED = ("num_calls", "num_rows", "wrong_rows")
 
 
-def run_variants(ladder: Ladder, names: list[str], num_calls: int, record: Record) -> None:
-    """Capture and traffic of each variant; hand-made ladders have no traffic of their own."""
+def run_variant(ladder: Ladder, name: str, num_calls: int, record: Record) -> None:
+    """Libraries, capture and traffic of one variant; hand-made ladders have no traffic of their own."""
     sizes, name_of_model = traffic_sizes(ladder, num_calls), ladder.model.config.name
-    expected = references(ladder, sizes)
-    for calls, seconds in libraries(ladder).items():
+    for calls, seconds in libraries(ladder).items():  # the row of the last variant stays
         key = {"model": name_of_model, "part": "libraries", "variant": f"eager, {calls}"}
         record.put({**key, "status": "ok", "num_sizes": len(ladder.sizes), "seconds": seconds})
         say(f"  eager, {calls} of each size: {seconds:.3f} s")
-    for name in names:
-        key = {"model": name_of_model, "part": "capture", "variant": name}
-        harness.collect_garbage(ladder.device)
-        try:
-            subject = VARIANTS[name](ladder)
-            record.put({**key, "status": "ok", **(row := captured(ladder, subject))})
+    key = {"model": name_of_model, "part": "capture", "variant": name}
+    try:
+        subject = VARIANTS[name](ladder)
+        record.put({**key, "status": "ok", **(row := captured(ladder, subject))})
+        say(f"  {name}: {row}")
+        if subject.is_ours:
+            key["part"] = "traffic"
+            expected = references(ladder, sizes)
+            record.put({**key, "status": "ok", **(row := served(ladder, subject, sizes, expected))})
             say(f"  {name}: {row}")
-            if subject.is_ours:
-                key["part"] = "traffic"
-                record.put({**key, "status": "ok", **(row := served(ladder, subject, sizes, expected))})
-                say(f"  {name}: {row}")
-        except Exception as error:
-            status = harness.failure(error)
-            record.put({**key, "status": status})
-            say(f"  {name}: {status}")
-        subject = None  # type: ignore[assignment]
-        torch._dynamo.reset()
+    except Exception as error:
+        status = harness.failure(error)
+        record.put({**key, "status": status})
+        say(f"  {name}: {status}")
+
+
+def run_threads(ladder: Ladder, arguments: argparse.Namespace, record: Record) -> None:
+    name = ladder.model.config.name
+    row = threads(ladder, models.CONFIGS[name].hidden_size, arguments.threads, arguments.seconds)
+    record.put({"model": name, "part": "threads", "variant": "graphcap PIECEWISE", **row})
+    say(f"  threads: {row}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -367,28 +372,44 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def run_part(arguments: argparse.Namespace, name_of_model: str, variant: str | None) -> None:
+    """One variant of one model; without one, the threads."""
     device = harness.default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     record = Record(arguments.json, "ladder", device, key=("model", "part", "variant"))
-    names = [name for name in VARIANTS if harness.selected(name, arguments.only)]
     sizes, most = ((1, 2, 4, 8), 10) if arguments.tiny else (SIZES, 300)
     with torch._dynamo.config.patch(recompile_limit=64), torch.inference_mode():
-        for name in ["tiny"] if arguments.tiny else harness.words(arguments.models):
-            with torch.inference_mode(mode=False), torch.no_grad():
-                # Half the usual context: the proof of padding needs room for three copies of the caches.
-                config = dataclasses.replace(models.CONFIGS[name], context=models.CONFIGS[name].context // 2)
-                model = models.build_decoder(config, device, dtype, most + 1)
-            say(f"{name}: {len(sizes)} sizes up to {sizes[-1]}")
-            ladder = Ladder(model, sizes, most, json.loads(arguments.graphcap_options))
-            ladder.fill_caches()
-            run_variants(ladder, names, arguments.calls, record)
-            if arguments.threads:
-                hidden = models.CONFIGS[name].hidden_size
-                row = threads(ladder, hidden, arguments.threads, arguments.seconds)
-                record.put({"model": name, "part": "threads", "variant": "graphcap PIECEWISE", **row})
-                say(f"  threads: {row}")
+        with torch.inference_mode(mode=False), torch.no_grad():
+            # Half the usual context: the proof of padding needs room for three copies of the caches.
+            config = models.CONFIGS[name_of_model]
+            config = dataclasses.replace(config, context=config.context // 2)
+            model = models.build_decoder(config, device, dtype, most + 1)
+        ladder = Ladder(model, sizes, most, json.loads(arguments.graphcap_options))
+        ladder.fill_caches()
+        if variant is None:
+            run_threads(ladder, arguments, record)
+        else:
+            run_variant(ladder, variant, arguments.calls, record)
+    torch._dynamo.reset()
+
+
+def in_own_process(arguments: argparse.Namespace, name_of_model: str, variant: str | None) -> None:
+    """:func:`run_part`, as if nothing had run before."""
+    process = multiprocessing.get_context("spawn").Process(target=run_part, args=(arguments, name_of_model, variant))
+    process.start()
+    process.join()
+    if process.exitcode:
+        say(f"  {variant or 'threads'}: its process ended with {process.exitcode}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    names = [name for name in VARIANTS if harness.selected(name, arguments.only)]
+    run = run_part if arguments.tiny else in_own_process  # whose times mean something
+    for name_of_model in ["tiny"] if arguments.tiny else harness.words(arguments.models):
+        say(f"{name_of_model}:")
+        for variant in (*names, *[None] * bool(arguments.threads)):
+            run(arguments, name_of_model, variant)
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ class Config:
 
     num_warmups: int | None = None
     """Live calls of each rung before graphcap.capture() records it. None is two of the first rung of each kind of batch
-    and one of each further one. With 0 a rung is recorded at once where another one of its kind has been, and is warmed
-    up when that fails. In a process group None is 2, and 0 has no effect."""
+    and one of each further one. With 0 a rung is recorded at once where another one of its kind has been; when that
+    fails, this one and all later ones are warmed up. In a process group None is 2, and 0 has no effect."""
 
     max_plans: int = 64
     """How many shapes of one region may be captured besides those of the ladder; later ones run compiled."""

@@ -16,8 +16,10 @@ class Made(NamedTuple):
         reason: why it ran without a graph; ``""`` for the one that was captured.
         misjudged: whether its values share memory in another way than those of another size, which was taken for
             granted: what a call of this size shows must be seen first.
+        was_cold: whether a step failed that may have lacked a call of this size before.
     """
 
     outputs: tuple[Any, ...]
     reason: str = ""
     misjudged: bool = False
+    was_cold: bool = False

@@ -200,6 +200,8 @@ class PlanMaker:
                 made = self.capture.serve(route, known, padded, serving, is_warm=is_warm)
                 if made.misjudged:
                     self._knowledge.doubt(route.key)
+                if made.was_cold:
+                    self._knowledge.warm_up_every_route()
         if route.rung:
             return made._replace(outputs=self._padding.hand_back(args, padded, made.outputs, known))
         return made

@@ -196,7 +196,7 @@ class PlanCapture:
             return Made(outputs, WARM_UP, misjudged=True)
         if failure is not None and not is_warm and not failure.out_of_memory:
             _log.info("%s: %s needs a warm-up: %s", self._program.name, route.sizes, failure.reason)
-            return Made(outputs, WARM_UP, misjudged=True)
+            return Made(outputs, WARM_UP, was_cold=True)
         if failure is not None:
             self._note_failure(route, failure)
             return Made(outputs)

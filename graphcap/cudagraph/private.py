@@ -20,6 +20,18 @@ def storage_address(tensor: torch.Tensor) -> int:
         return 0
 
 
+def storage_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the tensor's storage begins and ends; two times 0 where :func:`storage_address` is 0."""
+    if tensor.layout is not torch.strided:
+        return 0, 0
+    try:
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0, 0
+    return (start, start + storage.nbytes()) if start else (0, 0)
+
+
 def unowned(address: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
     """A storage over memory that somebody else keeps alive."""
     make = torch._C._construct_storage_from_data_pointer

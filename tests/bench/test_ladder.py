@@ -41,6 +41,15 @@ def test_capture_traffic_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {column.field for column in table.LAYOUTS["ladder"].figures} >= {"wrong_rows", "live_in_ladder"}
 
 
+def test_each_variant_has_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(ladder, "in_own_process", lambda arguments, *part: started.append(part))
+    monkeypatch.setattr(ladder, "run_part", lambda *_: pytest.fail("in the process of other variants"))
+    monkeypatch.setattr(sys, "argv", ["ladder", "--models", "0.6b", "--json", str(tmp_path / "ladder.json")])
+    ladder.main()
+    assert started == [("0.6b", variant) for variant in (*ladder.VARIANTS, None)]
+
+
 def test_a_wrong_row_is_found() -> None:
     reference = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
     errors = ladder.row_errors(reference[[1, 0, 2, 3, 4, 5]], reference)

@@ -4,9 +4,9 @@ Which values share memory is learned from a call that is watched step by step, w
 itself. It follows from the code that runs, hardly ever from a size. So the first route of a family is watched; the
 warm-ups of its other routes are plain runs of the program, there for the libraries, and their captures compare what
 they see with what is taken for granted. Where that is wrong the route is watched itself. One such run is enough: what a
-library prepares for a size it has prepared after its first sight. (With ``num_warmups=0`` other
-routes have none: what a library needs to prepare it has prepared at another size, or the capture fails, nobody is
-blamed, and the route is warmed up after all.)
+library prepares for a size it has prepared after its first sight. (With ``num_warmups=0`` other routes have none: what
+a library needs to prepare it has prepared at another size, or the capture fails, nobody is blamed, and that route and
+all that follow are warmed up after all.)
 
 A family is a mode and a kind of batch, in steps that bring the same inputs, with sizes that are 0 or 1 apart: torch
 takes dims of these sizes for contiguous whatever their strides are, so that an operation may return a view there that
@@ -102,6 +102,11 @@ class Knowledge:
     def note_call(self, seen: Observation) -> None:
         """A call was watched that is on no route."""
         self._any = seen
+
+    def warm_up_every_route(self) -> None:
+        """A route could not be captured without a warm-up: none is tried without one from now on. A failed capture
+        costs more, and takes the pool with it where torch cannot end it."""
+        self._every_route_is_warmed_up = True
 
     def cool(self, key: Hashable) -> None:
         """Let the next call of a route be a warm-up again."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.dispatch.asked import inputs_asked_for
-from graphcap.cudagraph.private import storage_address
+from graphcap.cudagraph.private import storage_address, storage_range
 from graphcap.cudagraph.program import Capture, Constant, InputKind, Program
 from graphcap.cudagraph.recording.arena import span_bytes
 from graphcap.cudagraph.recording.liveness import StorageTable, num_slots
@@ -167,8 +167,8 @@ def argument_roots(args: Sequence[Any]) -> list[int]:
     roots = [index if isinstance(arg, torch.Tensor) else -1 for index, arg in enumerate(args)]
     ranges = []
     for index, root in enumerate(roots):
-        if root >= 0 and (address := storage_address(args[index])):
-            ranges.append((address, address + args[index].untyped_storage().nbytes(), index))
+        if root >= 0 and (place := storage_range(args[index]))[0]:
+            ranges.append((*place, index))
     end, first = -1, -1
     for start, stop, index in sorted(ranges):
         first = index if start >= end else first

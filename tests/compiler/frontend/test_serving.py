@@ -129,7 +129,9 @@ def test_a_further_size_is_warmed_up_once() -> None:
     assert made[1] == 2 + 1, "a kind of its own"
 
 
-def test_the_ladder_is_recorded_without_attention_that_nobody_reads() -> None:
+@pytest.mark.parametrize("breaks", [False, True])
+def test_the_ladder_is_recorded_without_attention_that_nobody_reads(breaks: bool) -> None:
+    """Where the model has several graphs, what one of them leaves is read by the Python between them."""
     runs: Counter[int] = Counter()
 
     @torch.library.custom_op("graphcap_test::attend_into", mutates_args=("cache", "out"))
@@ -149,6 +151,8 @@ def test_the_ladder_is_recorded_without_attention_that_nobody_reads() -> None:
             x = self.linear(x)
             out = x.new_empty(x.shape)
             attend_into(x, slots, self.cache, out)
+            if breaks:
+                torch._dynamo.graph_break()
             return self.linear(out)
 
     def made(key: GraphKey) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -160,7 +164,7 @@ def test_the_ladder_is_recorded_without_attention_that_nobody_reads() -> None:
     with torch.no_grad():
         summary = graphcap.capture(model, made)
         assert [key.num_tokens for key in summary.captured] == [8, 4, 2]
-        assert runs[4] == runs[2] == 1, "by the warm-up"
+        assert (runs[4], runs[2]) == ((3, 3) if breaks else (1, 1)), "by warm-ups, and where it is recorded as a whole"
         assert runs[8] >= 3, "the first size is recorded while it runs"
         assert not model.cache.any(), "and is put back"
         for rows in (8, 7, 4, 3, 2):
@@ -168,7 +172,7 @@ def test_the_ladder_is_recorded_without_attention_that_nobody_reads() -> None:
             y = model.linear(x)
             torch.testing.assert_close(model(x, slots), model.linear(y * 2))
             torch.testing.assert_close(model.cache[:rows], y)
-    assert sum(plan.replays for plan in plans_of(model)) == 5
+    assert sum(plan.replays for plan in plans_of(model)) >= 5
 
 
 def test_without_warm_ups_the_smaller_sizes_are_called_once() -> None:

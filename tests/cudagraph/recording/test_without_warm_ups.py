@@ -64,6 +64,7 @@ def test_a_step_that_needs_a_warm_up_gets_one_and_is_not_blamed() -> None:
     runner = runner_without_warm_ups(doubling(kernels))
     assert [call(runner, 8), call(runner, 8)] == [False, True]
     assert [call(runner, 4) for _ in range(3)] == [False, False, True], "tried, warmed up, captured"
+    assert [call(runner, 2) for _ in range(2)] == [False, True], "not tried again"
     assert not runner.stats.failures
     assert all(len(plan.captured) == 2 for plan in runner.stats.plans)
 

@@ -9,6 +9,7 @@ import torch
 from graphcap.compiler import private
 from graphcap.compiler.breakable.generators import generator_states
 from graphcap.cudagraph.hardware.generators import GeneratorStates, set_generator_states
+from graphcap.cudagraph.private import bytes_of, over_storage
 
 
 class Memory:
@@ -17,11 +18,9 @@ class Memory:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         """Look at the tensors; nothing is copied yet."""
         found: dict[int, torch.Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            for tensor in tensors:
-                storage = tensor.untyped_storage()
-                empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-                found.setdefault(private.storage_id(tensor), empty.set_(storage, 0, (storage.nbytes(),), (1,)))
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            found.setdefault(private.storage_id(tensor), bytes_of(storage, 0, storage.nbytes()))
         self._index = {storage: index for index, storage in enumerate(found)}
         self._places = list(found.values())
 
@@ -47,9 +46,7 @@ class Memory:
     def within(self, copy: Copy, like: torch.Tensor) -> torch.Tensor:
         """The tensor that lies in a copy as ``like`` lies in its storage."""
         storage = copy.storages[self._index[private.storage_id(like)]].untyped_storage()
-        with torch.inference_mode(False), torch.no_grad():
-            empty = torch.empty(0, dtype=like.dtype, device=like.device)
-            return empty.set_(storage, like.storage_offset(), like.size(), like.stride())
+        return over_storage(storage, like, int(like.storage_offset()))
 
 
 class Copy:

@@ -1,8 +1,9 @@
 """What a replay asks and copies on every call, in microseconds: small C++ types, built on the user's machine in the
 background, and the same in Python until they are there.
 
-In reading order: :mod:`~graphcap.native.places` and :mod:`~graphcap.native.objects` (the contracts, in Python; together
-:mod:`~graphcap.native.fallback`), ``checks.cpp`` with ``answers.h`` and ``copies.h`` (the same in C++),
+In reading order: :mod:`~graphcap.native.places`, :mod:`~graphcap.native.objects` and
+:mod:`~graphcap.native.thread_state` (the contracts, in Python; together :mod:`~graphcap.native.fallback`),
+``checks.cpp`` with ``answers.h``, ``thread_state.h`` and ``copies.h`` (the same in C++),
 :mod:`~graphcap.native.extension` (which of them is used), :mod:`~graphcap.native.build` and
 :mod:`~graphcap.native.loader` (how the extension is made and found). ``GRAPHCAP_NATIVE=0`` switches it off.
 :mod:`~graphcap.native.layouts` is a check of torch's own.
@@ -17,6 +18,7 @@ address_check = _of_this_process.address_check
 answer_check = _of_this_process.answer_check
 apart_check = _of_this_process.apart_check
 grouped_copy = _of_this_process.grouped_copy
+thread_state = _of_this_process.thread_state
 identity_check = _of_this_process.identity_check
 when_ready = _of_this_process.when_ready
 status = _of_this_process.status
@@ -35,5 +37,6 @@ __all__ = [
     "look",
     "prepare",
     "status",
+    "thread_state",
     "when_ready",
 ]

@@ -1,7 +1,7 @@
 // Two questions about hundreds of objects, asked on every call: are these tensors still where they were, and do these
 // dicts still hold the objects that they held? fallback.py has the same in Python and the contract of both; where dicts
 // can be watched (dict_watch.h), the second question costs nothing until somebody writes to one of them. What a call
-// needs besides is in answers.h and copies.h.
+// needs besides is in answers.h, thread_state.h and copies.h.
 //
 // Needs the GIL: build.py does not build it for a free-threaded Python.
 
@@ -19,6 +19,7 @@
 #include "answers.h"
 #include "copies.h"
 #include "dict_watch.h"
+#include "thread_state.h"
 
 namespace {
 
@@ -498,7 +499,7 @@ PyType_Spec IdentityCheck_spec = {
 
 int add_types(PyObject* module) {
   for (PyType_Spec* spec : {&AddressCheck_spec, &IdentityCheck_spec, &answers::AnswerCheck_spec,
-                            &copies::ApartCheck_spec, &copies::GroupedCopy_spec}) {
+                            &copies::ApartCheck_spec, &copies::GroupedCopy_spec, &thread_state::ThreadState_spec}) {
     PyObject* type = PyType_FromModuleAndSpec(module, spec, nullptr);
     if (type == nullptr) {
       return -1;

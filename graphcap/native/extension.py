@@ -60,6 +60,10 @@ class Extension:
         """A check that functions answer what they answered; contract and errors: ``fallback.AnswerCheck``."""
         return cast(Callable[[], bool], self._implementation().AnswerCheck(questions))
 
+    def thread_state(self) -> Callable[[], bool]:
+        """A check that torch's modes are those of now; contract: ``fallback.ThreadState``."""
+        return cast(Callable[[], bool], self._implementation().ThreadState())
+
     def apart_check(self, indices: Sequence[int], addresses: Sequence[int]) -> AddressCheck:
         """A check that tensors lie in other storages; contract and errors: ``fallback.ApartCheck``."""
         return cast(AddressCheck, self._implementation().ApartCheck(indices, addresses))

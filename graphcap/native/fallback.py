@@ -16,5 +16,16 @@ IdentityCheck, Python                                          26          26
 
 from graphcap.native.objects import AnswerCheck, Entry, IdentityCheck, Question, Sized
 from graphcap.native.places import AddressCheck, ApartCheck, GroupedCopy
+from graphcap.native.thread_state import ThreadState
 
-__all__ = ["AddressCheck", "AnswerCheck", "ApartCheck", "Entry", "GroupedCopy", "IdentityCheck", "Question", "Sized"]
+__all__ = [
+    "AddressCheck",
+    "AnswerCheck",
+    "ApartCheck",
+    "Entry",
+    "GroupedCopy",
+    "IdentityCheck",
+    "Question",
+    "Sized",
+    "ThreadState",
+]

@@ -84,7 +84,7 @@ def _try_out(module: ModuleType) -> None:
     tensor, other, holder = torch.empty(1, device="cpu"), torch.empty(1, device="cpu"), {"key": None}
     lies_there = module.AddressCheck([1], [tensor.data_ptr()])
     holds = module.IdentityCheck([(holder, "key", None)])
-    same = module.AnswerCheck([(len, (holder,), 1)])
+    same = module.AnswerCheck([(len, (holder,), 1), (module.ThreadState(), (), True)])
     apart = module.ApartCheck([0], [tensor.data_ptr()])
     answers = [lies_there((None, tensor)), lies_there((tensor, other)), holds(), same(), apart([other])]
     holder.clear()

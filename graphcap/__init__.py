@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from graphcap.compiler.frontend.lifecycle import release, reset
     from graphcap.compiler.frontend.serving import capture
     from graphcap.compiler.rules import eager, register_op
+    from graphcap.cudagraph.dispatch.current_step import current_step
     from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
     from graphcap.cudagraph.dispatch.phase import allow_capture
-    from graphcap.cudagraph.dispatch.step import current_step, step
+    from graphcap.cudagraph.dispatch.step import step
     from graphcap.cudagraph.hardware import hooks
     from graphcap.cudagraph.hardware.choose import set_graph_pool
     from graphcap.cudagraph.hardware.generators import register_generator
@@ -92,7 +93,7 @@ _LAZY = {
     "GraphKey": "graphcap.cudagraph.dispatch.step",
     "allow_capture": "graphcap.cudagraph.dispatch.phase",
     "capture": "graphcap.compiler.frontend.serving",
-    "current_step": "graphcap.cudagraph.dispatch.step",
+    "current_step": "graphcap.cudagraph.dispatch.current_step",
     "dispatch": "graphcap.compiler.frontend.dispatch",
     "step": "graphcap.cudagraph.dispatch.step",
     "Dim": "graphcap.compiler.frontend.dims",

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from graphcap.compiler import nodes, private
 from graphcap.compiler.frontend.entry import parameter_source
+from graphcap.compiler.frontend.step_source import named_as_argument
 
 _NAME = "graphcap_input_name"
 
@@ -22,12 +23,12 @@ def name_inputs(graph: fx.Graph, owner: Any) -> None:
     """
     for node in graph.nodes:
         if node.op == "placeholder":
-            source = private.source_name(node)
+            source = named_as_argument(private.source_name(node))
             if isinstance(owner, nn.Module):
                 source = parameter_source(source, owner.forward)
             node.meta[_NAME] = nodes.readable_source(source) or node.name
 
 
 def input_name(node: fx.Node) -> str:
-    """``"input_ids"``, ``"model.layers.0.mlp.up_proj.weight"``, ``"input_ids.size().0"``."""
+    """``"input_ids"``, ``"model.layers.0.mlp.up_proj.weight"``, ``"input_ids.size().0"``, ``"step.seq_lens"``."""
     return str(node.meta.get(_NAME) or nodes.readable_source(private.source_name(node)) or node.name)

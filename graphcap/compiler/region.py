@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from graphcap.compiler import private
+from graphcap.compiler.frontend.step_source import named_as_argument
 from graphcap.compiler.inputs import input_name
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.split import Piece
@@ -195,7 +196,7 @@ def open_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
         location=frame.location,
         compile_id=frame.compile_id,
         config=config,
-        recompiled_because=(private.latest_guard_failure(frame.code) or "unknown guard") if recompiled else "",
+        recompiled_because=_why_recompiled(frame) if recompiled else "",
         code=frame.code,
         _owner=weakref.ref(frame.owner) if isinstance(frame.owner, torch.nn.Module) else lambda: None,
         _tensors=[weakref.ref(t) for t in example_inputs if private.is_static_input(t)],
@@ -219,6 +220,10 @@ def register(region: Region) -> Region:
         _regions.append(region)
     revise()
     return region
+
+
+def _why_recompiled(frame: private.Frame) -> str:
+    return named_as_argument(private.latest_guard_failure(frame.code)) or "unknown guard"
 
 
 def _short_name(frame: private.Frame) -> str:

@@ -103,6 +103,12 @@ class PlanMaker:
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
+        if said is None or not said.inputs:
+            return self._serve(route, args, said)
+        with self._device.lock:  # one buffer holds the inputs of one step at a time
+            return self._serve(route, args, said)
+
+    def _serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         if (asked := self._asked.pop(route.key, None)) is not None and not asked.is_alike(said):
             self._servings.pop(route.key, None)  # what the warm-up showed does not hold for such a step
             self._knowledge.doubt(route.key)

@@ -127,3 +127,8 @@ class StorageWatch:
     def nbytes(self) -> int:
         """The bytes of the storages that are alive."""
         return sum(nbytes for storage, nbytes in self._watched if not storage.expired())
+
+
+def break_trace(reason: str) -> None:
+    """For traced code: its graph ends here, and Python goes on. Where it may not end, an error has the reason."""
+    torch._dynamo.graph_break(reason)

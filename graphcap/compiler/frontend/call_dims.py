@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from graphcap.compiler.frontend.dims import DEFAULT_NAME, DynamicDim, infer, parse, unparse
+from graphcap.cudagraph.dispatch.metadata import PREFIX
+from graphcap.cudagraph.dispatch.step import current
 from graphcap.errors import DimError, did_you_mean
 
 
@@ -40,7 +42,8 @@ class CallDims:
 
     Attributes:
         dims: what was declared or inferred, of the arguments.
-        step_dims: what was declared of the inputs of a step, ``"step.seq_lens"``. They are no arguments of the call.
+        step_dims: what was declared of the inputs of a step, ``"step.seq_lens"``. They are no arguments of the call,
+            but those that traced code reads are checked as if they were, once :meth:`read_of_step` has named them.
         inferred: whether it was inferred. A declaration that does not fit a call is an error, an inference is not:
             what does not fit it is left alone.
     """
@@ -66,6 +69,8 @@ class CallDims:
         direct = [p for p in self._places if not p.steps and not p.rest]
         self._direct = tuple((p.position, p.keyword, p.dim.dim, *_base(p.dim)) for p in direct)
         self._all_direct = len(direct) == len(self._places)
+        self._read: tuple[DynamicDim, ...] = ()
+        self._read_direct: tuple[tuple[str, int, str, int, int], ...] = ()
 
     @classmethod
     def of(cls, fn: Callable[..., Any], declared: Mapping[str, Any] | None) -> CallDims:
@@ -77,6 +82,20 @@ class CallDims:
         dims = infer(fn) if declared is None else parse(declared)
         owner = getattr(fn, "__qualname__", type(fn).__name__)
         return cls(dims, inspect.signature(fn), owner, inferred=declared is None)
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.dims or self.step_dims)
+
+    def read_of_step(self, paths: Iterable[str]) -> None:
+        """From now on calls also check the declared dims of these inputs of the step (``"step.seq_lens"``)."""
+        roots = {dim.path: ".".join(dim.path.split(".")[:2]) for dim in self.step_dims}
+        wanted = {*paths, *(roots[dim.path] for dim in self._read)}
+        read = tuple(dim for dim in self.step_dims if roots[dim.path] in wanted)
+        direct = [dim for dim in read if dim.path == roots[dim.path]]
+        self._read_direct = tuple((dim.path.removeprefix(PREFIX), dim.dim, *_base(dim)) for dim in direct)
+        self._all_direct = self._all_direct and len(direct) == len(read)
+        self._read = read
 
     def declared(self) -> dict[str, Any]:
         """The dims for ``Config.dynamic_arg_dims``: those that the user declared, as ``parse`` reads them."""
@@ -116,25 +135,38 @@ class CallDims:
                         if sizes.setdefault(name, size) != size:
                             break
                 else:
-                    return
+                    if not self._read or self._agrees_with_step(sizes):
+                        return
         except (IndexError, AttributeError, TypeError):
             pass  # a container or a misfit: the thorough way below tells them apart
         self._check_thoroughly(args, kwargs)
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[TensorDims]:
-        """The tensors of this call with their dynamic dims.
+        """The tensors of this call with their dynamic dims, those of the step included.
 
         Raises:
             DimError: as for :meth:`check`, except for sizes, which are not compared.
         """
         found: dict[int, TensorDims] = {}
-        for _, tensor, dim, declared in self.resolved(args, kwargs):
+        for _, tensor, dim, declared in (*self.resolved(args, kwargs), *self._marked_of_step()):
             found.setdefault(id(tensor), TensorDims(tensor, {})).names[dim] = declared.name
         return list(found.values())
 
+    def _agrees_with_step(self, sizes: dict[str, float]) -> bool:
+        """Whether the inputs of the step have the sizes of the arguments. That one is missing the guards will see."""
+        said = current()
+        given = {} if said is None else said.inputs.given
+        for key, dim, name, scale, offset in self._read_direct:
+            value = given.get(key)
+            if value is not None:
+                size = (value.shape[dim] - offset) / scale
+                if sizes.setdefault(name, size) != size:
+                    return False
+        return True
+
     def _check_thoroughly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen: dict[str, list[tuple[str, torch.Tensor, int, DynamicDim, float]]] = {}
-        for path, tensor, dim, declared in self.resolved(args, kwargs):
+        for path, tensor, dim, declared in (*self.resolved(args, kwargs), *self._of_step(self._read)):
             name, scale, offset = _base(declared)
             base = (tensor.shape[dim] - offset) / scale
             seen.setdefault(name, []).append((path, tensor, dim, declared, base))
@@ -159,19 +191,33 @@ class CallDims:
             DimError: a tensor has too few dims, or is none.
         """
         for place in self._places:
-            declared = place.dim
             value = _fetch(place, args, kwargs)
             if not isinstance(value, (torch.Tensor, type(None))) and not _is_container(value) and not self.inferred:
-                raise DimError(f"{declared.path}: expected a tensor, got {type(value).__name__} ({value!r})")
-            for path, tensor in leaves(declared.path, value):
-                rank = tensor.dim()
-                if -rank <= declared.dim < rank:
-                    yield path, tensor, declared.dim % rank, declared
-                elif not self.inferred:
-                    raise DimError(
-                        f"{path}: dim {declared.dim} is declared dynamic, but the tensor has {rank} dims "
-                        f"{tuple(tensor.shape)}"
-                    )
+                raise DimError(f"{place.dim.path}: expected a tensor, got {type(value).__name__} ({value!r})")
+            yield from self._in_value(place.dim, value)
+
+    def _of_step(self, dims: Iterable[DynamicDim]) -> Iterator[tuple[str, torch.Tensor, int, DynamicDim]]:
+        """The same of inputs of the step in force. What is no tensor there is no misfit: the trace sees what it is."""
+        for declared in dims:
+            yield from self._in_value(declared, _step_value(declared.path))
+
+    def _marked_of_step(self) -> Iterator[tuple[str, torch.Tensor, int, DynamicDim]]:
+        """Those that a trace may read. A misfit is none before it does."""
+        for declared in self.step_dims:
+            for path, tensor in leaves(declared.path, _step_value(declared.path)):
+                if -tensor.dim() <= declared.dim < tensor.dim():
+                    yield path, tensor, declared.dim % tensor.dim(), declared
+
+    def _in_value(self, declared: DynamicDim, value: Any) -> Iterator[tuple[str, torch.Tensor, int, DynamicDim]]:
+        for path, tensor in leaves(declared.path, value):
+            rank = tensor.dim()
+            if -rank <= declared.dim < rank:
+                yield path, tensor, declared.dim % rank, declared
+            elif not self.inferred:
+                raise DimError(
+                    f"{path}: dim {declared.dim} is declared dynamic, but the tensor has {rank} dims "
+                    f"{tuple(tensor.shape)}"
+                )
 
 
 def _base(dim: DynamicDim) -> tuple[str, int, int]:
@@ -181,7 +227,7 @@ def _base(dim: DynamicDim) -> tuple[str, int, int]:
 
 def _is_of_step(path: str, signature: inspect.Signature) -> bool:
     """Whether it names a tensor of :class:`graphcap.step`: ``"step.seq_lens"``, where no argument is called step."""
-    return path.startswith("step.") and "step" not in signature.parameters
+    return path.startswith(PREFIX) and "step" not in signature.parameters
 
 
 def _place(dim: DynamicDim, signature: inspect.Signature, owner: str, setting: str = "dynamic_arg_dims") -> _Place:
@@ -206,10 +252,23 @@ def _fetch(place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = args[place.position]
     else:
         value = kwargs.get(place.keyword)
-    for step in place.steps:
+    return _walk(value, place.steps, place.dim.path)
+
+
+def _step_value(path: str) -> Any:
+    """What traced code finds under ``"step.seq_lens"``; ``None`` where nothing is there."""
+    _, root, *steps = path.split(".")
+    said = current()
+    if said is None or root not in said.inputs.names:
+        return None
+    return _walk(said.inputs.for_a_trace(root), steps, path)
+
+
+def _walk(value: Any, steps: Iterable[str], path: str) -> Any:
+    for step in steps:
         if value is None:
             return None
-        value = _step(value, step, place.dim.path)
+        value = _step(value, step, path)
     return value
 
 

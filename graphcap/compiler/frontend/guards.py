@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import is_inference_mode_enabled
 
-from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend import dynamo, step_source
 from graphcap.compiler.frontend.same_layout import SameLayout
 from graphcap.native.objects import Question
 
@@ -91,6 +91,7 @@ class Guards:
             manager.root.clone_manager(lambda node: node.get_source() in kept),
             tuple(match for node in nodes if node.source in kept and (match := node.argument())),
             [text for node in nodes if node.source not in kept for text in node.texts()],
+            _asked_of_step(nodes),
             _ambient([node for node in nodes if node.source in kept], state),
         )
 
@@ -102,10 +103,11 @@ class ArgumentGuards:
         unaliased: expressions over the frame's variables: tensors that must not be the same object as one that is
             proved to be that of the last call. This is the caller's to check.
         unchecked: the guards that are left out.
+        of_step: the inputs of the step that the graph relies on: those that it has, and those that it has not.
         same_layout: for which arguments they are known to hold; ``None`` where some see more of an argument than that.
     """
 
-    __slots__ = ("_check", "_inference", "_reference", "same_layout", "unaliased", "unchecked")
+    __slots__ = ("_check", "_inference", "_reference", "of_step", "same_layout", "unaliased", "unchecked")
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class ArgumentGuards:
         root: Any,
         unaliased: tuple[str, ...],
         unchecked: list[str],
+        of_step: tuple[tuple[str, ...], tuple[str, ...]],
         ambient: list[Question] | None,
     ) -> None:
         self._reference = reference
@@ -120,6 +123,7 @@ class ArgumentGuards:
         self._inference: bool | None = None
         self.unaliased = unaliased
         self.unchecked = unchecked
+        self.of_step = of_step
         self.same_layout = None if ambient is None else SameLayout(ambient, reference)
 
     def __call__(self, f_locals: dict[str, Any]) -> bool:
@@ -156,10 +160,19 @@ class _Node:
         """Whether its guards see no more than a tensor's layout, Dynamo's marks on it, or a constant."""
         return all(type(leaf).__name__ in _OF_A_LAYOUT or _is_about_a_mark(leaf) for leaf in self.leaves)
 
+    def is_of_argument(self) -> bool:
+        """Whether it is an argument or an input of the step, and its guards see no more than that."""
+        if self.is_state or not self.sees_layout():
+            return False
+        of_step = step_source.input_name(self.source) or step_source.whether_step_has(self.source)
+        return bool(of_step or _ARGUMENT.fullmatch(self.source))
+
     def argument(self) -> str:
         """The expression for an argument that must not be another tensor of the call; ``""`` for anything else."""
-        match = None if self.is_state else _ARGUMENT.fullmatch(self.source)
-        return f"{match['name']}{match['item'] or ''}" if match and self.has(_NO_ALIAS) else ""
+        match = None if self.is_state or not self.has(_NO_ALIAS) else _ARGUMENT.fullmatch(self.source)
+        if match is not None:
+            return f"{match['name']}{match['item'] or ''}"
+        return step_source.expression(self.source) if self.has(_NO_ALIAS) else ""
 
     def texts(self) -> Iterator[str]:
         """What its guards say, but for `training`, which is looked at on every call."""
@@ -173,7 +186,7 @@ class _Node:
 
 def _nodes(manager: Any, above: tuple[str, ...], state: Set[str], is_state: bool = False) -> Iterator[_Node]:
     source = manager.get_source()
-    is_state = is_state or source in state
+    is_state = (is_state or source in state) and not step_source.is_of_step(source)
     yield _Node(source, above, tuple(manager.get_leaf_guards()), is_state)
     below = list(manager.get_child_managers())
     if hasattr(manager, "get_key_value_managers"):
@@ -199,6 +212,14 @@ def _kept(nodes: Sequence[_Node], fetched: Set[str], proved: Set[str]) -> set[st
     return kept | {place for node in nodes if node.source in kept for place in node.above}
 
 
+def _asked_of_step(nodes: Sequence[_Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    present = dict.fromkeys(name for node in nodes if (name := step_source.input_name(node.source)))
+    asked = dict.fromkeys(name for node in nodes if (name := step_source.whether_step_has(node.source)))
+    has_not = {step_source.whether_step_has(node.source) for node in nodes if node.has("FALSE_MATCH")}
+    present |= dict.fromkeys(name for name in asked if name not in has_not)
+    return tuple(present), tuple(name for name in asked if name in has_not)
+
+
 def _ambient(kept: Sequence[_Node], state: Set[str]) -> list[Question] | None:
     """Those on torch's modes, as questions, where all others see only the layout of tensor arguments, and constants;
     ``None`` where some see more."""
@@ -206,13 +227,13 @@ def _ambient(kept: Sequence[_Node], state: Set[str]) -> list[Question] | None:
     for node in kept:
         if not node.above:
             for leaf in node.leaves:
-                text = " ".join(leaf.verbose_code_parts())
+                text = step_source.named_as_argument(" ".join(leaf.verbose_code_parts()))
                 named = set(_NAMED.findall(text))
                 if "G[" in text or named & state or not callable(leaf):
                     return None
                 if not named:  # the others compare sizes
                     ambient.append(dynamo.question_of(leaf, text))
-        elif node.is_state or not _ARGUMENT.fullmatch(node.source) or not node.sees_layout():
+        elif not step_source.leads_to_step(node.source) and not node.is_of_argument():
             return None
     return ambient
 

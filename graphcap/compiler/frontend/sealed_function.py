@@ -13,6 +13,7 @@ from graphcap.compiler.frontend.frame_function import MISS, FrameWriter, paramet
 from graphcap.compiler.frontend.guards import ArgumentGuards, Guards
 from graphcap.compiler.frontend.seal import Seal, StaticInput
 from graphcap.compiler.frontend.statics import Step, leads_to_tensor
+from graphcap.cudagraph.dispatch.in_force import inputs_found
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[...
     seal = Seal(writer.entry.__qualname__, guards, statics, len(frame.arguments))
     layout = on_arguments.same_layout
     names = {"on_arguments": on_arguments, "seal": seal, "renew": seal.renew, "otherwise": otherwise, "MISS": MISS}
-    names |= {"own_dict": _own_dict, "layout": layout}
+    names |= {"own_dict": _own_dict, "layout": layout, "of_step": inputs_found}
     body = _Body(writer, paths, list(roots.values()), on_arguments)
     again = writer.define_frame(body.again(), names) if layout is not None else None
     return SealedFunction(writer.define_frame(body.first(), names), again, seal, on_arguments)
@@ -88,11 +89,12 @@ class _Body:
         self._modules = ", ".join(root.text for root in roots)
         self._own_dicts = ", ".join(root.own_dict(prefix) for root in roots)
         self._learns = on_arguments.same_layout is not None
+        self._values = _values(writer, on_arguments.of_step)
 
     def first(self) -> list[str]:
         """Evaluates the guards on arguments."""
         writer, prefix = self._writer, self._writer.frame.prefix
-        values, no_more = _values(writer)
+        values, no_more = self._values
         return [
             f"{prefix}locals = {writer.variables()}",
             f"if not {prefix}on_arguments({prefix}locals): return {prefix}MISS",
@@ -109,7 +111,7 @@ class _Body:
     def again(self) -> list[str]:
         """Compares layouts, and takes a list of arguments that is there."""
         prefix = self._writer.frame.prefix
-        values, no_more = _values(self._writer)
+        values, no_more = self._values
         forgotten = "".join(f"{prefix}args[{position}] = " for position in self._fetched)
         return [
             f"if not ({no_more} and {prefix}layout({values})): return {prefix}MISS",
@@ -124,8 +126,9 @@ class _Body:
         ]
 
 
-def _values(writer: FrameWriter) -> tuple[str, str]:
-    """The expression for the tuple of a call's arguments, and the one for whether there are no others."""
+def _values(writer: FrameWriter, of_step: tuple[tuple[str, ...], tuple[str, ...]]) -> tuple[str, str]:
+    """The expression for the tuple of a call's arguments and what its graph finds in the step, and the one for whether
+    there are no other arguments."""
     code = writer.entry.__code__
     names = list(parameter_names(code))
     named = names[: code.co_argcount + code.co_kwonlyargcount]
@@ -133,6 +136,8 @@ def _values(writer: FrameWriter) -> tuple[str, str]:
     listed = [f"{name}, " for name in named if name not in writer.bound]
     more = rest.pop(0) if code.co_flags & 0x04 else ""
     values = f"({''.join(listed)}{f'*{more}, ' if more else ''})" if listed or not more else more
+    if any(of_step):
+        values = f"(*{values}, *{writer.frame.prefix}of_step{of_step!r})"
     return values, f"not {rest[0]}" if rest else "True"
 
 

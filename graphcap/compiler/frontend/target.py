@@ -33,6 +33,7 @@ from graphcap.compiler.frontend.direct_call import DirectCalls
 from graphcap.compiler.frontend.frame_function import MISS
 from graphcap.compiler.frontend.hooks import HookWatch, modules_of
 from graphcap.compiler.frontend.marked_call import DYNAMIC, UNBACKED, MarkedCall, in_progress, on_trace_start
+from graphcap.compiler.frontend.step_source import inputs_read_of_step
 from graphcap.config import CompilationMode, Config
 from graphcap.environment import direct_call_wanted
 from graphcap.errors import DimError
@@ -77,7 +78,7 @@ class CompiledTarget:
     ) -> None:
         self.name = name
         self.kind = kind
-        self.options = {**options, "dynamic_arg_dims": dims.declared()} if dims.dims else dict(options)
+        self.options = {**options, "dynamic_arg_dims": dims.declared()} if dims else dict(options)
         self.config = Config.resolve(self.options)
         self.is_eager = self.config.enforce_eager or self.config.compilation_mode is CompilationMode.NONE
         self.fullgraph = fullgraph
@@ -95,7 +96,7 @@ class CompiledTarget:
         self._instead: Callable[..., Any] | None = None
         self._trace_callbacks: list[Callable[..., None]] = []
         #: The first trace must be one graph; without dims there is nothing to learn from it.
-        self._first = bool(dims.dims) and not fullgraph
+        self._first = bool(dims) and not fullgraph
 
     @property
     def original(self) -> Any:
@@ -192,6 +193,12 @@ class CompiledTarget:
             self.dims = self.dims.independent()
             self._note(f"inferred dims are independent from now on: {error}")
 
+    def _reads_of_step(self, paths: frozenset[str]) -> None:
+        """A graph of this target takes these inputs of the step as it takes arguments."""
+        self.dims.read_of_step(paths)
+        if (call := in_progress.call) is not None and call.target is self:
+            self.dims.check(call.args, call.kwargs)
+
     def _trace_again_with_hooks(self) -> None:
         dynamo.forget(self.entry.__code__)
         self._hooks = HookWatch(lambda: ())  # guards cover modules from now on, and never the hooks of all modules
@@ -209,6 +216,8 @@ class CompiledTarget:
             target = itself()
             if target is not None and target._first:
                 dynamo.graph_is_whole()
+            if target is not None and (read := inputs_read_of_step(graph)):
+                target._reads_of_step(read)
             compiled = graph_backend(graph, inputs, **settings)
             if (call := in_progress.call) is not None and call.target is target:
                 call.has_graph = True
@@ -224,7 +233,7 @@ class CompiledTarget:
         before = (self._first, self.marking)
         if self._first and dynamo.is_graph_break(error):
             self._first = False
-        elif self.marking == UNBACKED and self.dims.dims:
+        elif self.marking == UNBACKED and self.dims:
             self._first, self.marking = False, DYNAMIC
         else:
             return self._fall_back(error, bound, args, kwargs)

@@ -39,8 +39,9 @@ def inputs_asked_for() -> Iterator[set[str]]:
     if said is None:
         yield set()
         return
-    before, said.inputs.asked = said.inputs.asked, set()
+    before, names = said.inputs.asked, set[str]()
+    said.inputs.asked = names
     try:
-        yield said.inputs.asked
+        yield names
     finally:
         said.inputs.asked = before

@@ -7,12 +7,14 @@ every replay.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from graphcap.cudagraph.dispatch.step_inputs import StepInputs, serving_now
+from graphcap.cudagraph.dispatch.in_force import serving_now
+from graphcap.cudagraph.dispatch.step_inputs import StepInputs
 from graphcap.cudagraph.padded.corner import Fill, corner, fill_around
 from graphcap.errors import StepError
 
@@ -52,6 +54,13 @@ def dims_of_step(declared: Mapping[str, Any] | None) -> dict[str, dict[int, str]
     return found
 
 
+class _Outer(threading.local):
+    """What was in force before, for each thread that entered."""
+
+    def __init__(self) -> None:
+        self.stack: list[Serving | None] = []
+
+
 class Serving:
     """The step inputs of one route. While it is entered, ops of the model find these."""
 
@@ -72,13 +81,14 @@ class Serving:
         self._buffers: dict[str, torch.Tensor] = {}
         self._fits: dict[_Form, _Fit] = {}
         self._latest: _Fit | None = None  # whose constant fills are in the buffers
-        self._token: Any = None
+        self._outer = _Outer()
 
     def __enter__(self) -> None:
-        self._token = serving_now.set(self)
+        self._outer.stack.append(serving_now.get())
+        serving_now.set(self)
 
     def __exit__(self, *_: object) -> None:
-        serving_now.reset(self._token)
+        serving_now.set(self._outer.stack.pop())
 
     @property
     def is_used(self) -> bool:

@@ -12,16 +12,15 @@ A step holds for its thread or task; steps nest, the innermost counts.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any
+from contextvars import Token
+from typing import Any
 
 from graphcap.config import CUDAGraphMode
+from graphcap.cudagraph.dispatch.current_step import current_step as current_step
+from graphcap.cudagraph.dispatch.in_force import step_now
 from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey, as_runtime_mode, key_of
 from graphcap.cudagraph.dispatch.step_inputs import StepInputs
 from graphcap.errors import StepError
-
-if TYPE_CHECKING:
-    pass
 
 
 class step:
@@ -37,8 +36,9 @@ class step:
         key: all of these at once, instead.
         dispatch: a decision of :func:`graphcap.dispatch` that the calls follow.
         max_mode: NONE, PIECEWISE or FULL (or their names): the most that these calls may use.
-        inputs: tensors that ops of the model read, and never write, as ``graphcap.current_step().inputs[name]``. Their
-            dynamic dims are declared on the model, as ``dynamic_arg_dims={"step.seq_lens": {0: "num_reqs"}}``.
+        inputs: tensors that the model and its ops read, and never write, as
+            ``graphcap.current_step().inputs[name]``. Their dynamic dims are declared on the model, as
+            ``dynamic_arg_dims={"step.seq_lens": {0: "num_reqs"}}``.
 
     Raises:
         StepError: sizes that no batch has, or arguments that contradict each other.
@@ -83,27 +83,15 @@ class step:
     def __enter__(self) -> step:
         if self._token is not None:
             raise StepError("this step is in progress already; make a new one for a nested call")
-        self._token = _current.set(self)
+        self._token = step_now.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         token, self._token = self._token, None
         if token is not None:
-            _current.reset(token)
+            step_now.reset(token)
+            self.inputs.end()
 
 
-_current: ContextVar[step | None] = ContextVar("graphcap_step", default=None)
 #: The step in force, or ``None``. Bound once: it is called for every replay.
-current = _current.get
-
-
-def current_step() -> step:
-    """The innermost step in force.
-
-    Raises:
-        StepError: outside of every step.
-    """
-    found = _current.get()
-    if found is None:
-        raise StepError("no graphcap.step(...) is in force here")
-    return found
+current = step_now.get

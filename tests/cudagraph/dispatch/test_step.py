@@ -229,3 +229,29 @@ def test_a_first_read_while_recording_is_refused() -> None:
     given = step(num_tokens=1, inputs={"seq_lens": torch.tensor([1])})
     with given, held, pytest.raises(StepError, match="was not read in the warm-up"):
         current_step().inputs["seq_lens"]
+
+
+def test_threads_may_be_in_the_same_buffers_at_once() -> None:
+    """Each leaves them for what was in force before in that thread, whoever came first."""
+    held, meet, seen = serving(num_reqs=4), threading.Barrier(2), list[bool]()
+
+    def run(leaves_first: bool) -> None:
+        with step(num_tokens=2, inputs={"seq_lens": torch.tensor([3, 4])}):
+            with held:
+                meet.wait()
+                seen.append(len(current_step().inputs["seq_lens"]) == 4)
+                meet.wait()
+                if not leaves_first:
+                    meet.wait()
+            if leaves_first:
+                meet.wait()
+            seen.append(len(current_step().inputs["seq_lens"]) == 2)
+
+    with held, step(num_tokens=2, inputs={"seq_lens": torch.tensor([3, 4])}):
+        current_step().inputs["seq_lens"]  # made before, so that only one thread fills it
+    threads = [threading.Thread(target=run, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == [True] * 4

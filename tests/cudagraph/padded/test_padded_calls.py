@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -269,6 +270,42 @@ def test_inputs_of_the_step_after_a_release() -> None:
             runner.release()
     (plan,) = runner.stats.plans
     assert plan.replays >= 3
+
+
+def test_a_warm_up_keeps_the_inputs_of_its_step() -> None:
+    """The buffers that ops read are those of the route, and another thread may be on it."""
+    reading, overwritten, failures = threading.Event(), threading.Event(), list[BaseException]()
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        lens = current_step().inputs["lens"]
+        if threading.current_thread() is first and not reading.is_set():
+            reading.set()
+            overwritten.wait(0.2)  # nobody gets that far meanwhile
+        elif reading.is_set():
+            overwritten.set()
+        return x * lens[:, None]
+
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    program = region.program(region.step(attend, x, capture=LIVE), sizes=[(N, WIDTH)])
+    runner = runner_of(program, capture_sizes=[4], dynamic_arg_dims={"step.lens": {0: "n"}})
+
+    def serve(value: int) -> None:
+        try:
+            x_, lens = rows(4), torch.full((4,), value)
+            with torch.no_grad(), step(num_tokens=4, inputs={"lens": lens}), in_phase(Phase.WARM_UP):
+                (out,) = runner(4, x_)
+            torch.testing.assert_close(out, x_ * value)
+        except BaseException as error:
+            failures.append(error)
+
+    first, second = (threading.Thread(target=serve, args=(value,)) for value in (2, 3))
+    first.start()
+    assert reading.wait(60)
+    second.start()
+    for thread in (first, second):
+        thread.join(60)
+    assert not failures
 
 
 def test_sizes_that_follow_the_declared_one_are_padded_along() -> None:

@@ -222,33 +222,52 @@ def plain_caller() -> Callable[[], bool]:
 
 
 def plain_questions() -> list[Question]:
-    """The same as questions for :func:`graphcap.native.answer_check`, as long as the stance is the very one of now."""
-    import torch._dynamo.eval_frame as eval_frame
+    """The same for calls by threads that are in the modes of now, where :func:`plain_entries` hold: what is left to ask
+    with :func:`graphcap.native.answer_check`. A call from plain Python has to be in progress."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-    stance = eval_frame._stance
-    return [*_questions(), (getattr, (eval_frame, "_stance"), stance if _is_default(stance) else object())]
+    # Functorch's transforms, dispatch modes and torch.jit's traces show in the thread's modes.
+    return [(native.thread_state(), (), True), (get_eval_frame_callback, (), None), (_tracing_context(), (), None)]
+
+
+def plain_entries() -> list[tuple[dict[str, Any], str, object]]:
+    """What has to stay in dicts, for :func:`graphcap.native.identity_check`: the stance, that fx does not trace, and
+    the default device, which is guarded."""
+    import torch._dynamo.eval_frame as eval_frame
+    import torch.utils._device as devices
+
+    places = [(eval_frame, "_stance"), (torch.fx._symbolic_trace, "_is_fx_tracing_flag"), (devices, "CURRENT_DEVICE")]
+    return [(vars(module), name, getattr(module, name)) for module, name in places]
 
 
 def _questions() -> list[Question]:
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
     from torch._C._functorch import get_dynamic_layer_stack_depth
-    from torch._guards import TracingContext
 
-    # try_get() asks for an attribute that is usually missing: five times as slow as a look into the dict of the thread.
-    of_threads = getattr(torch._guards, "_TLS", None)
-    tracing_context = TracingContext.try_get if of_threads is None else lambda: vars(of_threads).get("tracing_context")
     return [
         (get_eval_frame_callback, (), None),
         (torch._C._len_torch_dispatch_stack, (), 0),
         (get_dynamic_layer_stack_depth, (), 0),
         (torch._C._is_tracing, (), False),
         (getattr, (torch.fx._symbolic_trace, "_is_fx_tracing_flag"), False),
-        (tracing_context, (), None),
+        (_tracing_context(), (), None),
     ]
 
 
-def question_of(guard: Callable[[dict[str, Any]], bool], text: str) -> Question:
-    """A guard on one of torch's modes as a question. The one on hooks for saved tensors is two frames of Python."""
+def _tracing_context() -> Callable[[], object]:
+    from torch._guards import TracingContext
+
+    # try_get() asks for an attribute that is usually missing: five times as slow as a look into the dict of the thread.
+    of_threads = getattr(torch._guards, "_TLS", None)
+    return TracingContext.try_get if of_threads is None else lambda: vars(of_threads).get("tracing_context")
+
+
+def question_of(guard: Callable[[dict[str, Any]], bool], text: str) -> Question | None:
+    """A guard on one of torch's modes as a question; ``None`` where :func:`plain_questions` or :func:`plain_entries`
+    have asked it. The one on hooks for saved tensors is two frames of Python."""
+    kind = type(guard).__name__
+    if kind == "DEFAULT_DEVICE" or (kind == "TORCH_FUNCTION_MODE_STACK" and not torch._C._len_torch_function_stack()):
+        return None
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if hooks is not None and text.startswith("torch._functorch.aot_autograd.utils.top_saved_tensors_hooks ids == None"):
         return hooks, (True,), None

@@ -99,7 +99,7 @@ class SameLayout:
     def learn(self, values: tuple[Any, ...]) -> None:
         """The guards, those on torch's modes as well, have held for these in a call from plain Python."""
         if not self._around():
-            self._ask_anew()  # the stance is another one that is the default
+            self._ask_anew()  # in other modes than the last time
         tensors = tuple(i for i, value in enumerate(values) if type(value) in _TENSORS)
         known = self._known.get(_outline(values))
         if known is not None and len(values) == self._count and known.fits(*values):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from graphcap import native
+from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.guards import Guards
 from graphcap.compiler.frontend.statics import FEW_CALLS, MAX_CHANGES, Entry, Step, walk
 from graphcap.cudagraph import plans_made
@@ -139,7 +140,8 @@ class Seal:
         return None if known is None else known.values.copy()
 
     def _look(self, roots: Sequence[nn.Module]) -> Known | None:
-        """Everything as it is now; ``None`` where dict entries alone do not lead to an input."""
+        """Everything as it is now, in a call from plain Python; ``None`` where dict entries alone do not lead to an
+        input."""
         self._num_changes = self._num_changes + 1 if self._num_served < FEW_CALLS else 0
         self._num_served = 0
         entries: dict[tuple[int, Any], Entry] = {}
@@ -157,7 +159,10 @@ class Seal:
         # The own dicts of the roots are given at each call, as what owns this seal may be found in one of them.
         numbers = {id(vars(root)): number for number, root in enumerate(roots)}
         holds = native.identity_check(
-            [(numbers.get(id(holder), holder), name, value) for holder, name, value in entries.values()],
+            [
+                *((numbers.get(id(holder), holder), name, value) for holder, name, value in entries.values()),
+                *dynamo.plain_entries(),
+            ],
             [(numbers[id(holder)], holder) if id(holder) in numbers else holder for holder in sized],
         )
         return Known(holds, values, frozenset(id(values[static.position]) for static in self._statics))

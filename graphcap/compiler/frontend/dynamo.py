@@ -222,12 +222,13 @@ def plain_caller() -> Callable[[], bool]:
 
 
 def plain_questions() -> list[Question]:
-    """The same for calls by threads that are in the modes of now, where :func:`plain_entries` hold: what is left to ask
-    with :func:`graphcap.native.answer_check`. A call from plain Python has to be in progress."""
+    """The same for calls with tensors that are not fake, by threads that are in the modes of now, where
+    :func:`plain_entries` hold: what is left to ask with :func:`graphcap.native.answer_check`. A call from plain Python
+    has to be in progress."""
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-    # Functorch's transforms, dispatch modes and torch.jit's traces show in the thread's modes.
-    return [(native.thread_state(), (), True), (get_eval_frame_callback, (), None), (_tracing_context(), (), None)]
+    # Functorch's transforms, dispatch modes and torch.jit's traces show in the thread's modes, others in the tensors.
+    return [(native.thread_state(), (), True), (get_eval_frame_callback, (), None)]
 
 
 def plain_entries() -> list[tuple[dict[str, Any], str, object]]:
@@ -243,35 +244,41 @@ def plain_entries() -> list[tuple[dict[str, Any], str, object]]:
 def _questions() -> list[Question]:
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
     from torch._C._functorch import get_dynamic_layer_stack_depth
+    from torch._guards import TracingContext
 
+    # try_get() asks for an attribute that is usually missing: five times as slow as a look into the dict of the thread.
+    of_threads = getattr(torch._guards, "_TLS", None)
+    tracing_context = TracingContext.try_get if of_threads is None else lambda: vars(of_threads).get("tracing_context")
     return [
         (get_eval_frame_callback, (), None),
         (torch._C._len_torch_dispatch_stack, (), 0),
         (get_dynamic_layer_stack_depth, (), 0),
         (torch._C._is_tracing, (), False),
         (getattr, (torch.fx._symbolic_trace, "_is_fx_tracing_flag"), False),
-        (_tracing_context(), (), None),
+        (tracing_context, (), None),
     ]
 
 
-def _tracing_context() -> Callable[[], object]:
-    from torch._guards import TracingContext
+def question_of(guard: Callable[[dict[str, Any]], bool]) -> Question | None:
+    """A guard on torch's modes as a question; ``None`` where there is nothing to ask while a thread stays in the modes
+    of now and :func:`plain_entries` hold. A call for which the guard holds has to be in progress.
 
-    # try_get() asks for an attribute that is usually missing: five times as slow as a look into the dict of the thread.
-    of_threads = getattr(torch._guards, "_TLS", None)
-    return TracingContext.try_get if of_threads is None else lambda: vars(of_threads).get("tracing_context")
-
-
-def question_of(guard: Callable[[dict[str, Any]], bool], text: str) -> Question | None:
-    """A guard on one of torch's modes as a question; ``None`` where :func:`plain_questions` or :func:`plain_entries`
-    have asked it. The one on hooks for saved tensors is two frames of Python."""
+    What is left of the guard on the global state without autocast are settings of the process: the default dtype, what
+    matrix products may round, whether algorithms are deterministic, how many threads there are.
+    """
     kind = type(guard).__name__
-    if kind == "DEFAULT_DEVICE" or (kind == "TORCH_FUNCTION_MODE_STACK" and not torch._C._len_torch_function_stack()):
-        return None
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooks is not None and text.startswith("torch._functorch.aot_autograd.utils.top_saved_tensors_hooks ids == None"):
-        return hooks, (True,), None
-    return guard, ({},), True
+    told = {
+        "DEFAULT_DEVICE": True,
+        "TORCH_FUNCTION_MODE_STACK": not torch._C._len_torch_function_stack(),
+        "GLOBAL_STATE": not torch._C._is_any_autocast_enabled(),
+        # Hooks for tensors that autograd saves: see dynamo's AUTOGRAD_SAVED_TENSORS_HOOKS.
+        "LAMBDA_GUARD": not torch.is_grad_enabled() and "top_saved_tensors_hooks" in " ".join(_texts(guard)),
+    }
+    return None if told.get(kind, False) else (guard, ({},), True)
+
+
+def _texts(guard: Any) -> list[str]:
+    return list(guard.verbose_code_parts())
 
 
 def _is_default(stance: Any) -> bool:

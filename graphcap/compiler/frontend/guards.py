@@ -231,7 +231,7 @@ def _ambient(kept: Sequence[_Node], state: Set[str]) -> list[Question] | None:
                 named = set(_NAMED.findall(text))
                 if "G[" in text or named & state or not callable(leaf):
                     return None
-                if not named and (question := dynamo.question_of(leaf, text)) is not None:
+                if not named and (question := dynamo.question_of(leaf)) is not None:
                     ambient.append(question)  # the others compare sizes
         elif not step_source.leads_to_step(node.source) and not node.is_of_argument():
             return None

@@ -18,6 +18,7 @@ import graphcap
 from graphcap import native
 from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.guards import ArgumentGuards
+from graphcap.compiler.frontend.seal import EVERY
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.errors import DimError
 
@@ -191,3 +192,34 @@ def test_any_traffic_is_what_it_is_live(one_model: Any, calls: list[tuple[int, i
                 assert_right(one_model, *args, times=times)
             else:
                 assert_right(one_model, *args, times)
+
+
+def test_a_setting_of_the_process_is_noticed_with_the_globals() -> None:
+    """Not at once: as late as a global. Then the model is traced anew; that is no mistake of the user."""
+    model, x = sealed(), torch.randn(3, 4)
+    traces = [len(graphcap.explain(model).regions)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for _ in range(EVERY + 1):
+            assert_right(model, x)
+        traces.append(len(graphcap.explain(model).regions))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for _ in range(EVERY + 1):
+        assert_right(model, x)
+    traces.append(len(graphcap.explain(model).regions))
+    assert traces == [1, 2, 2], "traced for the other dtype, and the first graph serves again"
+
+
+def test_a_mode_that_was_on_at_the_trace_is_part_of_what_is_known(evaluations: list[bool]) -> None:
+    model = graphcap.compile(Model().eval(), guards="sealed", compiler="eager")
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(4):
+            assert model(x).dtype is torch.bfloat16
+        evaluations.clear()
+        assert model(x).dtype is torch.bfloat16
+        assert evaluations == []
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert model(x).dtype is torch.float16
+    assert model(x).dtype is torch.float32

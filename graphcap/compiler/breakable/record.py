@@ -26,6 +26,7 @@ from graphcap.compiler.breakable.key import layout_of
 from graphcap.compiler.breakable.limits import WAYS_OUT, reads_values, why_live
 from graphcap.compiler.breakable.numbering import Numbering, identity
 from graphcap.compiler.breakable.origin import here
+from graphcap.compiler.breakable.unwritten import Unwritten
 from graphcap.compiler.effects import declared_written
 from graphcap.compiler.rules import op_name
 
@@ -63,6 +64,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.outputs: list[tuple[int, int]] = []
         self.numbering = Numbering(tensors)
+        self._unwritten = Unwritten()
         self._inside: Inside | None = None
         self._keep_outcomes = keep_outcomes
         self._is_blind = False  # while the recorder itself calls operators
@@ -140,6 +142,8 @@ class Recorder(TorchDispatchMode):
         )
         call.bare = isinstance(result, torch.Tensor)
         if any(fresh) or call.written or not any(isinstance(each, torch.Tensor) for each in results):
+            made = [each for each, new in zip(results, fresh, strict=True) if new]
+            self.refuse(self._unwritten.meet(call.function, given.values(), call.written, made))
             self._keep(call, results, given)  # anything else is a view that is what it views
 
     def _own_fault(self, error: Exception) -> None:
@@ -190,6 +194,7 @@ class Recorder(TorchDispatchMode):
 
     def _finish_live(self, call: Call, inside: Inside, result: Any, given: Mapping[int, torch.Tensor]) -> None:
         results = private.tree_flatten(result)[0]
+        self._unwritten.written(given.values())
         call.written = frozenset(inside.written)
         hidden = {
             self.numbering.number_in(tensor): tensor
@@ -215,6 +220,7 @@ class Recorder(TorchDispatchMode):
 
     def close(self, result: Sequence[Any]) -> None:
         """Number the tensors of the call's result."""
+        self.refuse(self._unwritten.returned(result))
         if not self.refusal:
             self.outputs = self.numbering.results(result)
         self.numbering.check_forms()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,76 @@ def launches(x: Tensor) -> Tensor:
 
 def reshapes(x: Tensor) -> Tensor:
     return (x + 1).t_()
+
+
+def _unseen_copy(x: Tensor) -> Tensor:
+    """What a kernel does that asks for addresses in a way that torch does not see."""
+    result = torch.empty_like(x)
+    source, target = x.untyped_storage(), result.untyped_storage()
+    ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes())
+    return result
+
+
+def reads_what_was_written_unseen(x: Tensor) -> Tensor:
+    return _unseen_copy(x * 2) + 1
+
+
+def changes_what_was_written_unseen(x: Tensor) -> Tensor:
+    return _unseen_copy(x * 2).add_(1)
+
+
+def returns_what_was_written_unseen(x: Tensor) -> Tensor:
+    return _unseen_copy(x * 2).view(-1)
+
+
+def fills(x: Tensor) -> Tensor:
+    filled, scaled = torch.empty_like(x).fill_(2.0), x.new_empty(x.shape)
+    torch.mul(x, filled, out=scaled)
+    scaled[:, 1:].neg_()
+    part = torch.empty_like(x)
+    part[0], part[1:] = x[0], scaled[1:]
+    return part + torch.empty(x.shape[0], 0).sum(-1, keepdim=True)
+
+
+@graphcap.eager
+def unseen_but_declared(x: Tensor, out: Tensor) -> None:
+    out.copy_(_unseen_copy(x * 2))
+
+
+def writes_in_a_live_function(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    unseen_but_declared(x, out)
+    return out + 1
+
+
+@pytest.mark.parametrize("function", [fills, writes_in_a_live_function])
+def test_memory_that_is_written_before_it_is_read(function: Callable[[Tensor], Tensor]) -> None:
+    captured = breakable(function)
+    with torch.no_grad():
+        for _ in range(CALLS):
+            x = rows()
+            torch.testing.assert_close(captured(x), function(x), rtol=0, atol=0)
+    (region,) = graphcap.explain(captured).regions
+    assert not region.bypass
+    assert region.replays
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (reads_what_was_written_unseen, "aten::add reads memory that no operator has written"),
+        (changes_what_was_written_unseen, "aten::add_ reads memory that no operator has written"),
+        (returns_what_was_written_unseen, "the call returns memory that no operator has written"),
+    ],
+)
+def test_a_kernel_that_nobody_sees(function: Callable[[Tensor], Tensor], reason: str) -> None:
+    """Its result in a recording is whatever is in the memory: by chance what it left there in another call."""
+    captured = breakable(function)
+    with torch.no_grad():
+        for _ in range(CALLS):
+            x = rows()
+            torch.testing.assert_close(captured(x), function(x), rtol=0, atol=0)
+    assert reason in refused(captured)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -72,7 +72,12 @@ def test_wheel_is_the_package_and_nothing_else(archives: Archives, wheel: zipfil
     names = wheel.namelist()
     packaged = {name for name in names if ".dist-info/" not in name}
     assert packaged == archives.package_files
-    assert {"graphcap/py.typed", "graphcap/native/checks.cpp"} <= packaged
+    assert {
+        "graphcap/py.typed",
+        "graphcap/native/checks.cpp",
+        "graphcap/native/places.h",
+        "graphcap/native/dict_watch.h",
+    } <= packaged
     assert len(names) == len(set(names))
 
 

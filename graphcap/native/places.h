@@ -1,5 +1,6 @@
-// Copies arguments of a call to where captured kernels read them, and first asks whether they lie apart from what these
-// write. What goes by way of Python's and the dispatcher's layers is most of such a copy.
+// Where the tensors of a call lie: still where they were, and apart from what captured kernels write; and the copy of
+// those that are not used in place to where these kernels read them. What goes by way of Python's and the dispatcher's
+// layers is most of such a copy. places.py has the same in Python, and the contracts.
 
 #pragma once
 
@@ -7,8 +8,10 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_foreach_copy.h>
+#include <c10/core/impl/COW.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <new>
@@ -16,7 +19,7 @@
 
 #include <structmember.h>
 
-namespace copies {
+namespace places {
 
 // Not THPVariable_Check: it believes an object's __class__, and a mock has no tensor inside.
 inline bool is_tensor(PyObject* object) {
@@ -45,6 +48,22 @@ inline bool read_indices(PyObject* given, std::vector<Py_ssize_t>& indices) {
   return done;
 }
 
+// The same for addresses.
+inline bool read_addresses(PyObject* given, std::vector<std::uintptr_t>& addresses) {
+  given = PySequence_Tuple(given);
+  if (given == nullptr) {
+    return false;
+  }
+  bool done = true;
+  for (Py_ssize_t i = 0; done && i < PyTuple_GET_SIZE(given); ++i) {
+    const unsigned long long address = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(given, i));
+    done = address != static_cast<unsigned long long>(-1) || PyErr_Occurred() == nullptr;
+    addresses.push_back(static_cast<std::uintptr_t>(address));
+  }
+  Py_DECREF(given);
+  return done;
+}
+
 // The sequence that a call was given; NULL with an exception set.
 inline PyObject* only_sequence(const char* who, PyObject* const* args, std::size_t nargsf, PyObject* names) {
   if (PyVectorcall_NARGS(nargsf) != 1 || (names != nullptr && PyTuple_GET_SIZE(names) != 0) ||
@@ -54,6 +73,127 @@ inline PyObject* only_sequence(const char* who, PyObject* const* args, std::size
   }
   return args[0];
 }
+
+// ---- AddressCheck ----------------------------------------------------------------------------------------------------
+
+struct AddressCheck {
+  PyObject_HEAD
+  vectorcallfunc call;
+  std::vector<Py_ssize_t> indices;
+  std::vector<std::uintptr_t> addresses;  // as many
+};
+
+// Tells tensors from what is none. Hundreds of parameters have one type: it is looked up in the bases of that once.
+struct Tensors {
+  PyTypeObject* seen = nullptr;
+
+  // NULL for what is no tensor. Not THPVariable_Check: it believes an object's __class__, and a mock has none inside.
+  const c10::TensorImpl* in(PyObject* object) {
+    if (Py_TYPE(object) != seen) {
+      if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
+        return nullptr;
+      }
+      seen = Py_TYPE(object);
+    }
+    return THPVariable_Unpack(object).unsafeGetTensorImpl();
+  }
+};
+
+// May throw: some tensors refuse to name an address.
+inline bool lies_at(const c10::TensorImpl* impl, std::uintptr_t address) {
+  if (impl == nullptr || !impl->has_storage() || c10::impl::cow::is_cow_data_ptr(impl->unsafe_storage().data_ptr())) {
+    // A copy-on-write tensor moves when it is written, but a graph writes to the address: it must not count as in place.
+    return false;
+  }
+  return reinterpret_cast<std::uintptr_t>(impl->data()) == address;
+}
+
+// A tensor lies behind three pointers, and between two steps of a model the processor's caches have forgotten all of
+// them. Those of later tensors are asked for before they are needed, so that the waits overlap.
+constexpr std::size_t kNear = 6, kFar = 12;
+
+inline bool all_lie_there(const AddressCheck* check, PyObject* const* items, Py_ssize_t size) noexcept {
+  const auto item = [&](std::size_t i) {
+    return i < check->indices.size() && check->indices[i] < size ? items[check->indices[i]] : Py_None;
+  };
+  Tensors tensors;
+  try {
+    for (std::size_t i = 0; i < check->indices.size(); ++i) {
+      __builtin_prefetch(item(i + kFar));
+      if (const auto* later = reinterpret_cast<const char*>(tensors.in(item(i + kNear)))) {
+        __builtin_prefetch(later);
+        __builtin_prefetch(later + 128);  // the storage is in front, offset and dtype are behind the sizes
+      }
+      if (!lies_at(tensors.in(item(i)), check->addresses[i])) {
+        return false;
+      }
+    }
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+inline PyObject* AddressCheck_call(PyObject* self, PyObject* const* args, std::size_t nargsf, PyObject* names) {
+  PyObject* given = only_sequence("AddressCheck", args, nargsf, names);
+  if (given == nullptr) {
+    return nullptr;
+  }
+  // Nothing below runs Python code, so nobody can resize the list meanwhile.
+  const auto* check = reinterpret_cast<AddressCheck*>(self);
+  return PyBool_FromLong(all_lie_there(check, PySequence_Fast_ITEMS(given), PySequence_Fast_GET_SIZE(given)));
+}
+
+inline PyObject* AddressCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"indices", "addresses", nullptr};
+  PyObject *indices = nullptr, *addresses = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", const_cast<char**>(names), &indices, &addresses)) {
+    return nullptr;
+  }
+  PyObject* self = type->tp_alloc(type, 0);
+  if (self == nullptr) {
+    return nullptr;
+  }
+  auto* check = reinterpret_cast<AddressCheck*>(self);
+  check->call = AddressCheck_call;
+  new (&check->indices) std::vector<Py_ssize_t>();
+  new (&check->addresses) std::vector<std::uintptr_t>();
+  if (!read_indices(indices, check->indices) || !read_addresses(addresses, check->addresses)) {
+    Py_CLEAR(self);
+  } else if (check->indices.size() != check->addresses.size()) {
+    PyErr_Format(
+        PyExc_ValueError, "%zu indices, but %zu addresses", check->indices.size(), check->addresses.size());
+    Py_CLEAR(self);
+  }
+  return self;
+}
+
+inline void AddressCheck_dealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  reinterpret_cast<AddressCheck*>(self)->indices.~vector();
+  reinterpret_cast<AddressCheck*>(self)->addresses.~vector();
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+inline PyMemberDef AddressCheck_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(AddressCheck, call), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr}};
+
+inline PyType_Slot AddressCheck_slots[] = {
+    {Py_tp_doc, const_cast<char*>("AddressCheck(indices, addresses): see graphcap.native.fallback.AddressCheck")},
+    {Py_tp_new, reinterpret_cast<void*>(AddressCheck_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(AddressCheck_dealloc)},
+    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+    {Py_tp_members, AddressCheck_members},
+    {0, nullptr}};
+
+inline PyType_Spec AddressCheck_spec = {
+    "graphcap_native.AddressCheck",
+    sizeof(AddressCheck),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    AddressCheck_slots};
 
 // ---- ApartCheck ------------------------------------------------------------------------------------------------------
 
@@ -93,21 +233,6 @@ inline PyObject* ApartCheck_call(PyObject* self, PyObject* const* args, std::siz
     }
   }
   Py_RETURN_TRUE;
-}
-
-inline bool read_addresses(PyObject* given, std::vector<std::uintptr_t>& addresses) {
-  given = PySequence_Tuple(given);
-  if (given == nullptr) {
-    return false;
-  }
-  bool done = true;
-  for (Py_ssize_t i = 0; done && i < PyTuple_GET_SIZE(given); ++i) {
-    const unsigned long long address = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(given, i));
-    done = address != static_cast<unsigned long long>(-1) || PyErr_Occurred() == nullptr;
-    addresses.push_back(static_cast<std::uintptr_t>(address));
-  }
-  Py_DECREF(given);
-  return done;
 }
 
 inline PyObject* ApartCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
@@ -270,4 +395,4 @@ inline PyType_Spec GroupedCopy_spec = {
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
     GroupedCopy_slots};
 
-}  // namespace copies
+}  // namespace places

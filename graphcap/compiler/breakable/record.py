@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if call is not None and not self.refusal:
             try:
-                self._finish(call, result, private.tree_flatten((args, kwargs))[0])
+                self._finish(call, result, private.tree_flatten((args, kwargs))[0], kwargs)
             except Exception as error:
                 self._own_fault(error)
         return result
@@ -125,7 +125,7 @@ class Recorder(TorchDispatchMode):
         memory = frozenset(map(private.storage_id, written))
         return Call(func, self.numbering.refs(leaves), spec, (), memory, why_live(func, args, leaves), here())
 
-    def _finish(self, call: Call, result: Any, leaves: Sequence[Any]) -> None:
+    def _finish(self, call: Call, result: Any, leaves: Sequence[Any], kwargs: Any) -> None:
         """Number what a call made, and keep the call unless it did nothing."""
         given = {ref.value: leaf for ref, leaf in zip(call.leaves, leaves, strict=True) if isinstance(ref, Ref)}
         if any(layout_of(tensor) != self.values[number].layout for number, tensor in given.items()):
@@ -143,7 +143,7 @@ class Recorder(TorchDispatchMode):
         call.bare = isinstance(result, torch.Tensor)
         if any(fresh) or call.written or not any(isinstance(each, torch.Tensor) for each in results):
             made = [each for each, new in zip(results, fresh, strict=True) if new]
-            self.refuse(self._unwritten.meet(call.function, given.values(), call.written, made))
+            self.refuse(self._unwritten.meet(call.function, leaves, kwargs, call.written, made))
             self._keep(call, results, given)  # anything else is a view that is what it views
 
     def _own_fault(self, error: Exception) -> None:

@@ -7,7 +7,7 @@ by chance be what the kernel has left in an earlier call, so that no comparison 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ _WRITERS = {
     "aten::masked_scatter_", "aten::normal_", "aten::random_", "aten::scatter_", "aten::set_", "aten::uniform_",
     "aten::zero_",
 }  # fmt: skip
+#: Operators whose first argument counts for nothing where ``beta`` is 0: it may be empty, NaN included.
+_SCALED_BY_BETA = {"aten::addbmm", "aten::addmm", "aten::addmv", "aten::addr", "aten::baddbmm"}
 _WHY = "memory that no operator has written: a kernel that torch does not know belongs into an @graphcap.eager function"
 
 
@@ -36,17 +38,14 @@ class Unwritten:
         self._storages: set[int] = set()
 
     def meet(
-        self,
-        function: Any,
-        given: Iterable[torch.Tensor],
-        written: Iterable[int],
-        made: Iterable[torch.Tensor],
+        self, function: Any, leaves: Sequence[Any], kwargs: Any, written: Iterable[int], made: Iterable[torch.Tensor]
     ) -> str:
         """An operator has run.
 
         Args:
             function: the operator.
-            given: the tensors that it was called with.
+            leaves: what it was called with, flat.
+            kwargs: the keyword arguments among them.
             written: the storages that it says it wrote.
             made: what it returned that was not there before, views of the others included.
 
@@ -54,8 +53,9 @@ class Unwritten:
             Why a recording of it cannot be repeated, ``""`` where it can.
         """
         name, wrote = op_name(function), set(written)
-        seen = {private.storage_id(tensor) for tensor in given if tensor.numel()}
-        new = {private.storage_id(tensor) for tensor in made if tensor.numel()} - seen
+        read_by = leaves[1:] if name in _SCALED_BY_BETA and kwargs.get("beta") == 0 else leaves
+        seen = _storages(read_by)
+        new = _storages(made) - _storages(leaves)
         if not wrote and not new:
             return ""  # a view
         reads_what_it_writes = name.startswith("aten::") and name.endswith("_") and name not in _WRITERS
@@ -68,10 +68,12 @@ class Unwritten:
 
     def written(self, tensors: Iterable[torch.Tensor]) -> None:
         """Somebody may have written these."""
-        self._storages -= {private.storage_id(tensor) for tensor in tensors}
+        self._storages -= _storages(tensors)
 
     def returned(self, result: Iterable[Any]) -> str:
         """As :meth:`meet`, for what the call returns."""
-        tensors = [each for each in result if isinstance(each, torch.Tensor) and each.numel()]
-        found = self._storages.intersection(map(private.storage_id, tensors))
-        return f"the call returns {_WHY}" if found else ""
+        return f"the call returns {_WHY}" if self._storages & _storages(result) else ""
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    return {private.storage_id(each) for each in values if isinstance(each, torch.Tensor) and each.numel()}

@@ -83,6 +83,11 @@ def fills(x: Tensor) -> Tensor:
     return part + torch.empty(x.shape[0], 0).sum(-1, keepdim=True)
 
 
+def scales_nothing(x: Tensor) -> Tensor:
+    """As attention in diffusers has it."""
+    return torch.baddbmm(x.new_empty(1, x.shape[0], x.shape[0]), x[None], x.t()[None], beta=0, alpha=0.5)
+
+
 @graphcap.eager
 def unseen_but_declared(x: Tensor, out: Tensor) -> None:
     out.copy_(_unseen_copy(x * 2))
@@ -94,7 +99,7 @@ def writes_in_a_live_function(x: Tensor) -> Tensor:
     return out + 1
 
 
-@pytest.mark.parametrize("function", [fills, writes_in_a_live_function])
+@pytest.mark.parametrize("function", [fills, scales_nothing, writes_in_a_live_function])
 def test_memory_that_is_written_before_it_is_read(function: Callable[[Tensor], Tensor]) -> None:
     captured = breakable(function)
     with torch.no_grad():

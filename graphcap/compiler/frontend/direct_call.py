@@ -44,7 +44,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from graphcap import native
-from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend import dynamo, plain_call
 from graphcap.compiler.frontend.frame_code import Unreadable
 from graphcap.compiler.frontend.frame_function import MISS, FrameWriter
 from graphcap.compiler.frontend.frame_reader import read
@@ -154,7 +154,7 @@ class DirectCalls:
         return self.refused[num_refused:]
 
     def _ask_plainly(self) -> None:
-        self._is_plain = dynamo.plain_caller()
+        self._is_plain = plain_call.plain_caller()
 
     def unchecked_guards(self) -> list[str]:
         """The guards that calls go by without, each once: those of graphs that are sealed now. Values come first."""

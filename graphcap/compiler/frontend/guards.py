@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import is_inference_mode_enabled
 
-from graphcap.compiler.frontend import dynamo, step_source
+from graphcap.compiler.frontend import plain_call, step_source
 from graphcap.compiler.frontend.same_layout import SameLayout
 from graphcap.native.objects import Question
 
@@ -231,7 +231,7 @@ def _ambient(kept: Sequence[_Node], state: Set[str]) -> list[Question] | None:
                 named = set(_NAMED.findall(text))
                 if "G[" in text or named & state or not callable(leaf):
                     return None
-                if not named and (question := dynamo.question_of(leaf)) is not None:
+                if not named and (question := plain_call.question_of(leaf)) is not None:
                     ambient.append(question)  # the others compare sizes
         elif not step_source.leads_to_step(node.source) and not node.is_of_argument():
             return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphcap import native
-from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend import plain_call
 from graphcap.native.objects import Question
 
 _MAX_LAYOUTS = 256  #: that are remembered for one graph
@@ -94,7 +94,7 @@ class SameLayout:
         return True
 
     def _ask_anew(self) -> None:
-        self._around = native.answer_check([*dynamo.plain_questions(), *self._ambient])
+        self._around = native.answer_check([*plain_call.plain_questions(), *self._ambient])
 
     def learn(self, values: tuple[Any, ...]) -> None:
         """The guards, those on torch's modes as well, have held for these in a call from plain Python."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from graphcap import native
-from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend import plain_call
 from graphcap.compiler.frontend.guards import Guards
 from graphcap.compiler.frontend.statics import FEW_CALLS, MAX_CHANGES, Entry, Step, walk
 from graphcap.cudagraph import plans_made
@@ -161,7 +161,7 @@ class Seal:
         holds = native.identity_check(
             [
                 *((numbers.get(id(holder), holder), name, value) for holder, name, value in entries.values()),
-                *dynamo.plain_entries(),
+                *plain_call.plain_entries(),
             ],
             [(numbers[id(holder)], holder) if id(holder) in numbers else holder for holder in sized],
         )

@@ -74,23 +74,56 @@ inline PyObject* only_sequence(const char* who, PyObject* const* args, std::size
   return args[0];
 }
 
-// ---- AddressCheck ----------------------------------------------------------------------------------------------------
-
-struct AddressCheck {
+// What the first two types are.
+struct PlaceCheck {
   PyObject_HEAD
   vectorcallfunc call;
   std::vector<Py_ssize_t> indices;
-  std::vector<std::uintptr_t> addresses;  // as many
+  std::vector<std::uintptr_t> addresses;
 };
+
+inline PyObject* new_place_check(PyTypeObject* type, PyObject* args, PyObject* kwargs, vectorcallfunc call) {
+  static const char* names[] = {"indices", "addresses", nullptr};
+  PyObject *indices = nullptr, *addresses = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", const_cast<char**>(names), &indices, &addresses)) {
+    return nullptr;
+  }
+  PyObject* self = type->tp_alloc(type, 0);
+  if (self == nullptr) {
+    return nullptr;
+  }
+  auto* check = reinterpret_cast<PlaceCheck*>(self);
+  check->call = call;
+  new (&check->indices) std::vector<Py_ssize_t>();
+  new (&check->addresses) std::vector<std::uintptr_t>();
+  if (!read_indices(indices, check->indices) || !read_addresses(addresses, check->addresses)) {
+    Py_CLEAR(self);
+  }
+  return self;
+}
+
+inline void PlaceCheck_dealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  reinterpret_cast<PlaceCheck*>(self)->indices.~vector();
+  reinterpret_cast<PlaceCheck*>(self)->addresses.~vector();
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+inline PyMemberDef PlaceCheck_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(PlaceCheck, call), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr}};
+
+// ---- AddressCheck ----------------------------------------------------------------------------------------------------
 
 // Tells tensors from what is none. Hundreds of parameters have one type: it is looked up in the bases of that once.
 struct Tensors {
   PyTypeObject* seen = nullptr;
 
-  // NULL for what is no tensor. Not THPVariable_Check: it believes an object's __class__, and a mock has none inside.
+  // NULL for what is no tensor.
   const c10::TensorImpl* in(PyObject* object) {
     if (Py_TYPE(object) != seen) {
-      if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
+      if (!is_tensor(object)) {
         return nullptr;
       }
       seen = Py_TYPE(object);
@@ -112,7 +145,7 @@ inline bool lies_at(const c10::TensorImpl* impl, std::uintptr_t address) {
 // them. Those of later tensors are asked for before they are needed, so that the waits overlap.
 constexpr std::size_t kNear = 6, kFar = 12;
 
-inline bool all_lie_there(const AddressCheck* check, PyObject* const* items, Py_ssize_t size) noexcept {
+inline bool all_lie_there(const PlaceCheck* check, PyObject* const* items, Py_ssize_t size) noexcept {
   const auto item = [&](std::size_t i) {
     return i < check->indices.size() && check->indices[i] < size ? items[check->indices[i]] : Py_None;
   };
@@ -140,27 +173,14 @@ inline PyObject* AddressCheck_call(PyObject* self, PyObject* const* args, std::s
     return nullptr;
   }
   // Nothing below runs Python code, so nobody can resize the list meanwhile.
-  const auto* check = reinterpret_cast<AddressCheck*>(self);
+  const auto* check = reinterpret_cast<PlaceCheck*>(self);
   return PyBool_FromLong(all_lie_there(check, PySequence_Fast_ITEMS(given), PySequence_Fast_GET_SIZE(given)));
 }
 
 inline PyObject* AddressCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"indices", "addresses", nullptr};
-  PyObject *indices = nullptr, *addresses = nullptr;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", const_cast<char**>(names), &indices, &addresses)) {
-    return nullptr;
-  }
-  PyObject* self = type->tp_alloc(type, 0);
-  if (self == nullptr) {
-    return nullptr;
-  }
-  auto* check = reinterpret_cast<AddressCheck*>(self);
-  check->call = AddressCheck_call;
-  new (&check->indices) std::vector<Py_ssize_t>();
-  new (&check->addresses) std::vector<std::uintptr_t>();
-  if (!read_indices(indices, check->indices) || !read_addresses(addresses, check->addresses)) {
-    Py_CLEAR(self);
-  } else if (check->indices.size() != check->addresses.size()) {
+  PyObject* self = new_place_check(type, args, kwargs, AddressCheck_call);
+  const auto* check = reinterpret_cast<PlaceCheck*>(self);
+  if (self != nullptr && check->indices.size() != check->addresses.size()) {
     PyErr_Format(
         PyExc_ValueError, "%zu indices, but %zu addresses", check->indices.size(), check->addresses.size());
     Py_CLEAR(self);
@@ -168,41 +188,22 @@ inline PyObject* AddressCheck_new(PyTypeObject* type, PyObject* args, PyObject* 
   return self;
 }
 
-inline void AddressCheck_dealloc(PyObject* self) {
-  PyTypeObject* type = Py_TYPE(self);
-  reinterpret_cast<AddressCheck*>(self)->indices.~vector();
-  reinterpret_cast<AddressCheck*>(self)->addresses.~vector();
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
-inline PyMemberDef AddressCheck_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(AddressCheck, call), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
-
 inline PyType_Slot AddressCheck_slots[] = {
     {Py_tp_doc, const_cast<char*>("AddressCheck(indices, addresses): see graphcap.native.fallback.AddressCheck")},
     {Py_tp_new, reinterpret_cast<void*>(AddressCheck_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(AddressCheck_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(PlaceCheck_dealloc)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {Py_tp_members, AddressCheck_members},
+    {Py_tp_members, PlaceCheck_members},
     {0, nullptr}};
 
 inline PyType_Spec AddressCheck_spec = {
     "graphcap_native.AddressCheck",
-    sizeof(AddressCheck),
+    sizeof(PlaceCheck),
     0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
     AddressCheck_slots};
 
 // ---- ApartCheck ------------------------------------------------------------------------------------------------------
-
-struct ApartCheck {
-  PyObject_HEAD
-  vectorcallfunc call;
-  std::vector<Py_ssize_t> indices;
-  std::vector<std::uintptr_t> addresses;
-};
 
 inline bool lies_apart(PyObject* object, const std::vector<std::uintptr_t>& addresses) noexcept {
   if (!is_tensor(object)) {
@@ -225,7 +226,7 @@ inline PyObject* ApartCheck_call(PyObject* self, PyObject* const* args, std::siz
   if (given == nullptr) {
     return nullptr;
   }
-  const auto* check = reinterpret_cast<ApartCheck*>(self);
+  const auto* check = reinterpret_cast<PlaceCheck*>(self);
   for (const Py_ssize_t index : check->indices) {
     if (index >= PySequence_Fast_GET_SIZE(given) ||
         !lies_apart(PySequence_Fast_ITEMS(given)[index], check->addresses)) {
@@ -236,48 +237,20 @@ inline PyObject* ApartCheck_call(PyObject* self, PyObject* const* args, std::siz
 }
 
 inline PyObject* ApartCheck_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"indices", "addresses", nullptr};
-  PyObject *indices = nullptr, *addresses = nullptr;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", const_cast<char**>(names), &indices, &addresses)) {
-    return nullptr;
-  }
-  PyObject* self = type->tp_alloc(type, 0);
-  if (self == nullptr) {
-    return nullptr;
-  }
-  auto* check = reinterpret_cast<ApartCheck*>(self);
-  check->call = ApartCheck_call;
-  new (&check->indices) std::vector<Py_ssize_t>();
-  new (&check->addresses) std::vector<std::uintptr_t>();
-  if (!read_indices(indices, check->indices) || !read_addresses(addresses, check->addresses)) {
-    Py_CLEAR(self);
-  }
-  return self;
+  return new_place_check(type, args, kwargs, ApartCheck_call);
 }
-
-inline void ApartCheck_dealloc(PyObject* self) {
-  PyTypeObject* type = Py_TYPE(self);
-  reinterpret_cast<ApartCheck*>(self)->indices.~vector();
-  reinterpret_cast<ApartCheck*>(self)->addresses.~vector();
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
-inline PyMemberDef ApartCheck_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(ApartCheck, call), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
 
 inline PyType_Slot ApartCheck_slots[] = {
     {Py_tp_doc, const_cast<char*>("ApartCheck(indices, addresses): see graphcap.native.fallback.ApartCheck")},
     {Py_tp_new, reinterpret_cast<void*>(ApartCheck_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(ApartCheck_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(PlaceCheck_dealloc)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {Py_tp_members, ApartCheck_members},
+    {Py_tp_members, PlaceCheck_members},
     {0, nullptr}};
 
 inline PyType_Spec ApartCheck_spec = {
     "graphcap_native.ApartCheck",
-    sizeof(ApartCheck),
+    sizeof(PlaceCheck),
     0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
     ApartCheck_slots};

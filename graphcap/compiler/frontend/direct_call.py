@@ -67,6 +67,7 @@ class DirectCalls:
     """The direct ways to the graphs of one function.
 
     Attributes:
+        again: the functions for sealed calls that look exactly like an earlier one.
         count: calls that took one.
         refused: why there is none to a graph, one line for each reason.
     """
@@ -85,24 +86,7 @@ class DirectCalls:
         self._is_plain: Callable[[], bool] = lambda: False
         self._ways: tuple[_Way, ...] = ()
         self._functions: tuple[Callable[..., Any], ...] = ()
-        self._again: tuple[Callable[..., Any], ...] = ()
-
-    def again(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a sealed call that looks exactly like an earlier one, :data:`MISS` for any other.
-
-        Raises:
-            GuardError: as below.
-        """
-        try:
-            for function in self._again:
-                result = function(*bound, *args, **kwargs)
-                if result is not MISS:
-                    self.count += 1
-                    return result
-        except BaseException:
-            dynamo.leave_functorch_layers()
-            raise
-        return MISS
+        self.again: tuple[Callable[..., Any], ...] = ()
 
     def __call__(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call, or :data:`MISS` when nothing has run.
@@ -112,8 +96,23 @@ class DirectCalls:
         """
         if not self._functions or not self._is_plain():
             return self._not_served()
+        result = self.first_of(self._functions, bound, args, kwargs)
+        return self._not_served() if result is MISS else result
+
+    def first_of(
+        self,
+        functions: tuple[Callable[..., Any], ...],
+        bound: tuple[Any, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The result of the first of these functions that serves a call, or :data:`MISS`.
+
+        Raises:
+            GuardError: as above.
+        """
         try:
-            for function in self._functions:
+            for function in functions:
                 result = function(*bound, *args, **kwargs)
                 if result is not MISS:
                     self.count += 1
@@ -121,7 +120,7 @@ class DirectCalls:
         except BaseException:
             dynamo.leave_functorch_layers()
             raise
-        return self._not_served()
+        return MISS
 
     def _not_served(self) -> Any:
         for way in self._ways:
@@ -147,7 +146,7 @@ class DirectCalls:
         self._ways = tuple(ways)
         self._functions = tuple(way.function for way in ways if way.function is not None)
         sealed = [way.sealed for way in ways if way.sealed is not None]
-        self._again = tuple(each.again for each in sealed if each.again is not None)
+        self.again = tuple(each.again for each in sealed if each.again is not None)
         if self._functions:
             self._ask_plainly()
             native.when_ready(self, DirectCalls._ask_plainly)

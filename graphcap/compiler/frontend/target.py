@@ -121,10 +121,11 @@ class CompiledTarget:
         """
         if RemovableHandle.next_id != self._hooks.counter and self._hooks.has_unguarded():
             self._trace_again_with_hooks()
-        if (result := self.direct.again(bound, args, kwargs)) is not MISS:
+        direct = self.direct
+        if (result := direct.first_of(direct.again, bound, args, kwargs)) is not MISS:
             return result  # a call like this one has passed all checks
         self._check(args, kwargs)
-        if (result := self.direct(bound, args, kwargs)) is not MISS:
+        if (result := direct(bound, args, kwargs)) is not MISS:
             return result
         if self._instead is not None:
             return self._instead(bound, args, kwargs)

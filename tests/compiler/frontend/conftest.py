@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from graphcap.compiler.frontend import target as targets
+from graphcap.compiler.frontend.guards import ArgumentGuards
 
 
 @pytest.fixture
@@ -21,4 +22,18 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         return gm.forward
 
     monkeypatch.setattr(targets, "backend", lambda: recording)
+    return seen
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What the guards on arguments said, each time that they were evaluated."""
+    seen: list[bool] = []
+    evaluate = ArgumentGuards.__call__
+
+    def recording(self: ArgumentGuards, f_locals: dict[str, Any]) -> bool:
+        seen.append(evaluate(self, f_locals))
+        return seen[-1]
+
+    monkeypatch.setattr(ArgumentGuards, "__call__", recording)
     return seen

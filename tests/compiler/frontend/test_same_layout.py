@@ -17,7 +17,6 @@ from torch._dynamo import mark_static
 import graphcap
 from graphcap import native
 from graphcap.compiler.frontend.api import record_of
-from graphcap.compiler.frontend.guards import ArgumentGuards
 from graphcap.compiler.frontend.seal import EVERY
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.errors import DimError
@@ -31,20 +30,6 @@ class Model(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None, times: int = 1) -> Tensor:
         x = self.fc(x.float() if x.dtype is torch.int64 else x) * times
         return x if y is None else x + y.float().sum(-1, keepdim=True)
-
-
-@pytest.fixture
-def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the guards on arguments said, each time that they were evaluated."""
-    seen: list[bool] = []
-    evaluate = ArgumentGuards.__call__
-
-    def recording(self: ArgumentGuards, f_locals: dict[str, Any]) -> bool:
-        seen.append(evaluate(self, f_locals))
-        return seen[-1]
-
-    monkeypatch.setattr(ArgumentGuards, "__call__", recording)
-    return seen
 
 
 def sealed(**options: Any) -> Any:

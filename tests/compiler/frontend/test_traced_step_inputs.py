@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import graphcap
 from graphcap import DimError, GraphKey, StepError, native, step
 from graphcap.compiler.frontend.api import record_of
-from graphcap.compiler.frontend.guards import ArgumentGuards
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}
 DIMS = {"x": 0, "step.scale": 0}
@@ -699,20 +698,6 @@ def test_no_guard_on_the_step_is_left_out_when_sealed() -> None:
     assert target is not None
     (sealed,) = [way.sealed for way in target.direct._ways]
     assert [each for each in sealed.on_arguments.unaliased if each.endswith("in_force.input_scale")], "as an argument"
-
-
-@pytest.fixture
-def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the guards on arguments said, each time that they were evaluated."""
-    seen: list[bool] = []
-    evaluate = ArgumentGuards.__call__
-
-    def recording(self: ArgumentGuards, f_locals: dict[str, Any]) -> bool:
-        seen.append(evaluate(self, f_locals))
-        return seen[-1]
-
-    monkeypatch.setattr(ArgumentGuards, "__call__", recording)
-    return seen
 
 
 def test_a_sealed_call_that_looks_like_an_earlier_one_needs_no_guards(evaluations: list[bool]) -> None:

@@ -18,7 +18,7 @@ from graphcap.compiler.breakable.origin import module_names
 from graphcap.compiler.breakable.outside import facts, shown_name
 from graphcap.compiler.breakable.record import Recorder, record
 from graphcap.compiler.breakable.result import Result
-from graphcap.compiler.breakable.state import Found, changed, snapshot, walk
+from graphcap.compiler.breakable.state import Found, changed, is_tensor, snapshot, walk
 from graphcap.compiler.frontend.disabling import is_disabled
 from graphcap.cudagraph.dispatch.phase import current_purpose
 
@@ -89,7 +89,7 @@ class Viewpoint:
     def reachable(self) -> list[torch.Tensor]:
         """The tensors that a call may write, as far as anybody can tell before one: all but parameters, small ones
         first."""
-        tensors = (each.value for each in walk(self.roots()) if isinstance(each.value, torch.Tensor))
+        tensors = (each.value for each in walk(self.roots()) if is_tensor(each.value))
         found = [each for each in tensors if not isinstance(each, nn.Parameter)]
         return sorted(found, key=lambda each: each.numel() * each.element_size())
 

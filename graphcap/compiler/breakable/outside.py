@@ -13,7 +13,7 @@ from graphcap.compiler import private
 from graphcap.compiler.breakable.calls import Kind
 from graphcap.compiler.breakable.key import PLAIN, Arguments, layout_of
 from graphcap.compiler.breakable.record import Recorder
-from graphcap.compiler.breakable.state import Found, follow, walk
+from graphcap.compiler.breakable.state import Found, follow, is_tensor, walk
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def find_outside(recording: Recorder, roots: Sequence[Any], tensors: Sequence[to
     paths: dict[int, Found] = {}
     shared: dict[int, Found] = {}
     for found in walk(roots):
-        if not isinstance(found.value, torch.Tensor):
+        if not is_tensor(found.value):
             continue
         if id(found.value) in wanted:
             paths.setdefault(id(found.value), found)
@@ -98,7 +98,7 @@ def facts(roots: Sequence[Any], num_own_roots: int) -> list[Found]:
 
 
 def _same_memory(a: Any, b: torch.Tensor) -> bool:
-    if not isinstance(a, torch.Tensor) or a.layout is not torch.strided:
+    if not is_tensor(a) or a.layout is not torch.strided:
         return False
     same_storage = private.storage_id(a) == private.storage_id(b)
     return same_storage and a.storage_offset() == b.storage_offset() and layout_of(a) == layout_of(b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -305,3 +306,13 @@ def test_transforms_and_modes_of_others_see_the_function() -> None:
     with FakeTensorMode() as mode:
         assert isinstance(captured(mode.from_tensor(x)), FakeTensor)
     assert num_replays(captured) == replays
+
+
+def test_an_object_that_pretends_to_be_a_tensor_is_none() -> None:
+    """A mock with a spec answers ``isinstance`` for its spec; it has neither memory nor a layout."""
+    module = nn.Linear(4, 4)
+    module.pretender = Mock(spec=Tensor)  # type: ignore[assignment]
+    captured = breakable(module)
+    warm(captured, rows())
+    x = rows()
+    torch.testing.assert_close(captured(x), module(x))

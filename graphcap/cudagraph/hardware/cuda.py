@@ -7,7 +7,6 @@ Nothing executes on the recording stream; graphs are launched on the caller's. R
 from __future__ import annotations
 
 import gc
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,6 +23,7 @@ from graphcap.cudagraph.hardware.cuda_recording import CudaPool, CudaRecording
 from graphcap.cudagraph.hardware.device import Pool
 from graphcap.cudagraph.hardware.devices import Device
 from graphcap.cudagraph.hardware.generators import registered
+from graphcap.cudagraph.hardware.workspaces import Workspaces
 from graphcap.cudagraph.private import current_raw_stream, is_capturing
 
 _DEFAULT_PART = 10  #: graphs may take one part in so many of the device's memory where nobody says
@@ -42,8 +42,7 @@ class CudaDevice(Device):
         self._raw_stream = current_raw_stream()
         self._last_handle: int | None = None
         self._last_stream: torch.cuda.Stream | None = None
-        self._primed = threading.local()
-        self._workspace_bytes = 0
+        self._workspaces = Workspaces(self._stream)
 
     def enter(self) -> bool:
         """See :class:`graphcap.cudagraph.hardware.device.GraphDevice`."""
@@ -78,7 +77,7 @@ class CudaDevice(Device):
     def session(self) -> Iterator[Pool]:
         """No garbage collection while recording: it might free CUDA memory of somebody else in the middle."""
         with without_collector():
-            self._prime()
+            self._workspaces.prepare()
             yield self._pool_in_use()
 
     def _pool_in_use(self) -> CudaPool:
@@ -93,24 +92,6 @@ class CudaDevice(Device):
         """Allocate later captures from a pool of the user, or with ``None`` from one of our own."""
         with self.lock:
             self._backing, self._pool = backing, None
-
-    def _prime(self) -> None:
-        """Let the linear algebra libraries allocate their workspaces for this thread and stream, outside any pool.
-
-        cuBLAS has one, and so has cuBLASLt, which adds the bias, where torch does not let the two share. Both serve
-        every dtype: with more than one, kernels would be loaded that nobody uses.
-        """
-        if getattr(self._primed, "done", False):
-            return
-        before = torch.cuda.memory_allocated(self._index)
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
-            square = torch.ones(16, 16, device=self.device, dtype=torch.bfloat16)
-            torch.mm(square, square)
-            torch.nn.functional.linear(square, square, square[0])
-            self._stream.synchronize()
-            del square
-        self._workspace_bytes += max(0, torch.cuda.memory_allocated(self._index) - before)
-        self._primed.done = True
 
     def begin(self, pool: Any, released: Sequence[torch.Tensor]) -> CudaRecording:
         """Start recording on the side stream."""
@@ -159,7 +140,7 @@ class CudaDevice(Device):
     def shared_bytes(self) -> int:
         """Pools, workspaces of the libraries and static buffers."""
         pools = sum(pool.nbytes() for each in self._pools if (pool := each()) is not None)
-        return pools + self._workspace_bytes + self._static.nbytes()
+        return pools + self._workspaces.nbytes() + self._static.nbytes()
 
     def default_limit(self) -> int:
         """A tenth of the device's memory."""

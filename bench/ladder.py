@@ -159,7 +159,7 @@ def hand_piecewise(ladder: Ladder) -> Subject:
 
 VARIANTS: dict[str, Callable[[Ladder], Subject]] = {
     "graphcap PIECEWISE": ours("PIECEWISE"),
-    "graphcap PIECEWISE, num_warmups=0": ours("PIECEWISE", num_warmups=0),
+    "graphcap PIECEWISE, num_warmups=1": ours("PIECEWISE", num_warmups=1),
     "graphcap FULL": ours("FULL"),
     "graphcap FULL, num_warmups=0": ours("FULL", num_warmups=0),
     "hand-made PIECEWISE": hand_piecewise,

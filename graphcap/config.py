@@ -126,9 +126,10 @@ class Config:
     """A shape outside `capture_sizes` is captured at this sighting; at least 2, as an earlier call is the warm-up."""
 
     num_warmups: int | None = None
-    """Live calls of each rung before graphcap.capture() records it. None is two of the first rung of each kind of batch
-    and one of each further one. With 0 a rung is recorded at once where another one of its kind has been; when that
-    fails, this one and all later ones are warmed up. In a process group None is 2, and 0 has no effect."""
+    """Live calls of each rung before graphcap.capture() records it. None is two of the first rung of each kind of
+    batch, and of each further one none where its graphs hold compiled code only, one where they hold attention or an
+    op that was declared. With 0 a rung is recorded at once where another one of its kind has been. When a recording
+    without warm-up fails, this rung and all later ones get one. In a process group None is 2, and 0 has no effect."""
 
     max_plans: int = 64
     """How many shapes of one region may be captured besides those of the ladder; later ones run compiled."""

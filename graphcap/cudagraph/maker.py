@@ -22,7 +22,7 @@ from graphcap.cudagraph.padded.proof import prove
 from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.plan_capture import PlanCapture
 from graphcap.cudagraph.program import InputKind
-from graphcap.cudagraph.recording.knowledge import Knowledge
+from graphcap.cudagraph.recording.knowledge import Further, Knowledge
 from graphcap.cudagraph.recording.observe import observe
 from graphcap.cudagraph.replaying.plan import Plan
 
@@ -52,8 +52,9 @@ class PlanMaker:
         self._padding, self._router, self._table = parts.padding, parts.router, parts.table
         self._agreement, self._question = parts.agreement, parts.question
         # Ranks must run as many calls as each other, whatever fails where.
-        warms_up = parts.config.num_warmups != 0 or parts.agreement.is_group
-        self._knowledge = Knowledge(parts.program, parts.device.device, warms_up)
+        further = {None: Further.UNLESS_COMPILED, 0: Further.NONE}.get(parts.config.num_warmups, Further.ALL)
+        further = Further.ALL if parts.agreement.is_group else further
+        self._knowledge = Knowledge(parts.program, parts.device.device, further)
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
         self._asked: dict[Hashable, Asked] = {}
@@ -77,9 +78,9 @@ class PlanMaker:
         """Let the next call of a route be a warm-up again."""
         self._knowledge.cool(key)
 
-    def is_like_others(self, route: Route) -> bool:
-        """Whether a call of this route has run live, and the rest is known from another route of its family."""
-        return self._knowledge.is_like_others(route)
+    def is_told_by_others(self, route: Route) -> bool:
+        """Whether another route of its family shows all there is to know: one more warm-up would show nothing."""
+        return self._knowledge.is_told_by_others(route, self._router.captured(route))
 
     def no_room(self, route: Route) -> str:
         """Why the device has no room for a plan, ``""`` where it may."""

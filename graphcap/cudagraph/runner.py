@@ -132,13 +132,13 @@ class GraphRunner:
         routes = self.router.routes_of(key, None)
         return not isinstance(routes, str) and any(each.key in self._table.plans for each in routes)
 
-    def is_like_others(self, key: GraphKey) -> bool:
-        """Whether a batch has been warmed up and its family is known: another warm-up would show nothing. In a group
-        ranks need not know the same."""
+    def is_told_by_others(self, key: GraphKey) -> bool:
+        """Whether other batches of its kind show all there is to know of a batch: one more warm-up would show nothing.
+        In a group ranks need not know the same."""
         routes = self.router.routes_of(key, None)
         if isinstance(routes, str) or self.agreement.is_group:
             return False
-        return any(self._maker.is_like_others(route) for route in routes if route.key not in self._table.plans)
+        return any(self._maker.is_told_by_others(route) for route in routes if route.key not in self._table.plans)
 
     def outlook(self, *args: Any) -> PlanStats | str:
         """How a call with these arguments is going to be served, as far as can be told before: the plan that it finds,

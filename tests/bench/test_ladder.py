@@ -27,7 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
 
 def test_capture_traffic_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(tmp_path, monkeypatch)
-    modes = ["PIECEWISE", "PIECEWISE, num_warmups=0", "FULL", "FULL, num_warmups=0"]
+    modes = ["PIECEWISE", "PIECEWISE, num_warmups=1", "FULL", "FULL, num_warmups=0"]
     assert [row["status"] for row in rows] == ["ok"] * (2 + 2 * len(modes) + 1)
     assert [row["part"] for row in rows[:3]] == ["libraries", "libraries", "capture"], "before any variant is timed"
     parts = {(row["part"], row["variant"]): row for row in rows}

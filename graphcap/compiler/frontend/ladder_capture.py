@@ -176,8 +176,8 @@ class LadderCapture:
 
     def _warm_up(self, key: GraphKey) -> None:
         wanted = self._config.num_warmups
-        for number in range(_WARMUPS if wanted is None else wanted):
-            if wanted is None and number and all(runner.is_like_others(key) for runner in self._runners()):
+        for _ in range(_WARMUPS if wanted is None else wanted):
+            if wanted is None and all(runner.is_told_by_others(key) for runner in self._runners()):
                 return
             self._call(key, Phase.WARM_UP)
 

@@ -4,9 +4,10 @@ Which values share memory is learned from a call that is watched step by step, w
 itself. It follows from the code that runs, hardly ever from a size. So the first route of a family is watched; the
 warm-ups of its other routes are plain runs of the program, there for the libraries, and their captures compare what
 they see with what is taken for granted. Where that is wrong the route is watched itself. One such run is enough: what a
-library prepares for a size it has prepared after its first sight. (With ``num_warmups=0`` other routes have none: what
-a library needs to prepare it has prepared at another size, or the capture fails, nobody is blamed, and that route and
-all that follow are warmed up after all.)
+library prepares for a size it has prepared after its first sight. A ladder does without where all that is recorded is
+compiled: such code keeps nothing for a size (:class:`Further`). What a library has to prepare all the same it can
+prepare while it is recorded, or the capture fails, nobody is blamed, and that route and all that follow are warmed up
+after all.
 
 A family is a mode and a kind of batch, in steps that bring the same inputs, with sizes that are 0 or 1 apart: torch
 takes dims of these sizes for contiguous whatever their strides are, so that an operation may return a view there that
@@ -15,33 +16,43 @@ copies elsewhere.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
 
+from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.routes import Route
 from graphcap.cudagraph.dispatch.step import current
-from graphcap.cudagraph.program import Program
+from graphcap.cudagraph.program import Capture, Program
 from graphcap.cudagraph.recording.observe import Observation, layouts_of, observe, signature_of
+
+
+class Further(enum.Enum):
+    """Which routes of a family that is known are warmed up before they are captured."""
+
+    ALL = enum.auto()  #: each of them
+    UNLESS_COMPILED = enum.auto()  #: those whose graphs hold what somebody declared, or attention; in traffic, all
+    NONE = enum.auto()  #: none
 
 
 class Knowledge:
     """What is known of the routes of one program."""
 
-    def __init__(self, program: Program, device: torch.device, every_route_is_warmed_up: bool = True) -> None:
+    def __init__(self, program: Program, device: torch.device, further: Further = Further.ALL) -> None:
         """Nothing is known yet.
 
         Args:
             program: whose.
             device: where it is captured.
-            every_route_is_warmed_up: also those of a family that is known.
+            further: which of the routes that are not the first of their family are warmed up.
         """
-        self._every_route_is_warmed_up = every_route_is_warmed_up
+        self._further = further
         self._program = program
         self._device = device
         self._watched: dict[Hashable, Observation] = {}  # by route
-        self._families: dict[Hashable, Observation] = {}
+        self._families: dict[tuple[Hashable, Hashable], Observation] = {}
         self._warm: dict[Hashable, tuple[Any, ...]] = {}  # routes that may be captured, for calls of these layouts
         self._cold: set[Hashable] = set()  # routes that need a warm-up, whatever is known of their family
         self._apart: set[Hashable] = set()  # routes that are unlike their family
@@ -54,7 +65,7 @@ class Knowledge:
 
     def of(self, route: Route, args: Sequence[Any], captured: Collection[int]) -> Observation | None:
         """What is known about a call on a route that is to be captured; ``None`` where a warm-up has to come first."""
-        if not self.is_warm(route) and not self._every_route_is_warmed_up and route.key not in self._cold:
+        if not self.is_warm(route) and not self._needs_warm_up(route, captured, current_purpose().phase):
             return self._from_family(route, args, captured)
         if self._warm.get(route.key) != layouts_of(self._program, args, captured):
             return None
@@ -67,10 +78,20 @@ class Knowledge:
         """Whether a call of this route has run live before."""
         return route.key in self._warm
 
-    def is_like_others(self, route: Route) -> bool:
-        """Whether a call of this route has run live, and the rest is taken from another route of its family: one more
-        warm-up would show nothing."""
-        return self.is_warm(route) and route.key not in self._watched
+    def is_told_by_others(self, route: Route, captured: Collection[int]) -> bool:
+        """Whether a route of the same family shows all there is to know, for a ladder: one more warm-up would show
+        nothing. Taken from routes of steps with whatever inputs, as the step of the call is not known here."""
+        if self.is_warm(route):
+            return route.key not in self._watched
+        known = route.key not in self._apart and any(family[0] == _kind(route) for family in self._families)
+        return known and not self._needs_warm_up(route, captured, Phase.WARM_UP)
+
+    def _needs_warm_up(self, route: Route, captured: Collection[int], phase: Phase) -> bool:
+        if route.key in self._cold or self._further is not Further.UNLESS_COMPILED:
+            return route.key in self._cold or self._further is Further.ALL
+        steps = [self._program.steps[number] for number in captured]
+        is_compiled = all(step.capture is Capture.ALWAYS and not step.unproven for step in steps)
+        return phase is Phase.TRAFFIC or not is_compiled
 
     def warm_up(
         self, route: Route, args: Sequence[Any], captured: Collection[int]
@@ -106,7 +127,7 @@ class Knowledge:
     def warm_up_every_route(self) -> None:
         """A route could not be captured without a warm-up: none is tried without one from now on. A failed capture
         costs more, and takes the pool with it where torch cannot end it."""
-        self._every_route_is_warmed_up = True
+        self._further = Further.ALL
 
     def cool(self, key: Hashable) -> None:
         """Let the next call of a route be a warm-up again."""
@@ -127,9 +148,13 @@ class Knowledge:
         return known and known.at_size_of(self._program, args, self._device, captured)
 
 
-def _family(route: Route) -> Hashable:
+def _family(route: Route) -> tuple[Hashable, Hashable]:
+    """The kind of the route, and the inputs of the step in force."""
+    said = current()
+    return _kind(route), None if said is None else said.inputs.names
+
+
+def _kind(route: Route) -> Hashable:
     batch = route.batch
     special = tuple((index, size) for index, size in enumerate((*route.sizes, batch.num_reqs)) if size in (0, 1))
-    said = current()
-    names = None if said is None else said.inputs.names
-    return route.mode, batch.uniform_query_len, batch.tags, names, frozenset(route.rung), special
+    return route.mode, batch.uniform_query_len, batch.tags, frozenset(route.rung), special

@@ -113,9 +113,10 @@ def test_inputs_are_made_afresh_inside_of_their_step() -> None:
     assert made[4] == made[2] == 3 + 1
 
 
-def test_a_further_size_is_warmed_up_once() -> None:
+@pytest.mark.parametrize(("num_warmups", "further"), [(None, 0), (0, 0), (1, 1), (2, 2)])
+def test_a_further_size_is_warmed_up_where_that_is_asked_for(num_warmups: int | None, further: int) -> None:
     made: Counter[int] = Counter()
-    model = compiled(capture_sizes=[1, 2, 4, 8])
+    model = compiled(capture_sizes=[1, 2, 4, 8], num_warmups=num_warmups)
 
     def make(key: GraphKey) -> tuple[tuple[Any, ...], dict[str, Any]]:
         made[key.num_tokens] += 1
@@ -124,9 +125,50 @@ def test_a_further_size_is_warmed_up_once() -> None:
     with torch.no_grad():
         summary = graphcap.capture(model, make)
     assert len(summary.captured) == 4
-    assert made[4] == made[2] == 1 + 1, "the first size has shown how values share memory"
-    assert made[8] >= 2 + 1
-    assert made[1] == 2 + 1, "a kind of its own"
+    assert made[4] == made[2] == further + 1, "the first size has shown how values share memory"
+    assert made[8] >= (2 if num_warmups is None else num_warmups) + 1
+    # A kind of its own; without warm-ups its first recording becomes one.
+    assert made[1] == {None: 2, 0: 1}.get(num_warmups, num_warmups) + 1
+
+
+@torch.library.custom_op("graphcap_tests::kept_by_size", mutates_args=())
+def kept_by_size(x: torch.Tensor) -> torch.Tensor:
+    """Keeps a tensor for each size, made at its first sight: a graph that recorded that would have made none."""
+    if len(x) not in _KEPT:
+        _KEPT[len(x)] = torch.arange(len(x), dtype=x.dtype).unsqueeze(1)
+    return x + _KEPT[len(x)]
+
+
+@kept_by_size.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_KEPT: dict[int, torch.Tensor] = {}
+
+
+def test_a_further_size_with_a_declared_op_is_warmed_up_once() -> None:
+    graphcap.register_op("graphcap_tests::kept_by_size", capture="always")
+    _KEPT.clear()
+    made: Counter[int] = Counter()
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.graphcap_tests.kept_by_size(x * 2) + 1
+
+    function = graphcap.compile(shifted, dynamic_arg_dims={"x": 0}, **{**SETTINGS, "cudagraph_mode": "FULL"})
+
+    def make(key: GraphKey) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        made[key.num_tokens] += 1
+        return inputs(key)
+
+    with torch.no_grad():
+        assert len(graphcap.capture(function, make).captured) == 3
+        assert made[4] == made[2] == 1 + 1
+        for size in (8, 4, 2):
+            x = torch.randn(size, 4)
+            torch.testing.assert_close(function(x), x * 2 + torch.arange(size).unsqueeze(1) + 1)
+    (region,) = graphcap.explain(function).regions
+    assert sum(plan.replays for plan in region.plans) >= 3
 
 
 @pytest.mark.parametrize("breaks", [False, True])

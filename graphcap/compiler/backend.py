@@ -4,6 +4,7 @@
 step                   room
 =====================  ==================================================================================
 who asks, which sizes  ``region.py``, ``symbols.py``
+before the cut         ``inputs.py`` (names), ``attention_masks.py``
 where to cut           ``rules.py`` (which ops), ``partition.py`` (grouping), ``split.py`` (graph modules)
 compile each piece     ``pieces.py``, ``canonical.py`` (twins, key), ``inductor.py``, the ``passes`` and ``cache`` rooms
 sew together           ``stitch.py``, ``dims.py`` (what the user declared about sizes)
@@ -23,6 +24,7 @@ import torch
 from torch import fx
 
 from graphcap.compiler import nodes, private
+from graphcap.compiler.attention_masks import make_masks_additive
 from graphcap.compiler.bypass import reason_to_bypass, run_bypass
 from graphcap.compiler.debug import dump
 from graphcap.compiler.dims import GraphDims, read_dims
@@ -101,6 +103,7 @@ def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Re
     name_inputs(gm.graph, region.owner)
     dumper = dump.open_dump(region)
     dumper.graph("before_split", gm)
+    make_masks_additive(gm.graph)
 
     devices = devices_of(gm.graph)
     device, region.no_capture = capture_device(devices, config)

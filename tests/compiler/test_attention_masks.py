@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from graphcap.compiler import nodes
@@ -193,3 +194,29 @@ def test_under_autocast() -> None:
             return attention(torch.matmul(x, x.transpose(-1, -2)) @ x, mask) + attention(x, mask)
 
     assert_like_eager(lambda: function, lambda call: (torch.randn(2, ROWS, WIDTH),))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_cuda_attention_is_the_same_with_both_masks(rows: int) -> None:
+    """Of every implementation that takes a mask, and of the one that torch chooses."""
+    query = torch.randn(2, 4, rows, 64, device="cuda").bfloat16()
+    keys = torch.randn(2, 4, 48, 64, device="cuda").bfloat16()
+    mask = torch.rand(2, 1, rows, 48, device="cuda") > 0.3
+    added = torch.where(mask, 0.0, -torch.inf).to(query.dtype)
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    for chosen in ([backends[0]], [backends[1]], [backends[2]], backends):
+        with sdpa_kernel(chosen):
+            expected = F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
+            assert torch.equal(F.scaled_dot_product_attention(query, keys, keys, attn_mask=added), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_layers_on_cuda(mode: str) -> None:
+    model = Layers(torch.bfloat16).cuda()
+    compiled = torch.compile(model, backend=graphcap, options={"compiler": "eager", "cudagraph_mode": mode})
+    with torch.no_grad():
+        for call in range(6):
+            x, kept = layers_inputs(call, torch.bfloat16)
+            assert torch.equal(compiled(x.cuda(), kept.cuda()), model(x.cuda(), kept.cuda()))

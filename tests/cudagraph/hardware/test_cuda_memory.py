@@ -250,32 +250,39 @@ def test_workspaces_outlive_the_plan_that_was_captured_first(device):
         del rubbish, second
 
 
-def test_workspaces_that_others_clear_stay_ours(device):
-    """``mode="reduce-overhead"`` clears torch's table of workspaces for every graph that it records. Split-K products
-    leave partial sums in theirs: neither may a replay write them into somebody's tensor, nor find rubbish among them.
-    """
+def narrow_products():
+    """``[rows, 4096]`` times a weight of few rows: split along the sum, with partial sums in the workspace."""
     region = Region()
     x, w, b = region.tensor("x"), region.static("w"), region.static("b")
-    y = region.step(lambda x, w: x @ w, x, w)
-    program = region.returning(region.step(torch.nn.functional.linear, y, w, b))
-    w, b = torch.randn(8192, 8192, device="cuda").bfloat16() / 90, torch.randn(8192, device="cuda").bfloat16()
+    y = region.step(torch.nn.functional.linear, x, w)
+    return region.returning(region.step(lambda y, x, w, b: y + torch.nn.functional.linear(x, w, b), y, x, w, b))
+
+
+def narrow_parameters():
+    return torch.randn(256, 4096, device="cuda").bfloat16() / 64, torch.randn(256, device="cuda").bfloat16()
+
+
+def test_workspaces_that_others_clear_stay_ours(device):
+    """``mode="reduce-overhead"`` clears torch's table of workspaces for every graph that it records. Neither may a
+    replay write its partial sums into somebody's tensor then, nor find rubbish among them.
+    """
+    program, (w, b) = narrow_products(), narrow_parameters()
     runner = runner_of(program, device)
-    warm(runner, torch.randn(8, 8192, device="cuda").bfloat16(), w, b)
+    warm(runner, torch.randn(8, 4096, device="cuda").bfloat16(), w, b)
     for recapture in (False, True):
         torch._C._cuda_clearCublasWorkspaces()
         if recapture:
             runner.release()
-            warm(runner, torch.randn(8, 8192, device="cuda").bfloat16(), w, b)
+            warm(runner, torch.randn(8, 4096, device="cuda").bfloat16(), w, b)
             torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
         with torch.cuda.stream(device._stream):  # whose free memory it would be
             others = [torch.full((MIB,), 3.0, device="cuda") for _ in range(256)]
         torch.cuda.synchronize()
         before = runner.stats.replays
         for _ in range(3):
-            x = torch.randn(8, 8192, device="cuda").bfloat16()
-            expected = torch.nn.functional.linear(x.double() @ w.double(), w.double(), b.double())
-            torch.testing.assert_close(runner(x, w, b)[0].double(), expected, rtol=0.05, atol=0.05)
+            x = torch.randn(8, 4096, device="cuda").bfloat16()
+            y = x.double() @ w.double().t()
+            torch.testing.assert_close(runner(x, w, b)[0].double(), 2 * y + b, rtol=0.05, atol=0.05)
         assert runner.stats.replays == before + 3
         torch.cuda.synchronize()
         assert all(bool((each == 3.0).all()) for each in others)
@@ -284,20 +291,17 @@ def test_workspaces_that_others_clear_stay_ours(device):
 
 def test_reduce_overhead_beside_our_graphs(device):
     """Torch's own graphs are recorded between replays of ours."""
-    region = Region()
-    x, w, b = region.tensor("x"), region.static("w"), region.static("b")
-    program = region.returning(region.step(torch.nn.functional.linear, x, w, b))
-    w, b = torch.randn(8192, 8192, device="cuda").bfloat16() / 90, torch.randn(8192, device="cuda").bfloat16()
+    program, (w, b) = narrow_products(), narrow_parameters()
     runner = runner_of(program, device)
-    warm(runner, torch.randn(8, 8192, device="cuda").bfloat16(), w, b)
+    warm(runner, torch.randn(8, 4096, device="cuda").bfloat16(), w, b)
     theirs = torch.compile(lambda x: torch.nn.functional.linear(x, w, b).relu(), mode="reduce-overhead", dynamic=False)
     kept = []
     with torch.no_grad():
         for n in (8, 16, 24):
             for _ in range(3):
-                x = torch.randn(n, 8192, device="cuda").bfloat16()
+                x = torch.randn(n, 4096, device="cuda").bfloat16()
                 kept.append((theirs(x).clone(), torch.nn.functional.linear(x, w, b).relu()))
-                x = torch.randn(8, 8192, device="cuda").bfloat16()
-                kept.append((runner(x, w, b)[0].clone(), torch.nn.functional.linear(x, w, b)))
+                x = torch.randn(8, 4096, device="cuda").bfloat16()
+                kept.append((runner(x, w, b)[0].clone(), program.run(x, w, b)[0]))
     for got, expected in kept:
         torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)

@@ -5,7 +5,7 @@ the queries before it does anything else (``convert_boolean_attn_mask`` in ATen'
 each layer anew. Cut out of its neighbours nobody can share or fuse them: 84 of 671 kernels and 140 of 2421 us of a
 decode step of a 28-layer model (Qwen3 0.6B-like with a static cache, batch 8, on an H200 with torch 2.11). So the graph
 does the same where the mask is made, inside of a compiled piece. What attention computes from it is the same to the
-bit.
+bit (:mod:`graphcap.compiler.private.attention` knows what it puts where the mask is false).
 """
 
 from __future__ import annotations
@@ -35,17 +35,19 @@ def make_masks_additive(graph: fx.Graph) -> None:
 
     Left alone where something in the graph may write into the mask.
     """
-    masked = [node for node in graph.nodes if node.target in _ATTENTION and _boolean_mask(node) is not None]
-    additive: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-    for node in masked:
-        mask, query = _boolean_mask(node), node.args[0] if node.args else node.kwargs["query"]
-        assert mask is not None
-        assert isinstance(query, fx.Node)
-        dtype = nodes.value_of(query).dtype
-        if (mask, dtype) not in additive and _is_only_read(mask, graph):
-            additive[mask, dtype] = _additive(mask, dtype, graph)
-        if (mask, dtype) in additive:
-            _replace_mask(node, additive[mask, dtype])
+    additive: dict[tuple[fx.Node, torch.dtype, float], fx.Node] = {}
+    for node in [each for each in graph.nodes if each.target in _ATTENTION]:
+        mask = _boolean_mask(node)
+        if mask is None or not _is_only_read(mask, graph):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), nodes.value_of)
+        args = [*args] or [kwargs.pop("query")]
+        forbidden = private.forbidden_score(args, kwargs)
+        if forbidden is not None:
+            key = mask, args[0].dtype, forbidden
+            if key not in additive:
+                additive[key] = _additive(*key, graph)
+            _replace_mask(node, additive[key])
 
 
 def _boolean_mask(node: fx.Node) -> fx.Node | None:
@@ -83,16 +85,16 @@ def _only_reads(node: fx.Node) -> bool:
     return is_torch and not name.endswith("_") and hasattr(torch.ops.aten, name) and "out" not in node.kwargs
 
 
-def _additive(mask: fx.Node, dtype: torch.dtype, graph: fx.Graph) -> fx.Node:
-    """0 where the mask is true, -inf elsewhere."""
+def _additive(mask: fx.Node, dtype: torch.dtype, forbidden: float, graph: fx.Graph) -> fx.Node:
+    """0 where the mask is true, another number elsewhere."""
     behind = mask if mask.op != "placeholder" else [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(behind):
-        made = graph.call_function(torch.where, (mask, 0.0, -torch.inf))
+        made = graph.call_function(torch.where, (mask, 0.0, forbidden))
     with graph.inserting_after(made):
         cast = graph.call_method("to", (made, dtype))
     value = nodes.value_of(mask)
     with torch.no_grad(), private.as_dynamo_traces(private.fake_mode_of([value])):
-        wide = torch.where(value, 0.0, -torch.inf)
+        wide = torch.where(value, 0.0, forbidden)
         values = wide, wide.to(dtype)
     for node, each in zip((made, cast), values, strict=True):
         node.meta = {**mask.meta, "example_value": each}

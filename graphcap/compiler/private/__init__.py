@@ -7,9 +7,11 @@ By theme: :mod:`~graphcap.compiler.private.dynamo` (what Dynamo tells, and its h
 :mod:`~graphcap.compiler.private.tensors`, :mod:`~graphcap.compiler.private.shapes` (symbols and guards),
 :mod:`~graphcap.compiler.private.operators`, :mod:`~graphcap.compiler.private.inductor`,
 :mod:`~graphcap.compiler.private.views` and :mod:`~graphcap.compiler.private.fusion_scores` (what it makes of sizes
-without an example), :mod:`~graphcap.compiler.private.trees` (nested containers).
+without an example), :mod:`~graphcap.compiler.private.attention` (its masks),
+:mod:`~graphcap.compiler.private.trees` (nested containers).
 """
 
+from graphcap.compiler.private.attention import forbidden_score
 from graphcap.compiler.private.dynamo import (
     Frame,
     current_frame,
@@ -75,12 +77,14 @@ __all__ = [
     "argument_names",
     "artifact_bytes",
     "as_dynamo_traces",
+    "bound_symbol",
     "call_is_watched",
     "codegen_config",
     "current_frame",
     "custom_op_kernel",
     "default_device",
     "fake_mode_of",
+    "forbidden_score",
     "inductor_scratch",
     "inductor_with_autograd",
     "is_frame_of",
@@ -91,10 +95,10 @@ __all__ = [
     "latest_guard_failure",
     "load_artifact",
     "marked_dims",
-    "real_tensors_allowed",
     "on_bytecode",
     "operators_are_watched",
     "original_of",
+    "real_tensors_allowed",
     "recompile_limit",
     "resolve_op_overload",
     "restarts_trace",
@@ -106,7 +110,6 @@ __all__ = [
     "standalone_compile",
     "storage_id",
     "symbol_expression",
-    "bound_symbol",
     "symbol_ranges",
     "trace_artifact",
     "tree_flatten",

@@ -13,6 +13,8 @@ for each other.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 
@@ -24,6 +26,7 @@ class Workspaces:
         self._stream = stream
         self._device = stream.device
         self._pool: torch.cuda.MemPool | None = None
+        self._of_thread = threading.local()
         self._nbytes = 0
 
     def prepare(self) -> None:
@@ -37,18 +40,18 @@ class Workspaces:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
             square = torch.ones(16, 16, device=self._device, dtype=torch.bfloat16)
             result = torch.empty_like(square)
-            before = torch.cuda.memory_allocated(self._device)
             with torch.cuda.use_mem_pool(self._pool, self._device):
                 torch.mm(square, square, out=result)
                 torch.addmm(square[0], square, square, out=result)
-            if torch.cuda.memory_allocated(self._device) != before:
-                self._stream.synchronize()  # what a library does at its first call is done before a capture begins
-                self._measure(self._pool)
+        if not getattr(self._of_thread, "has_them", False):
+            self._stream.synchronize()  # what a library does at its first call is done before a capture begins
+            self._measure(self._pool)
+            self._of_thread.has_them = True
 
     def _measure(self, pool: torch.cuda.MemPool) -> None:
         segments = torch.cuda.memory_snapshot(pool.id)
         self._nbytes = sum(each["total_size"] for each in segments if each["device"] == self._device.index)
 
     def nbytes(self) -> int:
-        """What they have taken from the device."""
+        """What they have taken from the device. Those that are made again lie where the cleared ones lay."""
         return self._nbytes

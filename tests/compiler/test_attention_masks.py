@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -208,7 +209,9 @@ def test_cuda_attention_is_the_same_with_both_masks(rows: int) -> None:
     for chosen in ([backends[0]], [backends[1]], [backends[2]], backends):
         with sdpa_kernel(chosen):
             expected = F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
-            forbidden = private.forbidden_score((query, keys, keys), {"attn_mask": mask})
+            with FakeTensorMode() as fake:
+                args = [fake.from_tensor(each) for each in (query, keys, keys, mask)]
+            forbidden = private.forbidden_score(args, {})
             assert forbidden is not None
             added = torch.where(mask, 0.0, forbidden).to(query.dtype)
             assert torch.equal(F.scaled_dot_product_attention(query, keys, keys, attn_mask=added), expected)

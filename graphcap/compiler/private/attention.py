@@ -1,8 +1,4 @@
-"""What ``scaled_dot_product_attention`` makes of a boolean mask.
-
-Scores that a mask forbids become -inf. Where torch before 2.12 chooses cuDNN they become -65504 (a detour around an
-error of cuDNN; pytorch#177868 ended it): a row that may see nothing then sees everything, elsewhere it gets 0.
-"""
+"""What ``scaled_dot_product_attention`` makes of a boolean mask."""
 
 from __future__ import annotations
 
@@ -10,25 +6,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcap.compiler.private.tensors import as_dynamo_traces, fake_mode_of
 
-_CUDNN_GETS_NUMBERS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+
+class _ScoreRecorder(TorchDispatchMode):
+    """Notes the numbers that become tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers: set[float] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.scalar_tensor.default:
+            self.numbers.add(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def forbidden_score(args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
-    """What a score that the boolean mask of this call forbids is set to; ``None`` where torch does not tell.
+    """What is added to a score that the boolean mask of this call forbids; ``None`` where torch does not tell.
+
+    It is -inf, but -65504 where torch before 2.12 chooses cuDNN (a detour around an error of cuDNN, ended by
+    pytorch#177868): a row that may see nothing then sees everything, elsewhere it gets 0. So the call is run on fake
+    tensors, and watched.
 
     Args:
-        args, kwargs: of the call, with fake tensors. On a GPU torch before 2.12 chooses by their sizes; what it chooses
-            for others makes a difference only to rows that may see nothing.
+        args, kwargs: of the call, with fake tensors. What torch chooses for other sizes makes a difference only to rows
+            that may see nothing.
     """
-    if not _CUDNN_GETS_NUMBERS or not args[0].is_cuda:
-        return -torch.inf
+    recorder = _ScoreRecorder()
     try:
-        with as_dynamo_traces(fake_mode_of(args)):
-            chosen = torch._fused_sdp_choice(*args, **kwargs)
+        with torch.no_grad(), as_dynamo_traces(fake_mode_of(args)), recorder:
+            torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
     except Exception:  # sizes that nothing is known of
         return None
-    return -65504.0 if chosen == SDPBackend.CUDNN_ATTENTION.value else -torch.inf
+    scores = recorder.numbers - {0.0}
+    return scores.pop() if len(scores) == 1 else None

@@ -9,7 +9,8 @@ and clearing the marks on every call would alone cost 2.0.
 
 The first trace insists on one graph. With sizes unknown to the trace ("unbacked"), ``if x.shape[0] > 4`` would
 otherwise break the graph in silence; so such a target falls back to ordinary dynamic dims ("dynamic"), which
-specialise sizes 0 and 1 and guard on the branch.
+specialise sizes 0 and 1 and guard on the branch. Where the graph breaks with these too, it is not for the sizes: they
+stay unknown, and breaks are allowed.
 """
 
 from __future__ import annotations
@@ -233,7 +234,8 @@ class CompiledTarget:
             raise own from None
         before = (self._first, self.marking)
         if self._first and dynamo.is_graph_break(error):
-            self._first = False
+            # Dynamo has many ways to stumble over an unknown size. Where it breaks with known sizes too, it is none.
+            self._first, self.marking = (True, DYNAMIC) if self.marking == UNBACKED else (False, UNBACKED)
         elif self.marking == UNBACKED and self.dims:
             self._first, self.marking = False, DYNAMIC
         else:
@@ -246,7 +248,7 @@ class CompiledTarget:
         if self.is_eager or self._instead is not None:
             return result
         error.__traceback__ = None  # it holds the frame of the failed call, and with it the caller's tensors
-        if before[1] != self.marking:
+        if before[1] == UNBACKED and self.marking == DYNAMIC:
             self._note(f"dims are marked {self.marking}, sizes 0 and 1 get graphs of their own: {_first_line(error)}")
         return result
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcap
+from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend import target as targets
 from graphcap.compiler.frontend.api import record_of
 from graphcap.errors import ConfigError, DimError, RecompileError
@@ -477,6 +478,35 @@ def test_a_backend_that_cannot_do_without_sizes(monkeypatch: pytest.MonkeyPatch)
     model = graphcap.compile(Linear())
     for size in SIZES:
         assert_same_as_eager(model, rows(size))
+    record = record_of(model)
+    assert record is not None
+    assert record.marking == "dynamic"
+
+
+def test_a_break_that_an_unknown_size_makes_in_a_way_of_its_own(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hugging Face's Qwen3 on torch 2.11: the trace ended in an error that did not say that a size was unknown, and the
+    next one broke the graph in every layer."""
+    monkeypatch.setattr(dynamo, "is_data_dependent", lambda error: False)
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[0] == 4 else x + 1
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x * 3) + 1
+
+    model = graphcap.compile(Outer())
+    for size in (3, 5, 7):
+        x = rows(size)
+        torch.testing.assert_close(model(x), x * 3 + 2)
+    assert len(graphs) == 1
     record = record_of(model)
     assert record is not None
     assert record.marking == "dynamic"

@@ -12,8 +12,8 @@ from typing import Any
 
 from bench.harness import say
 
-#: what is drawn, by the field of a row
-QUANTITIES = {"host_median_us": "host time of a call, us", "step_mean_us": "step, us"}
+#: what is drawn, by the field of a row: label and scale
+QUANTITIES = {"host_median_us": ("host time of a call, us", "log"), "step_mean_us": ("step, us", "linear")}
 Curves = dict[str, list[tuple[int, float]]]
 
 
@@ -32,7 +32,7 @@ def draw(content: dict[str, Any], path: Path) -> bool:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot, ticker
     except ImportError:
         return False
     names = sorted({row["model"] for row in content["rows"]})
@@ -40,17 +40,20 @@ def draw(content: dict[str, Any], path: Path) -> bool:
         len(names), len(QUANTITIES), figsize=(7 * len(QUANTITIES), 5 * len(names)), squeeze=False
     )
     for model, line in zip(names, axes, strict=True):
-        for (quantity, label), axis in zip(QUANTITIES.items(), line, strict=True):
+        for (quantity, (label, scale)), axis in zip(QUANTITIES.items(), line, strict=True):
             for name, points in curves(content["rows"], model, quantity).items():
                 style = "--" if name.startswith("hand-made") else ":" if name.startswith("torch") else "-"
                 axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
-            axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel=label, title=f"{model}-like decoder")
+            axis.set(yscale=scale, xlabel="batch size", ylabel=label, title=f"{model}-like decoder")
             axis.set_xscale("log", base=2)
+            for each in (axis.xaxis, axis.yaxis):
+                each.set_major_formatter(ticker.FormatStrFormatter("%d"))
             axis.grid(visible=True, which="both", alpha=0.2)
-    axes[0][0].legend(fontsize="x-small")
     environment = content["environment"]
     figure.suptitle(f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.13 / len(names), 1, 1), w_pad=3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=5, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
     return True
 
@@ -59,7 +62,7 @@ def printed(content: dict[str, Any]) -> str:
     """The curves as lines of text."""
     lines = []
     for model in sorted({row["model"] for row in content["rows"]}):
-        for quantity, label in QUANTITIES.items():
+        for quantity, (label, _) in QUANTITIES.items():
             lines.append(f"{model}: {label}")
             for name, points in curves(content["rows"], model, quantity).items():
                 values = "  ".join(f"{batch}: {value:.1f}" for batch, value in points)

@@ -1,8 +1,8 @@
 """Renders the measured tables of README.md and of the guides from bench/results/*.json.
 
 A table stands between two markers, ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``, where NAME is the stem of the
-JSON file or one of :data:`SUMMARIES`. ``python -m bench.table`` rewrites what is between them; ``--check`` only says
-whether it would change.
+JSON file or one of :data:`~bench.summaries.SUMMARIES`. ``python -m bench.table`` rewrites what is between them;
+``--check`` only says whether it would change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from bench.markdown import Row, environment_line, error, factor, hundredth, line, tenth, whole
+from bench.summaries import SUMMARIES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -42,26 +43,6 @@ class Layout:
     title: Callable[[Row], str]
     names: tuple[Column, ...]
     figures: tuple[Column, ...]
-
-
-def whole(value: float) -> str:
-    return f"{value:.0f}"
-
-
-def tenth(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def hundredth(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def factor(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def error(value: float) -> str:
-    return f"{value:.1e}"
 
 
 LAYOUTS = {
@@ -155,10 +136,6 @@ LAYOUTS = {
 }
 
 
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def row_cells(layout: Layout, row: Row) -> list[str]:
     """A row's cells; one that failed or was skipped says why in its first figure."""
     names = [column.cell(row) for column in layout.names]
@@ -177,22 +154,6 @@ def group_table(layout: Layout, rows: Sequence[Row]) -> str:
     return "\n".join(lines + [line(row_cells(layout, row)) for row in rows])
 
 
-def environment_line(content: Row) -> str:
-    """Where the figures come from, in one sentence."""
-    environment = content["environment"]
-    versions = ", ".join(
-        f"{name} {environment[name]}"
-        for name in ("driver", "torch", "triton", "transformers", "python")
-        if environment.get(name)
-    )
-    dates = sorted({row["date"] for row in content["rows"]})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return (
-        f"Measured by `bench/{content['bench']}.py` on {environment['device']} ({versions}), {when},"
-        f" commit {environment['commit']}."
-    )
-
-
 def render(content: Row) -> str:
     """The Markdown of a result file: a table per group in the rows' order, then where it was measured.
 
@@ -209,25 +170,6 @@ def render(content: Row) -> str:
         groups.setdefault(tuple(row[name] for name in layout.group), []).append(row)
     tables = [group_table(layout, rows) for rows in groups.values()]
     return "\n\n".join([*tables, environment_line(content)])
-
-
-def modes(content: Row) -> str:
-    """One line per model and batch of the decode bench: the step by mode, and what FULL saves."""
-    columns = ("eager", "torch.compile default", "graphcap PIECEWISE", "graphcap FULL")
-    steps: dict[str, dict[str, float]] = {}
-    for row in content["rows"]:
-        if row["status"] == "ok":
-            steps.setdefault(f"{row['model']}-like, batch {row['batch']}", {})[row["variant"]] = row["step_mean_us"]
-    lines = [line(("decoder", *columns, "eager / FULL")), line(["---"] + ["---:"] * (len(columns) + 1))]
-    for name, by_variant in steps.items():
-        figures = [whole(by_variant[each]) if each in by_variant else "-" for each in columns]
-        first, last = by_variant.get(columns[0]), by_variant.get(columns[-1])
-        lines.append(line((name, *figures, tenth(first / last) if first and last else "-")))
-    return "\n".join([*lines, "", environment_line(content)])
-
-
-#: Further tables of a result file, by the name of their markers.
-SUMMARIES: dict[str, tuple[str, Callable[[Row], str]]] = {"decode-modes": ("decode", modes)}
 
 
 def between_markers(text: str, name: str) -> re.Match[str] | None:

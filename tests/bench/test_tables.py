@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import table
+from bench import summaries, table
+from bench.summaries import SUMMARIES
 
 ENVIRONMENT = {"device": "Some GPU", "torch": "2.11.0", "triton": None, "python": "3.12.3", "commit": "abc"}
 
@@ -58,11 +59,22 @@ def test_filling_keeps_everything_outside_the_markers(tmp_path: Path) -> None:
     assert table.filled(once, tmp_path) == once
 
 
-@pytest.mark.parametrize("name", sorted(table.LAYOUTS))
-def test_readme_shows_the_results(name: str) -> None:
-    result = table.ROOT / "bench" / "results" / f"{name}.json"
+@pytest.mark.parametrize("name", sorted({**table.LAYOUTS, **SUMMARIES}))
+def test_the_documents_show_the_results(name: str) -> None:
+    stem, write = SUMMARIES.get(name, (name, table.render))
+    result = table.ROOT / "bench" / "results" / f"{stem}.json"
     if not result.exists():
         pytest.skip(f"{result.name} has not been measured")
-    found = table.between_markers((table.ROOT / "README.md").read_text(), name)
-    assert found, f"README.md has no <!-- bench:{name} --> markers"
-    assert found["body"] == table.render(json.loads(result.read_text())) + "\n", "run python -m bench.table"
+    found = [each for path in table.DOCUMENTS if (each := table.between_markers(path.read_text(), name))]
+    assert len(found) == 1, f"no document has <!-- bench:{name} --> markers, or several"
+    assert found[0]["body"] == write(json.loads(result.read_text())) + "\n", "run python -m bench.table"
+
+
+def test_one_figure_across_a_field() -> None:
+    rows = [
+        {**decode_row(name), "batch": batch, "us": us} for name, batch, us in (("a", 1, 2), ("a", 8, 3), ("b", 8, 4))
+    ]
+    failed = {**decode_row("c"), "batch": 64, "status": "failed"}
+    lines = summaries.across(decode_file(*rows, failed), ["variant"], "batch", "us", str).splitlines()
+    assert lines[:4] == ["| variant | 1 | 8 |", "| --- | ---: | ---: |", "| a | 2 | 3 |", "| b | - | 4 |"]
+    assert lines[-1].startswith("Measured by")

@@ -8,11 +8,12 @@ other. A replay would write partial sums into the next tensor that is put there,
 
 So they are allocated from a pool that nobody else allocates from. Cleared, they go back into it, where graphs may
 still work in them, and from where the next ones are taken. That threads may come to share one is no harm: replays wait
-for each other.
+for each other. (Only torch's native allocator has such pools. With another one, do not clear them.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import torch
@@ -35,23 +36,25 @@ class Workspaces:
 
         They serve every dtype: with more than one, kernels would be loaded that nobody uses.
         """
-        if self._pool is None:
+        if self._pool is None and torch.cuda.get_allocator_backend() == "native":
             self._pool = torch.cuda.MemPool()
+        ours = contextlib.nullcontext() if self._pool is None else torch.cuda.use_mem_pool(self._pool, self._device)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
             square = torch.ones(16, 16, device=self._device, dtype=torch.bfloat16)
             result = torch.empty_like(square)
-            with torch.cuda.use_mem_pool(self._pool, self._device):
+            with ours:
                 torch.mm(square, square, out=result)
                 torch.addmm(square[0], square, square, out=result)
         if not getattr(self._of_thread, "has_them", False):
             self._stream.synchronize()  # what a library does at its first call is done before a capture begins
-            self._measure(self._pool)
+            self._nbytes = self._measure()
             self._of_thread.has_them = True
 
-    def _measure(self, pool: torch.cuda.MemPool) -> None:
-        segments = torch.cuda.memory_snapshot(pool.id)
-        self._nbytes = sum(each["total_size"] for each in segments if each["device"] == self._device.index)
+    def _measure(self) -> int:
+        segments = [] if self._pool is None else torch.cuda.memory_snapshot(self._pool.id)
+        return sum(each["total_size"] for each in segments if each["device"] == self._device.index)
 
     def nbytes(self) -> int:
-        """What they have taken from the device. Those that are made again lie where the cleared ones lay."""
+        """What they have taken from the device, where that is known. Those that are made again lie where the cleared
+        ones lay."""
         return self._nbytes

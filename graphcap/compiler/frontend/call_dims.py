@@ -6,17 +6,16 @@ A name is a promise: within one call, all dims of one name have the same size.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from graphcap.compiler.frontend.dims import DEFAULT_NAME, DynamicDim, infer, parse, unparse
+from graphcap.compiler.frontend.paths import fetch, is_container, is_of_step, leaves, place_of, step_value
 from graphcap.cudagraph.dispatch.metadata import PREFIX
 from graphcap.cudagraph.dispatch.step import current
-from graphcap.errors import DimError, did_you_mean
+from graphcap.errors import DimError
 
 
 class TensorDims(NamedTuple):
@@ -24,17 +23,6 @@ class TensorDims(NamedTuple):
 
     tensor: torch.Tensor
     names: dict[int, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a call holds the value of a :class:`DynamicDim`."""
-
-    position: int  #: among the positional arguments; ``sys.maxsize`` where it is only ever passed by keyword
-    keyword: str
-    rest: bool  #: the value is the tuple of all positional arguments from ``position`` on
-    steps: tuple[str, ...]
-    dim: DynamicDim
 
 
 class CallDims:
@@ -60,12 +48,12 @@ class CallDims:
         Raises:
             DimError: there is no parameter of that name.
         """
-        self.dims = tuple(dim for dim in dims if not _is_of_step(dim.path, signature))
-        self.step_dims = tuple(dim for dim in dims if _is_of_step(dim.path, signature))
+        self.dims = tuple(dim for dim in dims if not is_of_step(dim.path, signature))
+        self.step_dims = tuple(dim for dim in dims if is_of_step(dim.path, signature))
         self.inferred = inferred
         self._signature = signature
         self._owner = owner
-        self._places = tuple(_place(dim, signature, owner) for dim in self.dims)
+        self._places = tuple(place_of(dim, signature, owner) for dim in self.dims)
         direct = [p for p in self._places if not p.steps and not p.rest]
         self._direct = tuple((p.position, p.keyword, p.dim.dim, *_base(p.dim)) for p in direct)
         self._all_direct = len(direct) == len(self._places)
@@ -108,8 +96,8 @@ class CallDims:
             DimError: there is no parameter of that name.
         """
         for path in paths:
-            if not _is_of_step(path, self._signature):
-                _place(DynamicDim(path, 0, DEFAULT_NAME), self._signature, self._owner, setting)
+            if not is_of_step(path, self._signature):
+                place_of(DynamicDim(path, 0, DEFAULT_NAME), self._signature, self._owner, setting)
 
     def independent(self) -> CallDims:
         """The same dims, each under a name of its own."""
@@ -191,20 +179,20 @@ class CallDims:
             DimError: a tensor has too few dims, or is none.
         """
         for place in self._places:
-            value = _fetch(place, args, kwargs)
-            if not isinstance(value, (torch.Tensor, type(None))) and not _is_container(value) and not self.inferred:
+            value = fetch(place, args, kwargs)
+            if not isinstance(value, (torch.Tensor, type(None))) and not is_container(value) and not self.inferred:
                 raise DimError(f"{place.dim.path}: expected a tensor, got {type(value).__name__} ({value!r})")
             yield from self._in_value(place.dim, value)
 
     def _of_step(self, dims: Iterable[DynamicDim]) -> Iterator[tuple[str, torch.Tensor, int, DynamicDim]]:
         """The same of inputs of the step in force. What is no tensor there is no misfit: the trace sees what it is."""
         for declared in dims:
-            yield from self._in_value(declared, _step_value(declared.path))
+            yield from self._in_value(declared, step_value(declared.path))
 
     def _marked_of_step(self) -> Iterator[tuple[str, torch.Tensor, int, DynamicDim]]:
         """Those that a trace may read. A misfit is none before it does."""
         for declared in self.step_dims:
-            for path, tensor in leaves(declared.path, _step_value(declared.path)):
+            for path, tensor in leaves(declared.path, step_value(declared.path)):
                 if -tensor.dim() <= declared.dim < tensor.dim():
                     yield path, tensor, declared.dim % tensor.dim(), declared
 
@@ -223,80 +211,3 @@ class CallDims:
 def _base(dim: DynamicDim) -> tuple[str, int, int]:
     """The name that a dim's size follows, the factor, and what is added."""
     return dim.follows or (dim.name, 1, 0)
-
-
-def _is_of_step(path: str, signature: inspect.Signature) -> bool:
-    """Whether it names a tensor of :class:`graphcap.step`: ``"step.seq_lens"``, where no argument is called step."""
-    return path.startswith(PREFIX) and "step" not in signature.parameters
-
-
-def _place(dim: DynamicDim, signature: inspect.Signature, owner: str, setting: str = "dynamic_arg_dims") -> _Place:
-    root, *steps = dim.path.split(".")
-    parameters = signature.parameters
-    parameter = parameters.get(root)
-    if parameter is not None and parameter.kind is parameter.VAR_KEYWORD and steps:
-        return _Place(sys.maxsize, steps[0], False, tuple(steps[1:]), dim)
-    if parameter is None or parameter.kind is parameter.VAR_KEYWORD:
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return _Place(sys.maxsize, root, False, tuple(steps), dim)
-        raise DimError(f"{setting}: {owner} has no argument {root!r}; {did_you_mean(root, parameters)}")
-    if parameter.kind is parameter.KEYWORD_ONLY:
-        return _Place(sys.maxsize, root, False, tuple(steps), dim)
-    return _Place(list(parameters).index(root), root, parameter.kind is parameter.VAR_POSITIONAL, tuple(steps), dim)
-
-
-def _fetch(place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if place.rest:
-        value: Any = args[place.position :]
-    elif place.position < len(args):
-        value = args[place.position]
-    else:
-        value = kwargs.get(place.keyword)
-    return _walk(value, place.steps, place.dim.path)
-
-
-def _step_value(path: str) -> Any:
-    """What traced code finds under ``"step.seq_lens"``; ``None`` where nothing is there."""
-    _, root, *steps = path.split(".")
-    said = current()
-    if said is None or root not in said.inputs.names:
-        return None
-    return _walk(said.inputs.for_a_trace(root), steps, path)
-
-
-def _walk(value: Any, steps: Iterable[str], path: str) -> Any:
-    for step in steps:
-        if value is None:
-            return None
-        value = _step(value, step, path)
-    return value
-
-
-def _step(value: Any, step: str, path: str) -> Any:
-    if isinstance(value, Mapping):
-        return value.get(int(step)) if step.isdecimal() and step not in value else value.get(step)
-    if isinstance(value, (list, tuple)) and step.isdecimal():
-        return value[int(step)] if int(step) < len(value) else None
-    if hasattr(value, step):
-        return getattr(value, step)
-    known = [f.name for f in fields(value)] if is_dataclass(value) else list(getattr(value, "__dict__", ()))
-    raise DimError(f"{path}: {type(value).__name__} has no field {step!r}; {did_you_mean(step, known)}")
-
-
-def _is_container(value: object) -> bool:
-    return isinstance(value, (Mapping, list, tuple)) or (is_dataclass(value) and not isinstance(value, type))
-
-
-def leaves(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in a value (itself, or in mappings, lists, tuples and dataclasses), each with its dotted path."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from leaves(f"{path}.{key}", inner)
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from leaves(f"{path}.{index}", inner)
-    elif is_dataclass(value):
-        for each in fields(value):
-            yield from leaves(f"{path}.{each.name}", getattr(value, each.name))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphcap.compiler.frontend.call_dims import CallDims, leaves
+from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.dims import DynamicDim
+from graphcap.compiler.frontend.paths import leaves
 from graphcap.config import Config
 from graphcap.cudagraph import GraphKey, step
 from graphcap.cudagraph.dispatch.metadata import PREFIX

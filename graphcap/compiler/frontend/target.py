@@ -7,10 +7,7 @@ recompile for whatever reason still sees them, and no tensor of the caller keeps
 call costs 2 us more than one through ``nn.Module.compile()``, 0.5 of it the checks (torch 2.13, one CPU core); setting
 and clearing the marks on every call would alone cost 2.0.
 
-The first trace insists on one graph. With sizes unknown to the trace ("unbacked"), ``if x.shape[0] > 4`` would
-otherwise break the graph in silence; so such a target falls back to ordinary dynamic dims ("dynamic"), which
-specialise sizes 0 and 1 and guard on the branch. Where the graph breaks with these too, it is not for the sizes: they
-stay unknown, and breaks are allowed.
+What is asked of a trace, and what is asked next where it fails: :mod:`graphcap.compiler.frontend.attempts`.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from graphcap.compiler.frontend import dynamo
+from graphcap.compiler.frontend.attempts import next_attempt
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.direct_call import DirectCalls
 from graphcap.compiler.frontend.frame_function import MISS
@@ -233,13 +231,10 @@ class CompiledTarget:
         if (own := dynamo.own_error(error)) is not None:
             raise own from None
         before = (self._first, self.marking)
-        if self._first and dynamo.is_graph_break(error):
-            # Dynamo has many ways to stumble over an unknown size. Where it breaks with known sizes too, it is none.
-            self._first, self.marking = (True, DYNAMIC) if self.marking == UNBACKED else (False, UNBACKED)
-        elif self.marking == UNBACKED and self.dims:
-            self._first, self.marking = False, DYNAMIC
-        else:
+        following = next_attempt(self._first, self.marking, error, has_dims=bool(self.dims))
+        if following is None:
             return self._fall_back(error, bound, args, kwargs)
+        self._first, self.marking = following
         try:
             result = self.call(bound, args, kwargs)
         except Exception:

@@ -1,6 +1,6 @@
 """Whether a call comes from plain Python, and in which of torch's modes: what decides beside guards what it runs.
 
-Private API of torch, checked on 2.11 and 2.13.
+Private API of torch, checked on 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def plain_questions() -> list[Question]:
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
     # Functorch's transforms, dispatch modes and torch.jit's traces show in the thread's modes, others in the tensors.
-    return [(native.thread_state(), (), True), (get_eval_frame_callback, (), None)]
+    of_thread = [] if _fx_has_one_flag() else [_is_fx_tracing()]
+    return [(native.thread_state(), (), True), (get_eval_frame_callback, (), None), *of_thread]
 
 
 def plain_entries() -> list[tuple[dict[str, Any], str, object]]:
@@ -43,8 +44,22 @@ def plain_entries() -> list[tuple[dict[str, Any], str, object]]:
     import torch._dynamo.eval_frame as eval_frame
     import torch.utils._device as devices
 
-    places = [(eval_frame, "_stance"), (torch.fx._symbolic_trace, "_is_fx_tracing_flag"), (devices, "CURRENT_DEVICE")]
+    places: list[tuple[Any, str]] = [(eval_frame, "_stance"), (devices, "CURRENT_DEVICE")]
+    if _fx_has_one_flag():
+        places.append((torch.fx._symbolic_trace, "_is_fx_tracing_flag"))
     return [(vars(module), name, getattr(module, name)) for module, name in places]
+
+
+def _fx_has_one_flag() -> bool:
+    """For all threads; from torch 2.14 on each has its own."""
+    return hasattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag")
+
+
+def _is_fx_tracing() -> Question:
+    tracing: Any = torch.fx._symbolic_trace
+    if _fx_has_one_flag():
+        return getattr, (tracing, "_is_fx_tracing_flag"), False
+    return getattr, (tracing._is_fx_tracing_tls, "flag", False), False
 
 
 def _questions() -> list[Question]:
@@ -60,7 +75,7 @@ def _questions() -> list[Question]:
         (torch._C._len_torch_dispatch_stack, (), 0),
         (get_dynamic_layer_stack_depth, (), 0),
         (torch._C._is_tracing, (), False),
-        (getattr, (torch.fx._symbolic_trace, "_is_fx_tracing_flag"), False),
+        _is_fx_tracing(),
         (tracing_context, (), None),
     ]
 

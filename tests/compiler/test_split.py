@@ -47,7 +47,7 @@ def attention_block(x: Tensor, w: Tensor) -> Tensor:
 
 def autocast_around_a_cut(x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        y = live(x @ x.T) @ x
+        y = live(x @ x.t()) @ x
     return y.float() + 1
 
 
@@ -70,7 +70,7 @@ def in_place_across_a_cut(x: Tensor) -> Tensor:
 
 def growing_cache(q: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
     cache = torch.cat([cache, q])
-    return (q * 2) @ cache.T @ cache + 1, cache
+    return (q * 2) @ cache.t() @ cache + 1, cache
 
 
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {

@@ -148,9 +148,17 @@ class DirectCalls:
         sealed = [way.sealed for way in ways if way.sealed is not None]
         self.again = tuple(each.again for each in sealed if each.again is not None)
         if self._functions:
-            self._ask_plainly()
-            native.when_ready(self, DirectCalls._ask_plainly)
+            try:
+                self._ask_plainly()
+                native.when_ready(self, DirectCalls._ask_plainly)
+            except (AttributeError, ImportError) as error:
+                self._functions = self.again = ()
+                self._refuse(f"this torch does not tell whether a call comes from plain Python: {error}")
         return self.refused[num_refused:]
+
+    def _refuse(self, reason: str) -> None:
+        if reason not in self.refused:
+            self.refused.append(reason)
 
     def _ask_plainly(self) -> None:
         self._is_plain = plain_call.plain_caller()
@@ -172,6 +180,5 @@ class DirectCalls:
         except Exception as error:  # a fault of ours: Dynamo goes on serving
             log.warning("%s: no direct calls: %s", self._entry.__qualname__, error, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
-        if reason not in self.refused:
-            self.refused.append(reason)
+        self._refuse(reason)
         return _Way(guards, None)

@@ -20,10 +20,17 @@ def plain_caller() -> Callable[[], bool]:
     False where ``torch.compile``'s wrapper or the frame hook would do something else, or where we cannot know: inside
     of a trace (Dynamo, fx, ``torch.jit``), of a function that Dynamo runs, of functorch transforms or a dispatch mode,
     and under ``set_stance``. (``torch._dynamo.config.disable`` stops traces, and not the use of what was traced.)
+
+    Raises:
+        AttributeError, ImportError: something of this is kept elsewhere in this version of torch.
     """
     import torch._dynamo.eval_frame as eval_frame
 
-    functions_say_so = native.answer_check(_questions())
+    questions = _questions()
+    for function, arguments, _ in questions:
+        function(*arguments)  # a check takes an error for a no
+    _is_default(eval_frame._stance)
+    functions_say_so = native.answer_check(questions)
     return lambda: functions_say_so() and _is_default(eval_frame._stance)
 
 

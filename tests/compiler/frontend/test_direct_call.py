@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graphcap
 from graphcap import native
 from graphcap.compiler import backend
+from graphcap.compiler.frontend import plain_call
 from graphcap.compiler.frontend import target as targets
 from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.target import CompiledTarget
@@ -669,6 +670,21 @@ def test_a_fault_of_ours_costs_nothing_but_speed(monkeypatch: pytest.MonkeyPatch
     for _ in range(3):
         assert_through_dynamo(model, rows())
     assert target_of(model).notes == ["calls go through Dynamo: ZeroDivisionError: a bug"]
+
+
+def test_a_torch_that_does_not_tell_where_a_call_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slower, right, and said: torch 2.14 had moved a flag, and no call was direct without a word."""
+    moved = [(getattr, (torch.fx._symbolic_trace, "a_flag_that_was_moved"), False)]
+    monkeypatch.setattr(plain_call, "_questions", lambda: moved)
+    model = graphcap.compile(nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), nn.functional.linear(x, model.weight, model.bias))
+    target = target_of(model)
+    assert target.direct.count == 0
+    (note,) = target.notes
+    assert "a_flag_that_was_moved" in note
 
 
 def test_a_model_whose_calls_are_direct_has_no_note() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
@@ -82,22 +83,51 @@ def _copy(value: Any) -> Any:
     return value.copy() if isinstance(value, (set, dict)) else value
 
 
+class _Demand:
+    """That the graphs of our traces are whole. Torch has one flag for all threads, of which one traces at a time."""
+
+    lock = threading.Lock()
+    num_calls = 0
+    before = False  #: what the first of these calls found
+
+
 @contextlib.contextmanager
 def whole_graph() -> Iterator[None]:
-    """Within it a graph break is an error of the trace: nothing of the frame has run yet."""
-    with _error_on_graph_break(True):
+    """Within it a graph break is an error of the trace: nothing of the frame has run yet. For several threads at once,
+    in any order of their ends."""
+    with _Demand.lock:
+        if _Demand.num_calls == 0:
+            _Demand.before = _breaks_are_errors()
+        _Demand.num_calls += 1
+        _let_breaks_be_errors(True)
+    try:
         yield
+    finally:
+        with _Demand.lock:
+            _Demand.num_calls -= 1
+            if _Demand.num_calls == 0:
+                _let_breaks_be_errors(_Demand.before)
+
+
+def demand_whole_graph() -> None:
+    """At the beginning of a trace within :func:`whole_graph`, where the trace of another thread has ended meanwhile."""
+    _let_breaks_be_errors(True)
 
 
 def graph_is_whole() -> None:
     """End the demand of :func:`whole_graph` before its ``with`` does: what the graph calls may break theirs."""
-    # Not left again: the end of whole_graph restores what was before it.
-    _error_on_graph_break(False).__enter__()
+    _let_breaks_be_errors(False)
 
 
-def _error_on_graph_break(value: bool) -> contextlib.AbstractContextManager[None]:
-    toggle = getattr(torch._dynamo, "error_on_graph_break", None)
-    return toggle(value) if toggle is not None else contextlib.nullcontext()
+# torch._dynamo.error_on_graph_break() is a context manager that puts back what it found: for nested blocks only.
+
+
+def _breaks_are_errors() -> bool:
+    return bool(getattr(torch._dynamo.utils, "_get_error_on_graph_break", bool)())
+
+
+def _let_breaks_be_errors(value: bool) -> None:
+    getattr(torch._dynamo.utils, "_set_error_on_graph_break", bool)(value)
 
 
 def is_graph_break(error: BaseException) -> bool:

@@ -18,10 +18,14 @@ class Marking(Protocol):
     Attributes:
         dims: that it has.
         marking: how they are marked: :data:`UNBACKED` or :data:`DYNAMIC`.
+        wants_whole_graph: whether a trace must be one graph.
     """
 
     dims: CallDims
     marking: str
+
+    @property
+    def wants_whole_graph(self) -> bool: ...
 
 
 class MarkedCall:
@@ -62,6 +66,8 @@ in_progress = _InProgress()
 def on_trace_start(*_: object) -> None:
     """For Dynamo to call when a trace begins."""
     if (call := in_progress.call) is not None:
+        if call.target.wants_whole_graph and not call.traced:
+            dynamo.demand_whole_graph()  # a later trace is of what the graph calls
         call.mark()
 
 

@@ -102,6 +102,11 @@ class CompiledTarget:
         """What the user handed in; ``None`` when that module is gone."""
         return self._reference()
 
+    @property
+    def wants_whole_graph(self) -> bool:
+        """Whether the trace that comes next must be one graph."""
+        return self._first
+
     def same_request(self, other: CompiledTarget) -> bool:
         """Whether both ask for the same thing."""
         return type(self) is type(other) and self._request == other._request

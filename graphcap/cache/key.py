@@ -22,7 +22,7 @@ import torch
 from graphcap.cache.private import torch_git_version, torch_source_digest
 
 #: Joins every digest: raise it when the meaning of a part changes, and old entries are simply not found.
-KEY_VERSION = 2
+KEY_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,8 @@ def compile_with_inductor(
         Exception: whatever Inductor raises.
     """
     started = time.perf_counter()
-    placeholders = [nodes.value_of(node) for node in module.graph.nodes if node.op == "placeholder"]
+    given = [nodes.value_of(node) for node in module.graph.nodes if node.op == "placeholder"]
+    placeholders = [private.without_replaced_symbols(value) for value in given]
     fake_mode = private.fake_mode_of([nodes.value_of(node) for node in module.graph.nodes])
     # A salt of its own per compile: Inductor's cache must not answer for our store, or the passes would not run.
     pipeline.salt = secrets.token_hex(8)

@@ -51,6 +51,7 @@ from graphcap.compiler.private.shapes import (
     size_hint,
     symbol_expression,
     symbol_ranges,
+    without_replaced_symbols,
 )
 from graphcap.compiler.private.tensors import (
     as_dynamo_traces,
@@ -117,4 +118,5 @@ __all__ = [
     "tree_unflatten",
     "triton_kernel_name",
     "weak_storage",
+    "without_replaced_symbols",
 ]

@@ -15,6 +15,19 @@ def symbol_expression(value: object) -> Any:
     return None
 
 
+def without_replaced_symbols(value: Any) -> Any:
+    """A SymInt in the symbols that are left where the trace has found two sizes to be one; anything else as it is.
+
+    Inductor of torch 2.11 gives an input the name that its symbol had before, and uses the other one.
+    """
+    if not isinstance(value, torch.SymInt):
+        return value
+    node = value.node
+    if getattr(node, "_expr", node.expr) == node.expr:
+        return value
+    return node.shape_env.create_symintnode(node.expr, hint=node.hint if node.has_hint() else None)
+
+
 def is_unbacked(symbol: Any) -> bool:
     """Whether a symbol has no example value (``mark_unbacked``, data-dependent sizes)."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols

@@ -55,9 +55,11 @@ def changes_form_in_place(node: fx.Node) -> bool:
     """Whether a call gives an existing tensor another shape, stride or storage: ``x.unsqueeze_(0)``, ``x.set_(y)``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     name = name.partition(".")[0]
-    if not node.op.startswith("call_") or not name.endswith("_") or not hasattr(torch.ops.aten, name):
+    if not node.op.startswith("call_") or not name.endswith("_"):
         return False
-    packet = getattr(torch.ops.aten, name)
+    packet = getattr(torch.ops.aten, name, None)  # of any Python object it has "__eq__"
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
     return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
 
 

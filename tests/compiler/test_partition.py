@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dynamo import mark_dynamic
 
+from graphcap.compiler import nodes
 from graphcap.compiler.rules import eager, op_name
 from tests.compiler.graphs import groups_of, kinds, trace
 
@@ -248,3 +249,10 @@ def test_what_an_eager_function_says_to_return_is_not_taken_for_its_argument() -
     groups_of(gm)
     (call,) = [n for n in gm.graph.nodes if "scaled" in n.name]
     assert len(call.users) == 1
+
+
+@pytest.mark.parametrize(("name", "changes"), [("__eq__", False), ("add_", False), ("unsqueeze_", True)])
+def test_which_methods_change_the_form_of_a_tensor(name: str, changes: bool) -> None:
+    """``torch.ops.aten`` has an ``__eq__`` as every object has, which is no operator."""
+    graph = fx.Graph()
+    assert nodes.changes_form_in_place(graph.call_method(name, (graph.placeholder("x"), 0))) is changes

@@ -35,10 +35,11 @@ def make_masks_additive(graph: fx.Graph) -> None:
 
     Left alone where something in the graph may write into the mask.
     """
+    masks = {n: mask for n in graph.nodes if n.target in _ATTENTION and (mask := _boolean_mask(n)) is not None}
+    only_read = {mask for mask in dict.fromkeys(masks.values()) if _is_only_read(mask, graph)}
     additive: dict[tuple[fx.Node, torch.dtype, float], fx.Node] = {}
-    for node in [each for each in graph.nodes if each.target in _ATTENTION]:
-        mask = _boolean_mask(node)
-        if mask is None or not _is_only_read(mask, graph):
+    for node, mask in masks.items():
+        if mask not in only_read:
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), nodes.value_of)
         args = [*args] or [kwargs.pop("query")]

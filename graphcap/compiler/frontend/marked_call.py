@@ -23,9 +23,7 @@ class Marking(Protocol):
 
     dims: CallDims
     marking: str
-
-    @property
-    def wants_whole_graph(self) -> bool: ...
+    wants_whole_graph: bool
 
 
 class MarkedCall:

@@ -59,6 +59,7 @@ class CompiledTarget:
         fullgraph: whether the user wants a graph break to be an error.
         dims: the dynamic dims.
         marking: ``"unbacked"`` (one graph for every size) or ``"dynamic"`` (sizes 0 and 1 have their own graphs).
+        wants_whole_graph: whether the trace that comes next must be one graph: the first one.
         notes: one line per decision that was not the user's.
         entry: the Python function that Dynamo sees; its code object belongs to this target alone.
         direct: the ways around Dynamo's frame hook, for calls whose graph its guards allow.
@@ -94,18 +95,13 @@ class CompiledTarget:
         self._compiled: Callable[..., Any] | None = None
         self._instead: Callable[..., Any] | None = None
         self._trace_callbacks: list[Callable[..., None]] = []
-        #: The first trace must be one graph; without dims there is nothing to learn from it.
-        self._first = bool(dims) and not fullgraph
+        # Without dims there is nothing to learn from the first trace.
+        self.wants_whole_graph = bool(dims) and not fullgraph
 
     @property
     def original(self) -> Any:
         """What the user handed in; ``None`` when that module is gone."""
         return self._reference()
-
-    @property
-    def wants_whole_graph(self) -> bool:
-        """Whether the trace that comes next must be one graph."""
-        return self._first
 
     def same_request(self, other: CompiledTarget) -> bool:
         """Whether both ask for the same thing."""
@@ -142,7 +138,9 @@ class CompiledTarget:
         try:
             result = self._run(bound, args, kwargs)
         except Exception as error:
-            if not (call.traced or self._first) or dynamo.has_run(self.entry.__code__, error, call.has_graph):
+            if not (call.traced or self.wants_whole_graph) or dynamo.has_run(
+                self.entry.__code__, error, call.has_graph
+            ):
                 raise
             failure = error  # of the compilation: nothing of the target has run
         else:
@@ -170,15 +168,15 @@ class CompiledTarget:
         """Through Dynamo, with what a trace has to know."""
         compiled = self._compiled
         assert compiled is not None
-        if not self._first and not self._guards_hooks:
+        if not self.wants_whole_graph and not self._guards_hooks:
             return compiled(*bound, *args, **kwargs)
         with contextlib.ExitStack() as settings:
-            if self._first:
+            if self.wants_whole_graph:
                 settings.enter_context(dynamo.whole_graph())
             if self._guards_hooks:
                 settings.enter_context(dynamo.hook_guards())
             result = compiled(*bound, *args, **kwargs)
-        self._first = False
+        self.wants_whole_graph = False
         return result
 
     def _learn(self, bound: tuple[Any, ...]) -> None:
@@ -219,7 +217,7 @@ class CompiledTarget:
         @functools.wraps(graph_backend)
         def compile_graph(graph: Any, inputs: Any, **settings: Any) -> Any:
             target = itself()
-            if target is not None and target._first:
+            if target is not None and target.wants_whole_graph:
                 dynamo.graph_is_whole()
             if target is not None and (read := inputs_read_of_step(graph)):
                 target._reads_of_step(read)
@@ -235,15 +233,15 @@ class CompiledTarget:
         """Call again with less asked of the trace, and keep to that if it helps; else raise what the user can use."""
         if (own := dynamo.own_error(error)) is not None:
             raise own from None
-        before = (self._first, self.marking)
-        following = next_attempt(self._first, self.marking, error, has_dims=bool(self.dims))
+        before = (self.wants_whole_graph, self.marking)
+        following = next_attempt(self.wants_whole_graph, self.marking, error, has_dims=bool(self.dims))
         if following is None:
             return self._fall_back(error, bound, args, kwargs)
-        self._first, self.marking = following
+        self.wants_whole_graph, self.marking = following
         try:
             result = self.call(bound, args, kwargs)
         except Exception:
-            self._first, self.marking = before
+            self.wants_whole_graph, self.marking = before
             raise
         if self.is_eager or self._instead is not None:
             return result

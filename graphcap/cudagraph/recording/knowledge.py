@@ -87,8 +87,10 @@ class Knowledge:
         return known and not self._needs_warm_up(route, captured, Phase.WARM_UP)
 
     def _needs_warm_up(self, route: Route, captured: Collection[int], phase: Phase) -> bool:
-        if route.key in self._cold or self._further is not Further.UNLESS_COMPILED:
-            return route.key in self._cold or self._further is Further.ALL
+        if route.key in self._cold or self._further is Further.ALL:
+            return True
+        if self._further is Further.NONE:
+            return False
         steps = [self._program.steps[number] for number in captured]
         is_compiled = all(step.capture is Capture.ALWAYS and not step.unproven for step in steps)
         return phase is Phase.TRAFFIC or not is_compiled

@@ -26,14 +26,24 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
 
 @pytest.fixture
-def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def answers_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], list[bool]]:
+    """A function that takes a kind of guards and returns what such guards say, each time that they are evaluated."""
+
+    def answers(kind: type) -> list[bool]:
+        seen: list[bool] = []
+        evaluate: Callable[..., bool] = kind.__call__
+
+        def recording(self: Any, f_locals: dict[str, Any]) -> bool:
+            seen.append(evaluate(self, f_locals))
+            return seen[-1]
+
+        monkeypatch.setattr(kind, "__call__", recording)
+        return seen
+
+    return answers
+
+
+@pytest.fixture
+def evaluations(answers_of: Callable[[type], list[bool]]) -> list[bool]:
     """What the guards on arguments said, each time that they were evaluated."""
-    seen: list[bool] = []
-    evaluate = ArgumentGuards.__call__
-
-    def recording(self: ArgumentGuards, f_locals: dict[str, Any]) -> bool:
-        seen.append(evaluate(self, f_locals))
-        return seen[-1]
-
-    monkeypatch.setattr(ArgumentGuards, "__call__", recording)
-    return seen
+    return answers_of(ArgumentGuards)

@@ -40,17 +40,9 @@ def _no_grad() -> Any:
 
 
 @pytest.fixture
-def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def evaluations(answers_of: Callable[[type], list[bool]]) -> list[bool]:
     """What all guards of a graph said, each time that they were evaluated."""
-    seen: list[bool] = []
-    evaluate = Guards.__call__
-
-    def recording(self: Guards, f_locals: dict[str, Any]) -> bool:
-        seen.append(evaluate(self, f_locals))
-        return seen[-1]
-
-    monkeypatch.setattr(Guards, "__call__", recording)
-    return seen
+    return answers_of(Guards)
 
 
 class Block(nn.Module):

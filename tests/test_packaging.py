@@ -77,6 +77,7 @@ def test_wheel_is_the_package_and_nothing_else(archives: Archives, wheel: zipfil
         "graphcap/native/checks.cpp",
         "graphcap/native/places.h",
         "graphcap/native/dict_watch.h",
+        "graphcap/native/vectorcall.h",
     } <= packaged
     assert len(names) == len(set(names))
 

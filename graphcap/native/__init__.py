@@ -3,7 +3,7 @@ background, and the same in Python until they are there.
 
 In reading order: :mod:`~graphcap.native.places`, :mod:`~graphcap.native.objects` and
 :mod:`~graphcap.native.thread_state` (the contracts, in Python; together :mod:`~graphcap.native.fallback`),
-``checks.cpp`` with a header for each of these (the same in C++),
+``checks.cpp`` with a header for each of these (the same in C++; ``vectorcall.h`` is what their types share),
 :mod:`~graphcap.native.extension` (which of them is used), :mod:`~graphcap.native.build` and
 :mod:`~graphcap.native.loader` (how the extension is made and found). ``GRAPHCAP_NATIVE=0`` switches it off.
 :mod:`~graphcap.native.layouts` is a check of torch's own.

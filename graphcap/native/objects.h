@@ -13,6 +13,7 @@
 #include <structmember.h>
 
 #include "dict_watch.h"
+#include "vectorcall.h"
 
 namespace objects {
 
@@ -311,7 +312,7 @@ inline PyMethodDef IdentityCheck_methods[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 inline PyMemberDef IdentityCheck_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(IdentityCheck, call), READONLY, nullptr},
+    vectorcall::offset_of_call<IdentityCheck>(),
     {"is_watched", T_BOOL, offsetof(IdentityCheck, is_watched), READONLY, "Whether writes are waited for."},
     {nullptr, 0, 0, 0, nullptr}};
 
@@ -330,7 +331,7 @@ inline PyType_Spec IdentityCheck_spec = {
     "graphcap_native.IdentityCheck",
     sizeof(IdentityCheck),
     0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    vectorcall::kFlags | Py_TPFLAGS_HAVE_GC,
     IdentityCheck_slots};
 
 // ---- AnswerCheck -----------------------------------------------------------------------------------------------------
@@ -431,10 +432,6 @@ inline void AnswerCheck_dealloc(PyObject* self) {
   Py_DECREF(type);
 }
 
-inline PyMemberDef AnswerCheck_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(AnswerCheck, call), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
-
 inline PyType_Slot AnswerCheck_slots[] = {
     {Py_tp_doc, const_cast<char*>("AnswerCheck(questions): see graphcap.native.fallback.AnswerCheck")},
     {Py_tp_new, reinterpret_cast<void*>(AnswerCheck_new)},
@@ -442,14 +439,14 @@ inline PyType_Slot AnswerCheck_slots[] = {
     {Py_tp_traverse, reinterpret_cast<void*>(AnswerCheck_traverse)},
     {Py_tp_clear, reinterpret_cast<void*>(AnswerCheck_clear)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {Py_tp_members, AnswerCheck_members},
+    {Py_tp_members, vectorcall::members<AnswerCheck>},
     {0, nullptr}};
 
 inline PyType_Spec AnswerCheck_spec = {
     "graphcap_native.AnswerCheck",
     sizeof(AnswerCheck),
     0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    vectorcall::kFlags | Py_TPFLAGS_HAVE_GC,
     AnswerCheck_slots};
 
 }  // namespace objects

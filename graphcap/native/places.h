@@ -17,7 +17,7 @@
 #include <new>
 #include <vector>
 
-#include <structmember.h>
+#include "vectorcall.h"
 
 namespace places {
 
@@ -102,18 +102,6 @@ inline PyObject* new_place_check(PyTypeObject* type, PyObject* args, PyObject* k
   return self;
 }
 
-inline void PlaceCheck_dealloc(PyObject* self) {
-  PyTypeObject* type = Py_TYPE(self);
-  reinterpret_cast<PlaceCheck*>(self)->indices.~vector();
-  reinterpret_cast<PlaceCheck*>(self)->addresses.~vector();
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
-inline PyMemberDef PlaceCheck_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(PlaceCheck, call), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
-
 // ---- AddressCheck ----------------------------------------------------------------------------------------------------
 
 // Tells tensors from what is none. Hundreds of parameters have one type: it is looked up in the bases of that once.
@@ -191,16 +179,16 @@ inline PyObject* AddressCheck_new(PyTypeObject* type, PyObject* args, PyObject* 
 inline PyType_Slot AddressCheck_slots[] = {
     {Py_tp_doc, const_cast<char*>("AddressCheck(indices, addresses): see graphcap.native.fallback.AddressCheck")},
     {Py_tp_new, reinterpret_cast<void*>(AddressCheck_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(PlaceCheck_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(vectorcall::dealloc<PlaceCheck>)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {Py_tp_members, PlaceCheck_members},
+    {Py_tp_members, vectorcall::members<PlaceCheck>},
     {0, nullptr}};
 
 inline PyType_Spec AddressCheck_spec = {
     "graphcap_native.AddressCheck",
     sizeof(PlaceCheck),
     0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    vectorcall::kFlags,
     AddressCheck_slots};
 
 // ---- ApartCheck ------------------------------------------------------------------------------------------------------
@@ -243,16 +231,16 @@ inline PyObject* ApartCheck_new(PyTypeObject* type, PyObject* args, PyObject* kw
 inline PyType_Slot ApartCheck_slots[] = {
     {Py_tp_doc, const_cast<char*>("ApartCheck(indices, addresses): see graphcap.native.fallback.ApartCheck")},
     {Py_tp_new, reinterpret_cast<void*>(ApartCheck_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(PlaceCheck_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(vectorcall::dealloc<PlaceCheck>)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {Py_tp_members, PlaceCheck_members},
+    {Py_tp_members, vectorcall::members<PlaceCheck>},
     {0, nullptr}};
 
 inline PyType_Spec ApartCheck_spec = {
     "graphcap_native.ApartCheck",
     sizeof(PlaceCheck),
     0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    vectorcall::kFlags,
     ApartCheck_slots};
 
 // ---- GroupedCopy -----------------------------------------------------------------------------------------------------
@@ -341,31 +329,19 @@ inline PyObject* GroupedCopy_new(PyTypeObject* type, PyObject* args, PyObject* k
   return self;
 }
 
-inline void GroupedCopy_dealloc(PyObject* self) {
-  PyTypeObject* type = Py_TYPE(self);
-  reinterpret_cast<GroupedCopy*>(self)->targets.~vector();
-  reinterpret_cast<GroupedCopy*>(self)->indices.~vector();
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
-inline PyMemberDef GroupedCopy_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(GroupedCopy, call), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
-
 inline PyType_Slot GroupedCopy_slots[] = {
     {Py_tp_doc, const_cast<char*>("GroupedCopy(targets, indices): see graphcap.native.fallback.GroupedCopy")},
     {Py_tp_new, reinterpret_cast<void*>(GroupedCopy_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(GroupedCopy_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(vectorcall::dealloc<GroupedCopy>)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {Py_tp_members, GroupedCopy_members},
+    {Py_tp_members, vectorcall::members<GroupedCopy>},
     {0, nullptr}};
 
 inline PyType_Spec GroupedCopy_spec = {
     "graphcap_native.GroupedCopy",
     sizeof(GroupedCopy),
     0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    vectorcall::kFlags,
     GroupedCopy_slots};
 
 }  // namespace places

@@ -12,7 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include <structmember.h>
+#include "vectorcall.h"
 
 namespace thread_state {
 
@@ -75,29 +75,19 @@ inline PyObject* ThreadState_new(PyTypeObject* type, PyObject* args, PyObject* k
   return self;
 }
 
-inline void ThreadState_dealloc(PyObject* self) {
-  PyTypeObject* type = Py_TYPE(self);
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
-inline PyMemberDef ThreadState_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(ThreadState, call), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
-
 inline PyType_Slot ThreadState_slots[] = {
     {Py_tp_doc, const_cast<char*>("ThreadState(): see graphcap.native.fallback.ThreadState")},
     {Py_tp_new, reinterpret_cast<void*>(ThreadState_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(ThreadState_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(vectorcall::dealloc<ThreadState>)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {Py_tp_members, ThreadState_members},
+    {Py_tp_members, vectorcall::members<ThreadState>},
     {0, nullptr}};
 
 inline PyType_Spec ThreadState_spec = {
     "graphcap_native.ThreadState",
     sizeof(ThreadState),
     0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+    vectorcall::kFlags,
     ThreadState_slots};
 
 }  // namespace thread_state

@@ -1,9 +1,9 @@
 """What is asked of a trace: one graph or graphs with breaks between, and what it is told about the declared sizes.
 
-The first trace insists on one graph. With sizes unknown to the trace ("unbacked"), ``if x.shape[0] > 4`` would
-otherwise break the graph in silence; so a target falls back to ordinary dynamic dims ("dynamic"), which specialise
-sizes 0 and 1 and guard on the branch. Where the graph breaks with these too, it is not for the sizes: they stay
-unknown, and breaks are allowed.
+A trace, the first and every later one, insists on one graph. With sizes unknown to the trace ("unbacked"), ``if
+x.shape[0] > 4`` would otherwise break the graph in silence; so a target falls back to ordinary dynamic dims
+("dynamic"), which specialise sizes 0 and 1 and guard on the branch. Where the graph breaks with these too, it is not
+for the sizes: they stay unknown, and breaks are allowed from then on.
 """
 
 from __future__ import annotations

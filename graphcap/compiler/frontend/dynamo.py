@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -83,6 +84,17 @@ def _copy(value: Any) -> Any:
     return value.copy() if isinstance(value, (set, dict)) else value
 
 
+def code_being_traced() -> CodeType | None:
+    """For a callback of :func:`trace_callbacks`: what Dynamo begins to trace; ``None`` where torch does not tell."""
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        if caller.f_code.co_name == "compile_inner":
+            code = caller.f_locals.get("code")
+            return code if isinstance(code, CodeType) else None
+        frame = caller
+    return None
+
+
 class _Demand:
     """That the graphs of our traces are whole. Torch has one flag for all threads, of which one traces at a time."""
 
@@ -91,32 +103,32 @@ class _Demand:
     before = False  #: what the first of these calls found
 
 
-@contextlib.contextmanager
-def whole_graph() -> Iterator[None]:
-    """Within it a graph break is an error of the trace: nothing of the frame has run yet. For several threads at once,
-    in any order of their ends."""
+def demand_whole_graph() -> None:
+    """At the beginning of a trace: a graph break is an error of it, and nothing of the frame has run yet. The call
+    whose trace it is ends this with :func:`end_demand`; calls of several threads may do so in any order."""
     with _Demand.lock:
         if _Demand.num_calls == 0:
             _Demand.before = _breaks_are_errors()
         _Demand.num_calls += 1
         _let_breaks_be_errors(True)
-    try:
-        yield
-    finally:
-        with _Demand.lock:
-            _Demand.num_calls -= 1
-            if _Demand.num_calls == 0:
-                _let_breaks_be_errors(_Demand.before)
-
-
-def demand_whole_graph() -> None:
-    """At the beginning of a trace within :func:`whole_graph`, where the trace of another thread has ended meanwhile."""
-    _let_breaks_be_errors(True)
 
 
 def graph_is_whole() -> None:
-    """End the demand of :func:`whole_graph` before its ``with`` does: what the graph calls may break theirs."""
+    """At the end of such a trace, before its call has ended: what the graph calls may break theirs, and a later call
+    that is not traced any more (Dynamo's recompile_limit) is no error."""
     _let_breaks_be_errors(False)
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        InstructionTranslator.current_tx().error_on_graph_break = False  # what Dynamo remembers of the trace
+
+
+def end_demand() -> None:
+    """At the end of a call that demanded a whole graph."""
+    with _Demand.lock:
+        _Demand.num_calls -= 1
+        if _Demand.num_calls == 0:
+            _let_breaks_be_errors(_Demand.before)
 
 
 # torch._dynamo.error_on_graph_break() is a context manager that puts back what it found: for nested blocks only.
@@ -131,7 +143,7 @@ def _let_breaks_be_errors(value: bool) -> None:
 
 
 def is_graph_break(error: BaseException) -> bool:
-    """Whether a trace under :func:`whole_graph` met a graph break that has nothing to do with unbacked sizes."""
+    """Whether a trace under :func:`demand_whole_graph` met a graph break that has nothing to do with unbacked sizes."""
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
     if isinstance(error, BackendCompilerFailed) or not isinstance(error, TorchDynamoException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import FunctionType
 from typing import Any, Protocol
 
 from graphcap.compiler.frontend import dynamo
@@ -17,36 +18,51 @@ class Marking(Protocol):
 
     Attributes:
         dims: that it has.
-        marking: how they are marked: :data:`UNBACKED` or :data:`DYNAMIC`.
-        wants_whole_graph: whether a trace must be one graph.
+        entry: the function that Dynamo sees.
+        marking: how its dims are marked: :data:`UNBACKED` or :data:`DYNAMIC`.
+        wants_whole_graph: whether a trace of ``entry`` must be one graph.
     """
 
     dims: CallDims
+    entry: FunctionType
     marking: str
     wants_whole_graph: bool
 
 
 class MarkedCall:
-    """A call in progress: what a trace that begins during it has to mark."""
+    """A call in progress: what a trace that begins during it has to mark.
 
-    __slots__ = ("args", "has_graph", "kwargs", "saved", "target", "traced")
+    Attributes:
+        traced: whether a trace has begun.
+        demands: whether it must be one graph.
+        has_graph: whether a backend has returned.
+    """
+
+    __slots__ = ("args", "demands", "has_graph", "kwargs", "saved", "target", "traced")
 
     def __init__(self, target: Marking, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.target = target
         self.args = args
         self.kwargs = kwargs
         self.traced = False
+        self.demands = False
         self.has_graph = False
         self.saved: dynamo.Saved | None = None
 
-    def mark(self) -> None:
-        """Mark the dims for a trace that is about to begin."""
+    def begin_trace(self) -> None:
+        """Mark the dims for a trace that is about to begin. What the target's graph calls is traced as it likes."""
+        target = self.target
+        if target.wants_whole_graph and not self.demands and dynamo.code_being_traced() is target.entry.__code__:
+            self.demands = True
+            dynamo.demand_whole_graph()
         self.traced = True
         if self.saved is None:
-            self.saved = dynamo.mark(self.target.dims.tensors(self.args, self.kwargs), self.target.marking)
+            self.saved = dynamo.mark(target.dims.tensors(self.args, self.kwargs), target.marking)
 
-    def unmark(self) -> None:
-        """Take the marks away."""
+    def end(self) -> None:
+        """Take the marks away, and the demand back."""
+        if self.demands:
+            dynamo.end_demand()
         if self.saved is not None:
             dynamo.unmark(self.saved)
             self.saved = None
@@ -64,9 +80,7 @@ in_progress = _InProgress()
 def on_trace_start(*_: object) -> None:
     """For Dynamo to call when a trace begins."""
     if (call := in_progress.call) is not None:
-        if call.target.wants_whole_graph and not call.traced:
-            dynamo.demand_whole_graph()  # a later trace is of what the graph calls
-        call.mark()
+        call.begin_trace()
 
 
 def will_retry(error: BaseException) -> bool:

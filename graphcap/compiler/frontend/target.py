@@ -12,7 +12,6 @@ What is asked of a trace, and what is asked next where it fails: :mod:`graphcap.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -59,7 +58,7 @@ class CompiledTarget:
         fullgraph: whether the user wants a graph break to be an error.
         dims: the dynamic dims.
         marking: ``"unbacked"`` (one graph for every size) or ``"dynamic"`` (sizes 0 and 1 have their own graphs).
-        wants_whole_graph: whether the trace that comes next must be one graph: the first one.
+        wants_whole_graph: whether a trace must be one graph: until one could not.
         notes: one line per decision that was not the user's.
         entry: the Python function that Dynamo sees; its code object belongs to this target alone.
         direct: the ways around Dynamo's frame hook, for calls whose graph its guards allow.
@@ -95,7 +94,7 @@ class CompiledTarget:
         self._compiled: Callable[..., Any] | None = None
         self._instead: Callable[..., Any] | None = None
         self._trace_callbacks: list[Callable[..., None]] = []
-        # Without dims there is nothing to learn from the first trace.
+        # Without dims a break is not for what the trace was told about them.
         self.wants_whole_graph = bool(dims) and not fullgraph
 
     @property
@@ -138,9 +137,7 @@ class CompiledTarget:
         try:
             result = self._run(bound, args, kwargs)
         except Exception as error:
-            if not (call.traced or self.wants_whole_graph) or dynamo.has_run(
-                self.entry.__code__, error, call.has_graph
-            ):
+            if not call.traced or dynamo.has_run(self.entry.__code__, error, call.has_graph):
                 raise
             failure = error  # of the compilation: nothing of the target has run
         else:
@@ -149,7 +146,7 @@ class CompiledTarget:
             return result
         finally:
             in_progress.call = outer
-            call.unmark()
+            call.end()
         return self._retry(failure, bound, args, kwargs)
 
     def call_instead(self, other: Callable[..., Any]) -> None:
@@ -168,16 +165,10 @@ class CompiledTarget:
         """Through Dynamo, with what a trace has to know."""
         compiled = self._compiled
         assert compiled is not None
-        if not self.wants_whole_graph and not self._guards_hooks:
+        if not self._guards_hooks:
             return compiled(*bound, *args, **kwargs)
-        with contextlib.ExitStack() as settings:
-            if self.wants_whole_graph:
-                settings.enter_context(dynamo.whole_graph())
-            if self._guards_hooks:
-                settings.enter_context(dynamo.hook_guards())
-            result = compiled(*bound, *args, **kwargs)
-        self.wants_whole_graph = False
-        return result
+        with dynamo.hook_guards():
+            return compiled(*bound, *args, **kwargs)
 
     def _learn(self, bound: tuple[Any, ...]) -> None:
         self._hooks.traced()
@@ -217,12 +208,13 @@ class CompiledTarget:
         @functools.wraps(graph_backend)
         def compile_graph(graph: Any, inputs: Any, **settings: Any) -> Any:
             target = itself()
-            if target is not None and target.wants_whole_graph:
+            call = in_progress.call if in_progress.call is not None and in_progress.call.target is target else None
+            if call is not None and call.demands:
                 dynamo.graph_is_whole()
             if target is not None and (read := inputs_read_of_step(graph)):
                 target._reads_of_step(read)
             compiled = graph_backend(graph, inputs, **settings)
-            if (call := in_progress.call) is not None and call.target is target:
+            if call is not None:
                 call.has_graph = True
             return compiled
 

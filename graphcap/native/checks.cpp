@@ -1,5 +1,5 @@
 // What a call asks and copies before its graphs are replayed, each in a header: tensors (places.h), Python's objects
-// (objects.h), torch's modes (thread_state.h). In Python they are in files of these names, with the contracts of both.
+// (objects.h), both together (state.h), torch's modes (thread_state.h). In Python they are in files of these names, with the contracts of both.
 //
 // Needs the GIL: build.py does not build it for a free-threaded Python.
 
@@ -7,6 +7,7 @@
 
 #include "objects.h"
 #include "places.h"
+#include "state.h"
 #include "thread_state.h"
 
 namespace {
@@ -14,7 +15,7 @@ namespace {
 int add_types(PyObject* module) {
   for (PyType_Spec* spec :
        {&places::AddressCheck_spec, &places::ApartCheck_spec, &places::GroupedCopy_spec, &objects::IdentityCheck_spec,
-        &objects::AnswerCheck_spec, &thread_state::ThreadState_spec}) {
+        &objects::AnswerCheck_spec, &state::StateCheck_spec, &thread_state::ThreadState_spec}) {
     PyObject* type = PyType_FromModuleAndSpec(module, spec, nullptr);
     if (type == nullptr) {
       return -1;

@@ -34,12 +34,19 @@ inline bool are_different(PyObject* key, PyObject* other) {
          PyUnicode_CHECK_INTERNED(other);
 }
 
-inline bool is_broken(const Watch& watch, PyDict_WatchEvent event, PyObject* key, PyObject* value) {
+// Whether a key is new to a dict though the event says that its value is replaced: 3.12 says so where another object of
+// the class has had an attribute of that name, as their dicts share their keys, which are strings.
+inline bool is_added(PyObject* dict, PyObject* key) {
+  return reinterpret_cast<PyDictObject*>(dict)->ma_values != nullptr && PyDict_GetItemWithError(dict, key) == nullptr;
+}
+
+inline bool is_broken(
+    const Watch& watch, PyDict_WatchEvent event, PyObject* dict, PyObject* key, PyObject* value) {
   if (event != PyDict_EVENT_ADDED && event != PyDict_EVENT_MODIFIED && event != PyDict_EVENT_DELETED) {
     return true;  // cleared, filled from another one, or at its end
   }
   if (watch.key == nullptr) {
-    return event != PyDict_EVENT_MODIFIED;
+    return event != PyDict_EVENT_MODIFIED || is_added(dict, key);
   }
   if (are_different(watch.key, key)) {
     return false;
@@ -52,9 +59,12 @@ inline int on_write(PyDict_WatchEvent event, PyObject* dict, PyObject* key, PyOb
   const auto found = watches().find(dict);
   if (found != watches().end()) {
     for (const Watch& watch : found->second) {
-      if (!*watch.changed && is_broken(watch, event, key, value)) {
+      if (!*watch.changed && is_broken(watch, event, dict, key, value)) {
         *watch.changed = true;
       }
+    }
+    if (event == PyDict_EVENT_DEALLOCATED) {
+      watches().erase(found);  // another dict may come to lie at this address
     }
   }
   return 0;
@@ -86,8 +96,8 @@ inline bool can_watch(PyObject* dict) {
 }
 
 // Whether `*changed` will be set by a write after which `dict[key] is object` may no longer hold or, where `key` is
-// null, after which `dict` may have another number of keys. The dict must be one that can be watched, and live until
-// `remove`.
+// null, after which `dict` may have another number of keys. The dict must be one that can be watched. Its end is
+// a write as well, after which `remove` does nothing.
 inline bool add(PyObject* dict, PyObject* key, PyObject* object, bool* changed) {
   try {
     watches()[dict].push_back({key, object, changed});

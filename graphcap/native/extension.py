@@ -60,6 +60,25 @@ class Extension:
         """A check that functions answer what they answered; contract and errors: ``fallback.AnswerCheck``."""
         return cast(Callable[[], bool], self._implementation().AnswerCheck(questions))
 
+    def state_check(
+        self,
+        roots: Sequence[object],
+        entries: Sequence[fallback.Entry],
+        sized: Sequence[dict[Any, Any]],
+        objects: Sequence[object],
+        tensors: Sequence[torch.Tensor],
+    ) -> Callable[..., bool] | None:
+        """A check that nothing was written to these dicts and objects; contract: ``fallback.StateCheck``. ``None``
+        where nobody tells of writes: without the extension, before Python 3.12, and for some dicts."""
+        if self._module is None:
+            return None
+        try:
+            made: Callable[..., bool] = self._module.StateCheck(roots, entries, sized, objects, tensors)
+            return made
+        except (TypeError, ValueError) as reason:
+            _log.info("state is not watched: %s", reason)
+            return None
+
     def thread_state(self) -> Callable[[], bool]:
         """A check that torch's modes are those of now; contract: ``fallback.ThreadState``."""
         return cast(Callable[[], bool], self._implementation().ThreadState())

@@ -16,6 +16,7 @@ IdentityCheck, Python                                          26          26
 
 from graphcap.native.objects import AnswerCheck, Entry, IdentityCheck, Question, Sized
 from graphcap.native.places import AddressCheck, ApartCheck, GroupedCopy
+from graphcap.native.state import StateCheck
 from graphcap.native.thread_state import ThreadState
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "IdentityCheck",
     "Question",
     "Sized",
+    "StateCheck",
     "ThreadState",
 ]

@@ -76,6 +76,22 @@ def test_deleted_key(checks: ModuleType, expected: object) -> None:
     assert not check()
 
 
+def test_an_attribute_that_another_object_of_the_class_has(checks: ModuleType) -> None:
+    """Such objects share their keys; Python 3.12 tells of an attribute that is replaced where it is a new one."""
+
+    class Own:
+        pass
+
+    for _ in range(3):
+        owner: Any = Own()
+        check = checks.IdentityCheck([], [vars(owner)])
+        assert check()
+        owner.attribute = 1
+        assert not check()
+        del owner.attribute
+        assert check()
+
+
 def test_equal_is_not_identical(checks: ModuleType) -> None:
     holder: dict[Any, Any] = {"key": (1, 2), 3: [1]}
     check = checks.IdentityCheck([(holder, "key", holder["key"]), (holder, 3, holder[3])])

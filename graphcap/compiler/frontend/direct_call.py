@@ -14,8 +14,10 @@ Whatever is not understood, and every call for which no guards hold, goes throug
 recompiles. Nothing here keeps a graph alive: a generated function asks Dynamo for its guards and the globals of the
 frame for the graph, and steps aside when they are gone.
 
-With ``guards="sealed"`` the first step evaluates only the guards on arguments, and ``seal.py`` says when the others. A
-call that looks exactly like an earlier one goes without these as well (``same_layout.py``).
+With ``guards="sealed"`` the first step evaluates only the guards on arguments, and ``seal.py`` says when the others.
+With ``guards="full"`` those on modules are not evaluated where Python tells that nobody has written to these
+(``watched_state.py``). A call that looks exactly like an earlier one goes without those on arguments as well
+(``same_layout.py``).
 
 Microseconds per call of a decoder with 226 parameters in 340 modules and a graph that does nothing (medians of 150
 batches of 60 calls, one core of a two-core virtual machine):
@@ -50,24 +52,25 @@ from graphcap.compiler.frontend.frame_function import MISS, FrameWriter
 from graphcap.compiler.frontend.frame_reader import read
 from graphcap.compiler.frontend.guards import Guards
 from graphcap.compiler.frontend.sealed_function import SealedFunction, sealed_function
+from graphcap.compiler.frontend.watched_function import WatchedFunction, watched_function
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """The function for one graph; ``None`` where Dynamo serves it."""
+    """The function for one graph; ``None`` where Dynamo serves it. And what else there is for it."""
 
     guards: Guards
     function: Callable[..., Any] | None
-    sealed: SealedFunction | None = None
+    quick: SealedFunction | WatchedFunction | None = None
 
 
 class DirectCalls:
     """The direct ways to the graphs of one function.
 
     Attributes:
-        again: the functions for sealed calls that look exactly like an earlier one.
+        again: the functions for calls that look exactly like an earlier one.
         count: calls that took one.
         refused: why there is none to a graph, one line for each reason.
     """
@@ -124,8 +127,8 @@ class DirectCalls:
 
     def _not_served(self) -> Any:
         for way in self._ways:
-            if way.sealed is not None:
-                way.sealed.on_arguments.others_evaluated()
+            if way.quick is not None:
+                way.quick.others_evaluated()
         return MISS
 
     def learn(self, bound: tuple[Any, ...]) -> list[str]:
@@ -145,8 +148,8 @@ class DirectCalls:
             ways.append(found or self._way(Guards(manager), code, bound))
         self._ways = tuple(ways)
         self._functions = tuple(way.function for way in ways if way.function is not None)
-        sealed = [way.sealed for way in ways if way.sealed is not None]
-        self.again = tuple(each.again for each in sealed if each.again is not None)
+        quick = [way.quick for way in ways if way.quick is not None]
+        self.again = tuple(each.again for each in quick if each.again is not None)
         if self._functions:
             try:
                 self._ask_plainly()
@@ -165,16 +168,17 @@ class DirectCalls:
 
     def unchecked_guards(self) -> list[str]:
         """The guards that calls go by without, each once: those of graphs that are sealed now. Values come first."""
-        ways = [way.sealed for way in self._ways if way.sealed is not None and way.sealed.seal.is_closed]
-        found = dict.fromkeys(guard for way in ways for guard in way.on_arguments.unchecked)
+        sealed = [way.quick for way in self._ways if isinstance(way.quick, SealedFunction)]
+        found = dict.fromkeys(guard for each in sealed if each.seal.is_closed for guard in each.on_arguments.unchecked)
         return sorted(found, key=lambda guard: not guard.startswith(("L[", "G[")))
 
     def _way(self, guards: Guards, code: CodeType, bound: tuple[Any, ...]) -> _Way:
         try:
             writer = FrameWriter(read(code), self._entry, bound)
             function = writer.function(guards)
-            sealed = sealed_function(writer, guards, function) if self._sealed else None
-            return _Way(guards, function if sealed is None else sealed.function, sealed)
+            quick: SealedFunction | WatchedFunction | None
+            quick = sealed_function(writer, guards, function) if self._sealed else watched_function(writer, guards)
+            return _Way(guards, function if quick is None else quick.function, quick)
         except Unreadable as unreadable:
             reason = str(unreadable)
         except Exception as error:  # a fault of ours: Dynamo goes on serving

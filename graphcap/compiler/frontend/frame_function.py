@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
-from types import CellType, CodeType, FunctionType
+from collections.abc import Callable, Mapping, Sequence, Set
+from types import CellType, CodeType, FunctionType, MappingProxyType
 from typing import Any, cast
 
 from graphcap.compiler.frontend import dynamo
@@ -63,14 +63,22 @@ class FrameWriter:
             return self.cells[value.name].cell_contents
         return {"parameter": self.bound, "global": self.entry.__globals__}[value.origin][value.name]
 
-    def function(self, guards: Guards) -> Callable[..., Any]:
-        """The function: it takes what the frame takes, and returns what the frame returns, or :data:`MISS`."""
+    def function(
+        self, guards: Guards, then: Sequence[str] = (), more: Mapping[str, Any] = MappingProxyType({})
+    ) -> Callable[..., Any]:
+        """The function: it takes what the frame takes, and returns what the frame returns, or :data:`MISS`.
+
+        Args:
+            guards: that it evaluates.
+            then: lines that follow where they hold.
+            more: what these use, without the prefix.
+        """
         prefix = self.frame.prefix
         before, after = self.kept_lines(
             set(self._paths), {id(value) for _, path in self._paths.values() for value in path}, self._begins
         )
-        body = [f"if not {prefix}guards({self.variables()}): return {prefix}MISS", *before]
-        names: dict[str, Any] = {"guards": guards, "MISS": MISS}
+        body = [f"if not {prefix}guards({self.variables()}): return {prefix}MISS", *then, *before]
+        names: dict[str, Any] = {"guards": guards, "MISS": MISS, **more}
         if self._paths:
             names["statics"] = self._statics()
             body.append(f"{prefix}args = {prefix}statics({', '.join(begin.text for begin in self._begins)})")

@@ -11,31 +11,16 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from torch import is_inference_mode_enabled
 
 from graphcap.compiler.frontend import plain_call, step_source
+from graphcap.compiler.frontend.guard_tree import NO_ALIAS, OF_A_TENSOR, SHARED, Node, nodes_of, one_line
 from graphcap.compiler.frontend.same_layout import SameLayout
 from graphcap.native.objects import Question
 
-#: Leaves of the tree, by class.
-_OF_A_TENSOR, _NO_ALIAS = "TENSOR_MATCH", "NO_TENSOR_ALIASING"
-#: Leaves that belong to several nodes at once.
-_SHARED = frozenset({_NO_ALIAS, "OBJECT_ALIASING", "STORAGE_OVERLAPPING", "SYMBOLIC_SHAPE_GUARD"})
-
-#: Leaves that see of an argument only what :mod:`~graphcap.compiler.frontend.same_layout` compares.
-_OF_A_LAYOUT = frozenset(
-    {
-        _OF_A_TENSOR, _NO_ALIAS, "DIMENSION_DYNAMIC_MARKING_GUARD", "DYNAMIC_INDICES", "NO_HASATTR", "TYPE_MATCH",
-        "ID_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH", "EQUALS_MATCH", "LENGTH_CHECK", "DICT_LENGTH",
-    }
-)  # fmt: skip
-
-#: An argument itself, or an item of ``*args`` or ``**kwargs``.
-_ARGUMENT = re.compile(r"L\['(?P<name>\w+)'\](?P<item>\[\d+\]|\['\w+'\])?")
 _NAMED = re.compile(r"L\['(\w+)'\]")
 
 
@@ -68,66 +53,78 @@ class Guards:
         if manager is None or manager.cache_entry is None:
             return ""
         answer = manager.check_verbose(f_locals)
-        return "" if answer.result else _one_line("; ".join(answer.verbose_code_parts) or "a guard without a text")
+        return "" if answer.result else one_line("; ".join(answer.verbose_code_parts) or "a guard without a text")
+
+    def nodes(self, state: Set[str]) -> list[Node]:
+        """The places that they look at; none when Dynamo has dropped them, or for a torch whose trees cannot be copied.
+
+        Args:
+            state: names of the frame's variables that hold state: modules, cells. Other variables are arguments.
+        """
+        manager = self._reference()
+        if manager is None or not hasattr(manager.root, "clone_manager"):
+            return []
+        return list(nodes_of(manager.root, (), {f"L['{name}']" for name in state} | {"G"}))
+
+    def without(self, left_out: Set[str], nodes: Sequence[Node]) -> SomeGuards:
+        """All but those on the places left out, where nothing else leads through these. Those at the root of the tree,
+        on torch's modes and on several arguments, stay.
+
+        Args:
+            left_out: places, by Dynamo's names.
+            nodes: all places.
+
+        Raises:
+            LookupError: Dynamo has dropped them.
+        """
+        manager = self._reference()
+        if manager is None:
+            raise LookupError("Dynamo has dropped the guards")
+        looked_at = [node for node in nodes if node.leaves and node.source not in left_out]
+        kept = {each for node in looked_at for each in (*node.above, node.source)}
+        return SomeGuards(self._reference, manager.root.clone_manager(lambda node: node.get_source() in kept))
+
+    def same_layout(self) -> SameLayout:
+        """For which arguments they are going to be known to hold, where all that look at arguments see layouts."""
+        return SameLayout([], self._reference)
 
     def of_arguments(self, state: Set[str], fetched: Set[str], proved: Set[str]) -> ArgumentGuards | None:
         """The part that is evaluated on every call of a sealed target.
 
         Args:
-            state: names of the frame's variables that hold state: modules, cells. Other variables are arguments.
+            state: as for :meth:`nodes`.
             fetched: what the graph gets anew on every call, by Dynamo's names: guarded wherever it comes from.
             proved: what it gets that is proved to be the object of the last call.
 
         Returns:
             ``None`` when Dynamo has dropped the guards, or for a torch whose trees cannot be copied.
         """
-        manager = self._reference()
-        if manager is None or not hasattr(manager.root, "clone_manager"):
+        nodes, manager = self.nodes(state), self._reference()
+        if not nodes or manager is None:
             return None
-        nodes = list(_nodes(manager.root, (), {f"L['{name}']" for name in state} | {"G"}))
         kept = _kept(nodes, fetched, proved)
         return ArgumentGuards(
             self._reference,
             manager.root.clone_manager(lambda node: node.get_source() in kept),
             tuple(match for node in nodes if node.source in kept and (match := node.argument())),
             [text for node in nodes if node.source not in kept for text in node.texts()],
-            _asked_of_step(nodes),
+            asked_of_step(nodes),
             _ambient([node for node in nodes if node.source in kept], state),
         )
 
 
-class ArgumentGuards:
-    """Guards without those on state.
+class SomeGuards:
+    """Guards without some."""
 
-    Attributes:
-        unaliased: expressions over the frame's variables: tensors that must not be the same object as one that is
-            proved to be that of the last call. This is the caller's to check.
-        unchecked: the guards that are left out.
-        of_step: the inputs of the step that the graph relies on: those that it has, and those that it has not.
-        same_layout: for which arguments they are known to hold; ``None`` where some see more of an argument than that.
-    """
+    __slots__ = ("_check", "_inference", "_reference")
 
-    __slots__ = ("_check", "_inference", "_reference", "of_step", "same_layout", "unaliased", "unchecked")
-
-    def __init__(
-        self,
-        reference: weakref.ref[Any],
-        root: Any,
-        unaliased: tuple[str, ...],
-        unchecked: list[str],
-        of_step: tuple[tuple[str, ...], tuple[str, ...]],
-        ambient: list[Question] | None,
-    ) -> None:
+    def __init__(self, reference: weakref.ref[Any], root: Any) -> None:
         self._reference = reference
         self._check: Callable[[dict[str, Any]], bool] = root.check
         self._inference: bool | None = None
-        self.unaliased = unaliased
-        self.unchecked = unchecked
-        self.of_step = of_step
-        self.same_layout = None if ambient is None else SameLayout(ambient, reference)
 
     def __call__(self, f_locals: dict[str, Any]) -> bool:
-        """As for :class:`Guards`, state aside; false when Dynamo has dropped the graph."""
+        """As for :class:`Guards`, the others aside; false when Dynamo has dropped the graph."""
         manager = self._reference()
         if manager is None or manager.cache_entry is None:
             return False
@@ -144,75 +141,53 @@ class ArgumentGuards:
         self._inference = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """One place that guards look at."""
+class ArgumentGuards(SomeGuards):
+    """Guards without those on state.
 
-    source: str
-    above: tuple[str, ...]  #: the places on the way to it, from the root
-    leaves: tuple[Any, ...]
-    is_state: bool
+    Attributes:
+        unaliased: expressions over the frame's variables: tensors that must not be the same object as one that is
+            proved to be that of the last call. This is the caller's to check.
+        unchecked: the guards that are left out.
+        of_step: the inputs of the step that the graph relies on: those that it has, and those that it has not.
+        same_layout: for which arguments they are known to hold; ``None`` where some see more of an argument than that.
+    """
 
-    def has(self, kind: str) -> bool:
-        return any(type(leaf).__name__ == kind for leaf in self.leaves)
+    __slots__ = ("of_step", "same_layout", "unaliased", "unchecked")
 
-    def sees_layout(self) -> bool:
-        """Whether its guards see no more than a tensor's layout, Dynamo's marks on it, or a constant."""
-        return all(type(leaf).__name__ in _OF_A_LAYOUT or _is_about_a_mark(leaf) for leaf in self.leaves)
-
-    def is_of_argument(self) -> bool:
-        """Whether it is an argument or an input of the step, and its guards see no more than that."""
-        if self.is_state or not self.sees_layout():
-            return False
-        of_step = step_source.input_name(self.source) or step_source.whether_step_has(self.source)
-        return bool(of_step or _ARGUMENT.fullmatch(self.source))
-
-    def argument(self) -> str:
-        """The expression for an argument that must not be another tensor of the call; ``""`` for anything else."""
-        match = None if self.is_state or not self.has(_NO_ALIAS) else _ARGUMENT.fullmatch(self.source)
-        if match is not None:
-            return f"{match['name']}{match['item'] or ''}"
-        return step_source.expression(self.source) if self.has(_NO_ALIAS) else ""
-
-    def texts(self) -> Iterator[str]:
-        """What its guards say, but for `training`, which is looked at on every call."""
-        if not self.source.endswith(".training"):
-            for leaf in self.leaves:
-                yield from map(_one_line, leaf.verbose_code_parts() if not self._repeats(leaf) else ())
-
-    def _repeats(self, leaf: Any) -> bool:
-        return type(leaf).__name__ in _SHARED  # told by every place that it belongs to
+    def __init__(
+        self,
+        reference: weakref.ref[Any],
+        root: Any,
+        unaliased: tuple[str, ...],
+        unchecked: list[str],
+        of_step: tuple[tuple[str, ...], tuple[str, ...]],
+        ambient: list[Question] | None,
+    ) -> None:
+        super().__init__(reference, root)
+        self.unaliased = unaliased
+        self.unchecked = unchecked
+        self.of_step = of_step
+        self.same_layout = None if ambient is None else SameLayout(ambient, reference)
 
 
-def _nodes(manager: Any, above: tuple[str, ...], state: Set[str], is_state: bool = False) -> Iterator[_Node]:
-    source = manager.get_source()
-    is_state = (is_state or source in state) and not step_source.is_of_step(source)
-    yield _Node(source, above, tuple(manager.get_leaf_guards()), is_state)
-    below = list(manager.get_child_managers())
-    if hasattr(manager, "get_key_value_managers"):
-        below += [each for pair in manager.get_key_value_managers().values() for each in pair]
-    for each in below:
-        if each is not None:
-            yield from _nodes(each, (*above, source), state, is_state)
-
-
-def _kept(nodes: Sequence[_Node], fetched: Set[str], proved: Set[str]) -> set[str]:
+def _kept(nodes: Sequence[Node], fetched: Set[str], proved: Set[str]) -> set[str]:
     """The places that are looked at on every call.
 
     All but state; of that every tensor that is not proved, as the graph would take whatever is there.
     """
     kept = {node.source for node in nodes if not node.is_state}
-    kept |= {n.source for n in nodes if n.source in fetched or (n.has(_OF_A_TENSOR) and n.source not in proved)}
+    kept |= {n.source for n in nodes if n.source in fetched or (n.has(OF_A_TENSOR) and n.source not in proved)}
     # Guards between several places see all of these or none. That two tensors are not the same object is checked
     # otherwise where one is proved and the other an argument, as this would bring back every buffer.
-    deep = any(n.source in kept and n.has(_NO_ALIAS) and not n.argument() for n in nodes)
-    shared = _SHARED if deep else _SHARED - {_NO_ALIAS}
+    deep = any(n.source in kept and n.has(NO_ALIAS) and not n.argument() for n in nodes)
+    shared = SHARED if deep else SHARED - {NO_ALIAS}
     between = {id(leaf) for n in nodes if n.source in kept for leaf in n.leaves if type(leaf).__name__ in shared}
     kept |= {node.source for node in nodes if any(id(leaf) in between for leaf in node.leaves)}
     return kept | {place for node in nodes if node.source in kept for place in node.above}
 
 
-def _asked_of_step(nodes: Sequence[_Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def asked_of_step(nodes: Sequence[Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The inputs of the step that guards rely on: those that it has, and those that it has not."""
     present = dict.fromkeys(name for node in nodes if (name := step_source.input_name(node.source)))
     asked = dict.fromkeys(name for node in nodes if (name := step_source.whether_step_has(node.source)))
     has_not = {step_source.whether_step_has(node.source) for node in nodes if node.has("FALSE_MATCH")}
@@ -220,7 +195,7 @@ def _asked_of_step(nodes: Sequence[_Node]) -> tuple[tuple[str, ...], tuple[str, 
     return tuple(present), tuple(name for name in asked if name in has_not)
 
 
-def _ambient(kept: Sequence[_Node], state: Set[str]) -> list[Question] | None:
+def _ambient(kept: Sequence[Node], state: Set[str]) -> list[Question] | None:
     """Those on torch's modes, as questions, where all others see only the layout of tensor arguments, and constants;
     ``None`` where some see more."""
     ambient: list[Question] = []
@@ -233,16 +208,6 @@ def _ambient(kept: Sequence[_Node], state: Set[str]) -> list[Question] | None:
                     return None
                 if not named and (question := plain_call.question_of(leaf)) is not None:
                     ambient.append(question)  # the others compare sizes
-        elif not step_source.leads_to_step(node.source) and not node.is_of_argument():
+        elif not node.leads_to_step() and not node.is_of_argument():
             return None
     return ambient
-
-
-def _is_about_a_mark(leaf: Any) -> bool:
-    """``((getattr(L['x'], '_dynamo_shape_ids', None) == {...}) if hasattr(...) else True)``: torch 2.11 has such."""
-    texts = leaf.verbose_code_parts()
-    return type(leaf).__name__ == "LAMBDA_GUARD" and bool(texts) and all("'_dynamo_" in text for text in texts)
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()

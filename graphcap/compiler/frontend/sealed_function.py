@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from graphcap.compiler.frontend.frame_code import Value
 from graphcap.compiler.frontend.frame_function import MISS, FrameWriter, parameter_names
 from graphcap.compiler.frontend.guards import ArgumentGuards, Guards
-from graphcap.compiler.frontend.seal import Seal, StaticInput
-from graphcap.compiler.frontend.statics import Step, leads_to_tensor
+from graphcap.compiler.frontend.same_call import CallBody, Origin, StaticPaths, source
+from graphcap.compiler.frontend.seal import Seal
 from graphcap.cudagraph.dispatch.in_force import inputs_found
 
 
@@ -33,6 +32,10 @@ class SealedFunction:
     seal: Seal
     on_arguments: ArgumentGuards
 
+    def others_evaluated(self) -> None:
+        """Dynamo may have evaluated the guards since, under other circumstances."""
+        self.on_arguments.others_evaluated()
+
 
 def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[..., Any]) -> SealedFunction | None:
     """Write the function for one graph.
@@ -47,98 +50,39 @@ def sealed_function(writer: FrameWriter, guards: Guards, otherwise: Callable[...
         torch does not tell which guards are on arguments.
     """
     frame, roots = writer.frame, _roots(writer)
-    paths = {
-        position: path
-        for position, argument in enumerate(frame.arguments)
-        if (path := argument.path())
-        and _name(path[0]) in roots
-        and leads_to_tensor(roots[_name(path[0])].module, _steps(path))
-    }
+    paths = StaticPaths(writer, {origin: root.module for origin, root in roots.items()})
     modules = {name for name, bound in writer.bound.items() if isinstance(bound, nn.Module)}
+    arguments = [(i, path) for i, argument in enumerate(frame.arguments) if (path := argument.path())]
     on_arguments = guards.of_arguments(
         state={*modules, *writer.cells},
-        fetched={_source(path) for i, a in enumerate(frame.arguments) if i not in paths and (path := a.path())},
-        proved={_source(path) for path in paths.values()},
+        fetched={source(path) for i, path in arguments if i not in paths.positions},
+        proved=paths.sources(),
     )
     if not roots or on_arguments is None:
         return None
-    numbers = {name: number for number, name in enumerate(roots)}
-    statics = [StaticInput(position, numbers[_name(path[0])], _steps(path)) for position, path in paths.items()]
-    seal = Seal(writer.entry.__qualname__, guards, statics, len(frame.arguments))
-    layout = on_arguments.same_layout
-    names = {"on_arguments": on_arguments, "seal": seal, "renew": seal.renew, "otherwise": otherwise, "MISS": MISS}
-    names |= {"own_dict": _own_dict, "layout": layout, "of_step": inputs_found}
-    body = _Body(writer, paths, list(roots.values()), on_arguments)
-    again = writer.define_frame(body.again(), names) if layout is not None else None
-    return SealedFunction(writer.define_frame(body.first(), names), again, seal, on_arguments)
-
-
-class _Body:
-    """The lines of both functions: they get the graph's arguments in two ways, and go on in the same one."""
-
-    def __init__(
-        self, writer: FrameWriter, paths: dict[int, list[Value]], roots: list[_Root], on_arguments: ArgumentGuards
-    ) -> None:
-        prefix = writer.frame.prefix
-        static = set(paths)
-        before, self._after = writer.kept_lines(static, {id(value) for path in paths.values() for value in path}, ())
-        self._writer = writer
-        self._fetched = [position for position in range(len(writer.frame.arguments)) if position not in static]
-        self._call = [*before, *writer.call_with_statics(static)]
-        self._ids = f"({''.join(f'id({each}), ' for each in on_arguments.unaliased)})"
-        self._modules = ", ".join(root.text for root in roots)
-        self._own_dicts = ", ".join(root.own_dict(prefix) for root in roots)
-        self._learns = on_arguments.same_layout is not None
-        self._values = _values(writer, on_arguments.of_step)
-
-    def first(self) -> list[str]:
-        """Evaluates the guards on arguments."""
-        writer, prefix = self._writer, self._writer.frame.prefix
-        values, no_more = self._values
-        return [
-            f"{prefix}locals = {writer.variables()}",
-            f"if not {prefix}on_arguments({prefix}locals): return {prefix}MISS",
-            *([f"if {no_more}: {prefix}layout.learn({values})"] if self._learns else []),
-            f"{prefix}ids = {self._ids}",
-            f"{prefix}args = {prefix}seal({prefix}ids, {self._own_dicts})",
-            f"if {prefix}args is None:",
-            f"  {prefix}args = {prefix}renew({prefix}locals, {prefix}ids, {self._modules})",
-            f"  if {prefix}args is None: return {prefix}otherwise({_forwarded(writer)})",
-            *self._call,
-            *self._after,
-        ]
-
-    def again(self) -> list[str]:
-        """Compares layouts, and takes a list of arguments that is there."""
-        prefix = self._writer.frame.prefix
-        values, no_more = self._values
-        forgotten = "".join(f"{prefix}args[{position}] = " for position in self._fetched)
-        return [
-            f"if not ({no_more} and {prefix}layout({values})): return {prefix}MISS",
-            f"{prefix}known = {prefix}seal.known({self._ids}, {self._own_dicts})",
-            f"if {prefix}known is None: return {prefix}MISS",
-            f"try: {prefix}args = {prefix}known.spare.pop()",
-            f"except IndexError: {prefix}args = {prefix}known.values.copy()",
-            *self._call,
-            *([f"{forgotten}None"] if forgotten else []),
-            f"{prefix}known.spare.append({prefix}args)",
-            *self._after,
-        ]
-
-
-def _values(writer: FrameWriter, of_step: tuple[tuple[str, ...], tuple[str, ...]]) -> tuple[str, str]:
-    """The expression for the tuple of a call's arguments and what its graph finds in the step, and the one for whether
-    there are no other arguments."""
-    code = writer.entry.__code__
-    names = list(parameter_names(code))
-    named = names[: code.co_argcount + code.co_kwonlyargcount]
-    rest = names[len(named) :]
-    listed = [f"{name}, " for name in named if name not in writer.bound]
-    more = rest.pop(0) if code.co_flags & 0x04 else ""
-    values = f"({''.join(listed)}{f'*{more}, ' if more else ''})" if listed or not more else more
-    if any(of_step):
-        values = f"(*{values}, *{writer.frame.prefix}of_step{of_step!r})"
-    return values, f"not {rest[0]}" if rest else "True"
+    seal = Seal(writer.entry.__qualname__, guards, paths.inputs(), len(frame.arguments))
+    layout, prefix = on_arguments.same_layout, frame.prefix
+    body = CallBody(writer, paths, on_arguments.unaliased, on_arguments.of_step)
+    own_dicts = ", ".join(root.own_dict(prefix) for root in roots.values())
+    names = {"seal": seal, "own_dict": _own_dict}
+    again = None
+    if layout is not None:
+        again = body.again(layout, f"{prefix}seal.known({body.ids}, {own_dicts})", names)
+    lines = [
+        f"{prefix}locals = {writer.variables()}",
+        f"if not {prefix}on_arguments({prefix}locals): return {prefix}MISS",
+        *([f"if {body.no_more}: {prefix}layout.learn({body.values})"] if layout is not None else []),
+        f"{prefix}ids = {body.ids}",
+        f"{prefix}args = {prefix}seal({prefix}ids, {own_dicts})",
+        f"if {prefix}args is None:",
+        f"  {prefix}args = {prefix}renew({prefix}locals, {prefix}ids, {', '.join(r.text for r in roots.values())})",
+        f"  if {prefix}args is None: return {prefix}otherwise({_forwarded(writer)})",
+        *body.call,
+        *body.after,
+    ]
+    names |= {"on_arguments": on_arguments, "renew": seal.renew, "otherwise": otherwise, "MISS": MISS}
+    names |= {"layout": layout, "of_step": inputs_found}
+    return SealedFunction(writer.define_frame(lines, names), again, seal, on_arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,29 +102,17 @@ def _own_dict(module: Any) -> dict[str, Any]:
     return module.__dict__ if isinstance(module, nn.Module) else {}
 
 
-def _roots(writer: FrameWriter) -> dict[tuple[str, str], _Root]:
+def _roots(writer: FrameWriter) -> dict[Origin, _Root]:
     """By where it comes from: the bound object, what closure cells hold, and globals that the function names."""
-    found = {("parameter", name): _Root(bound, name, may_change=False) for name, bound in writer.bound.items()}
+    found: dict[Origin, _Root] = {
+        ("parameter", name): _Root(bound, name, may_change=False) for name, bound in writer.bound.items()
+    }
     for name, cell in writer.cells.items():
         found["cell", name] = _Root(cell.cell_contents, writer.cell(name), may_change=True)
     for name in writer.entry.__code__.co_names:
         if name in writer.entry.__globals__:
             found["global", name] = _Root(writer.entry.__globals__[name], name, may_change=True)
     return {name: root for name, root in found.items() if isinstance(root.module, nn.Module)}
-
-
-def _name(origin: Value) -> tuple[str, str]:
-    return origin.origin, origin.name
-
-
-def _steps(path: list[Value]) -> tuple[Step, ...]:
-    return tuple(cast(Step, value.step) for value in path[1:])
-
-
-def _source(path: list[Value]) -> str:
-    """Dynamo's name for a value: ``"L['self']._modules['fc']"``."""
-    begin = f"{'G' if path[0].origin == 'global' else 'L'}[{path[0].name!r}]"
-    return begin + "".join(f".{key}" if kind == "attribute" else f"[{key!r}]" for kind, key in _steps(path))
 
 
 def _forwarded(writer: FrameWriter) -> str:

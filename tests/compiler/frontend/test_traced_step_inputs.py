@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import graphcap
 from graphcap import DimError, GraphKey, StepError, native, step
 from graphcap.compiler.frontend.api import record_of
+from graphcap.compiler.frontend.sealed_function import SealedFunction
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [2, 4, 8]}
 DIMS = {"x": 0, "step.scale": 0}
@@ -696,7 +697,8 @@ def test_no_guard_on_the_step_is_left_out_when_sealed() -> None:
     assert not [guard for guard in left_out if "in_force.step" in guard or "in_force.has_" in guard]
     target = record_of(model)
     assert target is not None
-    (sealed,) = [way.sealed for way in target.direct._ways]
+    (sealed,) = [way.quick for way in target.direct._ways]
+    assert isinstance(sealed, SealedFunction)
     assert [each for each in sealed.on_arguments.unaliased if each.endswith("in_force.input_scale")], "as an argument"
 
 

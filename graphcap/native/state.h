@@ -26,6 +26,7 @@ struct Form {
   PyObject* object;
   PyTypeObject* type;
   PyObject* dict;
+  PyObject *code, *defaults, *keyword_defaults;  // of a function
 };
 
 // What a tensor was, besides.
@@ -65,11 +66,21 @@ inline PyObject* own_dict(PyObject* object) {
 }
 
 inline Form form_of(PyObject* object) {
-  return {object, Py_TYPE(object), own_dict(object)};
+  if (!PyFunction_Check(object)) {
+    return {object, Py_TYPE(object), own_dict(object), nullptr, nullptr, nullptr};
+  }
+  const auto* function = reinterpret_cast<PyFunctionObject*>(object);
+  return {object, Py_TYPE(object), own_dict(object), function->func_code, function->func_defaults,
+          function->func_kwdefaults};
 }
 
 inline bool has_form(const Form& form) {
-  return Py_TYPE(form.object) == form.type && own_dict(form.object) == form.dict;
+  if (Py_TYPE(form.object) != form.type || own_dict(form.object) != form.dict) {
+    return false;
+  }
+  const auto* function = reinterpret_cast<PyFunctionObject*>(form.object);
+  return form.code == nullptr || (function->func_code == form.code && function->func_defaults == form.defaults &&
+                                  function->func_kwdefaults == form.keyword_defaults);
 }
 
 inline const c10::TensorImpl* impl_of(const Form& tensor) {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Hashable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from graphcap.native.objects import Entry
 
 _MISSING = object()
+_OF_A_FUNCTION = ("__code__", "__defaults__", "__kwdefaults__")
 
 
 def tells_of_writes() -> bool:
@@ -27,6 +30,7 @@ class StateCheck:
     - no ``dict[key]`` of an entry ``(dict, key, object)`` has been anything but that object;
     - no dict in ``sized`` has got or lost a key;
     - every object, and every tensor, has the class and the ``__dict__`` that it had;
+    - every function among them has the ``__code__``, ``__defaults__`` and ``__kwdefaults__`` that it had;
     - every tensor has the dtype, device, sizes, strides, ``requires_grad`` and dispatch keys that it had.
 
     Once a dict has been written to in such a way it is false for ever. The extension is told of writes and keeps
@@ -53,7 +57,7 @@ class StateCheck:
         self._sized = [(each, _keys(each)) for each in sized]
         tensors = list(tensors)
         self._layouts = [(each, _layout(each)) for each in tensors]
-        self._forms = [(each, type(each), getattr(each, "__dict__", None)) for each in (*objects, *tensors)]
+        self._forms = [(each, _form(each)) for each in (*objects, *tensors)]
         self._is_broken = False
 
     def __call__(self, *roots: object) -> bool:
@@ -65,7 +69,7 @@ class StateCheck:
             not self._is_broken
             and len(roots) == len(self._roots)
             and all(root is expected for root, expected in zip(roots, self._roots, strict=True))
-            and all(type(o) is cls and getattr(o, "__dict__", None) is own for o, cls, own in self._forms)
+            and all(all(map(operator.is_, _form(each), form)) for each, form in self._forms)
             and all(_layout(tensor) == layout for tensor, layout in self._layouts)
         )
 
@@ -74,6 +78,13 @@ def _entry(given: Any) -> tuple[dict[Any, Any], Hashable, object]:
     if isinstance(given, tuple) and len(given) == 3 and isinstance(given[0], dict):
         return given
     raise TypeError(f"expected a tuple (dict, key, object), got {given!r}")
+
+
+def _form(given: object) -> list[object]:
+    names = _OF_A_FUNCTION if isinstance(given, FunctionType) else ()
+    own = getattr(given, "__dict__", None)
+    # A class shows its dict in a new wrapper each time.
+    return [type(given), own if isinstance(own, dict) else None, *(getattr(given, name) for name in names)]
 
 
 def _keys(holder: Any) -> list[Any]:

@@ -40,6 +40,17 @@ class Model(nn.Module):
         self.scale = 2.0
 
 
+def function(x: int = 1) -> int:
+    return x + 1
+
+
+@pytest.fixture(autouse=True)
+def _function_as_before() -> Any:
+    before = function.__code__, function.__defaults__
+    yield
+    function.__code__, function.__defaults__ = before
+
+
 @pytest.fixture
 def model() -> Model:
     return Model().requires_grad_(False)
@@ -58,7 +69,7 @@ def check_of(checks: ModuleType, model: Model) -> Holds:
             entries += [(held, key, tensor) for key, tensor in held.items()]
             sized.append(held)
             tensors += [each for each in held.values() if each is not None]
-        objects.append(module)
+        objects += [module, function]
     sized += [vars(tensor) for tensor in tensors]  # for what others note on a tensor
     check: Holds = checks.StateCheck([model], entries, sized, [model, *objects], tensors)
     return check
@@ -163,14 +174,34 @@ def _replace_dict(model: Model) -> None:
     model.first.__dict__ = dict(vars(model.first))
 
 
+def _change_code(model: Model) -> None:
+    function.__code__ = (lambda x: x + 2).__code__
+
+
+def _change_defaults(model: Model) -> None:
+    function.__defaults__ = (2,)
+
+
 def _swap(model: Model) -> None:
     torch.utils.swap_tensors(model.first.weight, nn.Parameter(torch.zeros(5), requires_grad=False))
 
 
 @pytest.mark.parametrize(
     "change",
-    [_move, _reshape, _restride, _require_grad, _mark, _change_class, _change_root_class, _replace_dict, _swap],
-)
+    [
+        _move,
+        _reshape,
+        _restride,
+        _require_grad,
+        _mark,
+        _change_class,
+        _change_root_class,
+        _replace_dict,
+        _swap,
+        _change_code,
+        _change_defaults,
+    ],
+)  # fmt: skip
 def test_another_form(checks: ModuleType, model: Model, change: Callable[[Model], None]) -> None:
     check = check_of(checks, model)
     change(model)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -109,6 +110,6 @@ def _attributes(owner: Any, name: str) -> Any:
     cls = type(owner)
     found = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
     lookup: Any = cls.__getattribute__
-    if lookup is not object.__getattribute__ or hasattr(type(found), "__set__"):
+    if lookup not in (object.__getattribute__, ModuleType.__getattribute__) or hasattr(type(found), "__set__"):
         return None
     return getattr(owner, "__dict__", None)

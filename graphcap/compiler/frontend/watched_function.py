@@ -22,9 +22,9 @@ class WatchedFunction:
 
     Attributes:
         function: takes what the frame takes, evaluates all guards, and returns what the frame returns, or ``MISS``.
-        again: the same for calls that look like one that ``function`` has served, while nothing is written to the
-            modules: evaluates the guards on anything else.
-        state: of the modules.
+        again: the same for calls that look like one that ``function`` has served, while nothing is written to modules
+            and globals: evaluates the guards on anything else.
+        state: of these.
     """
 
     function: Callable[..., Any]
@@ -51,13 +51,14 @@ def watched_function(writer: FrameWriter, guards: Guards) -> WatchedFunction | N
         return None
     roots = {name: bound for name, bound in writer.bound.items() if isinstance(bound, nn.Module)}
     nodes = guards.nodes({*roots, *writer.cells}) if roots else []
-    places = left_out(nodes, roots)
+    places = left_out(nodes, roots, writer.entry.__globals__)
     if places is None:
         return None
     proved, of_arguments = places
     paths = StaticPaths(writer, {("parameter", name): module for name, module in roots.items()})
     others = guards.without(proved | of_arguments, nodes)
-    state = WatchedState(nodes, roots, proved, others, paths.inputs(), len(writer.frame.arguments))
+    f_globals, num_arguments = writer.entry.__globals__, len(writer.frame.arguments)
+    state = WatchedState(nodes, roots, f_globals, proved, others, paths.inputs(), num_arguments)
     unaliased = [text for node in nodes if (text := node.argument())]
     body, layout = CallBody(writer, paths, unaliased, asked_of_step(nodes)), guards.same_layout()
     prefix, modules = writer.frame.prefix, ", ".join(roots)

@@ -1,4 +1,4 @@
-"""``guards="full"``: guards on modules are evaluated once, and again when somebody has written to what they look at.
+"""``guards="full"``: guards on state are evaluated once, and again when somebody has written to what they look at.
 
 Python 3.12 and later tell of writes to dicts. Where guards hold, and all that some of them see lies in dicts, classes
 and layouts (``guard_proof.py``), these hold until that changes: a call asks for it in one go, and evaluates the others.
@@ -31,6 +31,7 @@ class WatchedState:
         self,
         nodes: Sequence[Node],
         names: Iterable[str],
+        f_globals: dict[str, Any],
         proved: set[str],
         others: SomeGuards,
         statics: Sequence[StaticInput],
@@ -40,7 +41,8 @@ class WatchedState:
 
         Args:
             nodes: the places that guards look at.
-            names: of the modules where everything begins, as the frame has them.
+            names: of the modules that the frame begins with, as it has them.
+            f_globals: its globals.
             proved: the places whose guards are not among ``others``, arguments aside.
             others: the other guards.
             statics: the inputs of the graph that are proved instead of fetched.
@@ -49,6 +51,7 @@ class WatchedState:
         self.others = others
         self._nodes = nodes
         self._names = tuple(names)
+        self._globals = f_globals
         self._proved = proved
         self._statics = tuple(statics)
         self._num_arguments = num_arguments
@@ -86,7 +89,7 @@ class WatchedState:
         return self._known is not None
 
     def _prove(self, roots: Mapping[str, nn.Module]) -> Known | None:
-        proof = proof_of(self._nodes, roots)
+        proof = proof_of(self._nodes, roots, self._globals)
         values: list[Any] = [None] * self._num_arguments
         try:
             for static in self._statics:
@@ -97,16 +100,19 @@ class WatchedState:
         return None if holds is None else Known(holds, values, frozenset(proof.tensors))
 
 
-def left_out(nodes: Sequence[Node], roots: Mapping[str, nn.Module]) -> tuple[set[str], set[str]] | None:
+def left_out(
+    nodes: Sequence[Node], roots: Mapping[str, nn.Module], f_globals: dict[str, Any]
+) -> tuple[set[str], set[str]] | None:
     """The places whose guards need not be evaluated where the state is known and arguments have a known layout: those
-    in modules, and those of arguments. ``None`` where there is nothing to win, or guards see more of arguments.
+    in modules and globals, and those of arguments. ``None`` where there is nothing to win, or where guards see more of
+    arguments.
 
     Args: as for :func:`~graphcap.compiler.frontend.guard_proof.proof_of`.
     """
     arguments = [node for node in nodes if not node.is_state and node.above]
     if not all(node.leads_to_step() or node.is_of_argument() for node in arguments):
         return None
-    proved = proof_of(nodes, roots).sources
+    proved = proof_of(nodes, roots, f_globals).sources
     # That no two tensors are the same object is known for arguments and what modules hold, and not for other tensors.
     deep = any(node.has(NO_ALIAS) for node in nodes if node.is_state and node.source not in proved)
     known = {node.source for node in arguments if not (deep and node.has(NO_ALIAS))}

@@ -1,12 +1,16 @@
 """What does ``generate()`` of Hugging Face models gain?
 
 Llama and Qwen3 of two sizes with random bf16 weights generate 128 tokens greedily after a prompt of 128 random tokens,
-with a DynamicCache and with a StaticCache. Each cell (model, batch, cache, variant) has its own module over shared
-weights, a reset Dynamo and empty compile caches on disk. Reported per cell:
+with a DynamicCache and with a StaticCache. Each variant has its own modules over shared weights. First each makes two
+calls by itself, with a reset Dynamo and empty compile caches on disk. Then all variants of a group (model, batch,
+cache) are compiled once more, in one process, and timed in turns: one call of each a round, as a GPU's clock and its
+neighbours change from minute to minute. (Two variants with one backend may share graphs there, as they may in any
+process.) Reported per variant:
 
 - *first call* and *second call*: seconds of the first two ``generate()`` calls, compilation and capture included;
 - *time to first token*: from the call to the first logits, median of the timed calls;
-- *tokens/s*: generated tokens of the batch after the first, over the time after the first token;
+- *tokens/s*: generated tokens of the batch after the first, over the time after the first token, median of the timed
+  calls;
 - *same tokens*: how many leading tokens equal eager's, for the worst sequence. In bf16 a fused kernel rounds
   differently, and one near tie changes everything after it: this column is for reading, not for failing.
 
@@ -17,136 +21,43 @@ weights, a reset Dynamo and empty compile caches on disk. Reported per cell:
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from bench import graphcaps, harness, models
+from bench import graphcaps, harness
 from bench.harness import say
-from bench.hf_variants import FAMILIES, VARIANTS, Cell, build_model
+from bench.hf_calls import Running, first_calls, prompt_of, take_turns
+from bench.hf_variants import FAMILIES, VARIANTS, build_model
 from bench.record import Record
 
 CACHES = ("dynamic", "static")
 
 
-class FirstTokenClock(transformers.LogitsProcessor):
-    """Notes when the first logits of a ``generate()`` call are there; changes nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.first: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.first is None:
-            harness.synchronize(self.device)
-            self.first = time.perf_counter()
-        return scores
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One ``generate()`` call: the new tokens [batch, new_tokens] on the host, and its times in seconds."""
-
-    tokens: Tensor
-    to_first_token: float
-    total: float
-
-
-def generate(cell: Cell, prompt: Tensor, new_tokens: int) -> Generation:
-    """Greedy decoding of exactly new_tokens tokens for prompt [batch, prompt_tokens]."""
-    clock = FirstTokenClock(prompt.device)
-    harness.synchronize(prompt.device)
-    start = time.perf_counter()
-    sequences = cell.model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        cache_implementation=cell.cache,
-        logits_processor=transformers.LogitsProcessorList([clock]),
-        **cell.arguments,
-    )
-    harness.synchronize(prompt.device)
-    total = time.perf_counter() - start
-    assert clock.first is not None
-    return Generation(sequences[:, prompt.shape[1] :].cpu(), clock.first - start, total)
-
-
-def prompt_of(batch: int, num_tokens: int, vocab_size: int, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, vocab_size, (batch, num_tokens), generator=generator).to(device)
-
-
-def leading_equal(tokens: Tensor, reference: Tensor) -> int:
-    """How many leading tokens are equal in the worst sequence; both [batch, new_tokens]."""
-    return int((tokens == reference).int().cumprod(dim=1).sum(dim=1).min())
-
-
-@contextmanager
-def empty_compile_caches() -> Iterator[None]:
-    """Inductor's, Triton's and our cache in a directory that goes away: the first call is a cold one."""
-    names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "GRAPHCAP_CACHE_DIR": "graphcap"}
-    before = {name: os.environ.get(name) for name in names}
+def run_group(
+    model: nn.Module, keys: list[dict[str, Any]], arguments: argparse.Namespace, reference: list[Tensor]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model, batch and cache. The first group of a batch leaves eager's tokens in ``reference``."""
+    device, vocab_size = harness.default_device(), model.config.vocab_size
+    prompts = [prompt_of(keys[0]["batch"], arguments.prompt_tokens, vocab_size, seed, device) for seed in range(2)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ.update({name: str(Path(folder) / part) for name, part in names.items()})
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
-
-
-def measure(cell: Cell, arguments: argparse.Namespace, batch: int, reference: list[Tensor]) -> dict[str, Any]:
-    """The figures of one cell. The first cell of a group (eager) leaves its tokens in ``reference``."""
-    device, vocab_size = cell.model.device, cell.model.config.vocab_size
-    prompts = [prompt_of(batch, arguments.prompt_tokens, vocab_size, seed, device) for seed in range(2)]
-    runs = [generate(cell, prompts[index % 2], arguments.steps) for index in range(2 + arguments.rounds)]
-    timed = runs[2:]
-    if not reference:
-        reference += [runs[0].tokens, runs[1].tokens]
-    decoded = batch * (arguments.steps - 1)
-    return {
-        "first_call_s": runs[0].total,
-        "second_call_s": runs[1].total,
-        "first_token_ms": statistics.median(run.to_first_token for run in timed) * 1e3,
-        "tokens_per_s": statistics.median(decoded / (run.total - run.to_first_token) for run in timed),
-        "same_tokens": min(leading_equal(run.tokens, reference[i % 2]) for i, run in enumerate(runs)),
-        "new_tokens": arguments.steps,
-    }
-
-
-def run_cell(model: nn.Module, key: dict[str, Any], arguments: argparse.Namespace, reference: list[Tensor]) -> Any:
-    """One cell from its own module to its row."""
-    device = harness.default_device()
-    options = {**graphcaps.device_options(device), **json.loads(arguments.graphcap_options)}
-    cell = Cell(models.share_tensors(model), key["cache"], options, {})
-    with empty_compile_caches():
-        try:
-            VARIANTS[key["variant"]](cell)
-            row = {**key, "status": "ok", **measure(cell, arguments, key["batch"], reference)}
-            if arguments.explain and key["variant"].startswith("graphcap"):
-                say(graphcaps.report_text(cell.model))
-        except Exception as error:
-            row = {**key, "status": harness.failure(error)}
-        finally:
-            del cell
-            torch._dynamo.reset()
-            harness.collect_garbage(device)
-    return row
+        group = [Running(key, str(Path(folder) / str(number))) for number, key in enumerate(keys)]
+        for running in group:
+            first_calls(running, model, prompts, arguments)
+            say(f"  {running.key['cache']:8s} {running.key['variant']:28s} {running.failure or 'compiled'}")
+        cells = take_turns(group, model, prompts, arguments)
+    reference += [call.tokens for call in group[0].first] if not reference else []
+    for running, cell in zip(group, cells, strict=True):
+        yield running.row(reference)
+        if arguments.explain and cell is not None and running.key["variant"].startswith("graphcap"):
+            say(graphcaps.report_text(cell.model))
+    del cells, cell
+    torch._dynamo.reset()
+    harness.collect_garbage(device)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -185,10 +96,11 @@ def main() -> None:
             reference: list[Tensor] = []
             for cache in harness.words(arguments.caches):
                 say(f"{name}, batch {batch}")
-                for variant in VARIANTS:
-                    if variant == "eager" or harness.selected(variant, arguments.only):
-                        key = {"model": name, "batch": batch, "cache": cache, "variant": variant}
-                        row = run_cell(model, key, arguments, reference)
+                chosen = [each for each in VARIANTS if each == "eager" or harness.selected(each, arguments.only)]
+                keys = [{"model": name, "batch": batch, "cache": cache, "variant": each} for each in chosen]
+                # All variants run the same functions of transformers, for which Dynamo keeps so many graphs.
+                with torch._dynamo.config.patch(recompile_limit=64):
+                    for row in run_group(model, keys, arguments, reference):
                         record.put(row)
                         say(describe(row))
         del model

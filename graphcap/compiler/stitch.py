@@ -19,12 +19,13 @@ from graphcap.compiler import nodes, private
 from graphcap.compiler.dims import GraphDims
 from graphcap.compiler.inputs import input_name
 from graphcap.compiler.limits import within_bounds
+from graphcap.compiler.out_variants import out_function
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.rules import unproven
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.compiler.write_indices import write_index_inputs
-from graphcap.cudagraph import Constant, InputKind, InputSpec, Program, Step
+from graphcap.cudagraph import Capture, Constant, InputKind, InputSpec, Program, Step
 
 
 def build_program(
@@ -71,6 +72,7 @@ def build_program(
                 symbols=dims.symbols(nodes.value_of(node) for node in (*piece.inputs, *piece.nodes)),
                 unproven=tuple(dict.fromkeys(op for node in piece.nodes if (op := unproven(node)))),
                 eager=result.plain,
+                into=_out_function(piece, sizes),
             )
         )
     returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
@@ -87,6 +89,13 @@ def build_program(
     run = within_bounds(compile_live(name, source, steps, outputs), bounds, inputs, steps, outputs)
     output_sizes = tuple(map(dims.sizes, values))
     return Program(name, inputs, tuple(steps), outputs, run, output_sizes, dims.largest, bounds), source
+
+
+def _out_function(piece: Piece, sizes: SizeSymbols) -> Callable[..., Any] | None:
+    """What writes the result of a piece that runs live where graphs read it; ``None`` where its size is not fixed."""
+    if piece.verdict.capture is Capture.ALWAYS or any(map(sizes.outside_key, (*piece.inputs, *piece.nodes))):
+        return None
+    return out_function(piece.module)
 
 
 def _flat(returned: Any) -> Sequence[Any]:

@@ -99,6 +99,8 @@ class Step:
         unproven: the operations in it that are captured on somebody's word (declared custom ops, Triton kernels): the
             first replay is compared with a live run.
         eager: the same without compilation, called like ``fn``; ``None`` where that is not at hand. For profiles.
+        into: the same for its one result, a tensor of a size that the key fixes, written into the tensor that it takes
+            before what ``fn`` takes; ``None`` where it cannot.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Step:
     symbols: frozenset[str] = frozenset()
     unproven: tuple[str, ...] = ()
     eager: Callable[..., Any] | None = field(default=None, repr=False)
+    into: Callable[..., Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,13 +44,14 @@ class Region:
         writes: int = 1,
         mutates: Sequence[int] = (),
         capture: Capture = Capture.ALWAYS,
+        into: Callable[..., Any] | None = None,
     ) -> Any:
         """Add a step; return its slot, or a tuple of them. ``fn`` returns a bare value when ``writes`` is 1."""
         slots = tuple(range(self._next, self._next + writes))
         self._next += writes
         call = (lambda *args: (fn(*args),)) if writes == 1 else fn
         name = f"step_{len(self.steps)}"
-        self.steps.append(Step(name, call, reads, slots, tuple(mutates), capture, "for the test"))
+        self.steps.append(Step(name, call, reads, slots, tuple(mutates), capture, "for the test", into=into))
         return slots[0] if writes == 1 else slots
 
     def returning(self, *outputs: int | Constant) -> Program:

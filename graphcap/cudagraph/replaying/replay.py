@@ -133,13 +133,32 @@ class _Writer(Lines):
     def live(self, number: int) -> None:
         """Run a live step, check what static memory depends on, fill the bridges."""
         step = self.recorded.program.steps[number]
+        self._reads_left.subtract(step.reads)
+        if self._is_for_graphs_only(number):
+            (slot,) = step.writes
+            operands = ", ".join([f"b{slot}", *map(self.value, step.reads)])
+            bridge = {f"b{slot}": self.recorded.stand_ins[slot]}
+            self.line(f"live{number}({operands})", **{f"live{number}": step.into}, **bridge)
+            self._drop_dead()
+            return
         call = f"live{number}({', '.join(map(self.value, step.reads))})"
         targets = "".join(f"v{slot}, " for slot in step.writes)
         self.line(f"{targets}= {call}" if targets else call, **{f"live{number}": step.fn})
         self._alive += step.writes
-        self._reads_left.subtract(step.reads)
         for slot in step.writes:
             self._fit(number, slot)
+        self._drop_dead()
+
+    def _is_for_graphs_only(self, number: int) -> bool:
+        """Whether a live step can write its result to where captured steps read it, and nobody else does."""
+        step, stand_ins = self.recorded.program.steps[number], self.recorded.stand_ins
+        if step.into is None or not set(step.writes) <= stand_ins.keys():
+            return False
+        bridges = [stand_ins[slot] for slot in step.writes]
+        is_writable = all(bridge.numel() and not overlaps_itself(bridge) for bridge in bridges)
+        return is_writable and all(self._reads_left[slot] <= 0 for slot in step.writes)
+
+    def _drop_dead(self) -> None:
         dead = [slot for slot in self._alive if self._reads_left[slot] <= 0]
         if dead:
             self.line(f"del {', '.join(f'v{slot}' for slot in dead)}")
@@ -147,8 +166,7 @@ class _Writer(Lines):
 
     def _fit(self, number: int, slot: int) -> None:
         recorded = self.recorded
-        held = ", ".join(f"{each}: v{each}" for each in self._alive)
-        leave = f"return finish({number + 1}, args, {{{held}}})"
+        leave = f"return finish({number + 1}, args, {{{self._held(number)}}})"
         if slot in recorded.places:
             address, size = recorded.places[slot]
             self.line(
@@ -165,6 +183,17 @@ class _Writer(Lines):
             if bridge.numel():
                 source, target = self.copy_operands(slot)
                 self.line(f"{target}.copy_({source})")
+
+    def _held(self, number: int) -> str:
+        """The items of a dict with what the steps after this live one may read of earlier live ones, by slot: values
+        that are there, and copies of bridges where only graphs would have read them."""
+        steps, stand_ins = self.recorded.program.steps, self.recorded.stand_ins
+        later = {slot for step in steps[number + 1 :] for slot in step.reads}
+        earlier = {slot for entry in self.recorded.timeline if 0 <= entry < number for slot in steps[entry].writes}
+        bridges = sorted((earlier & later & stand_ins.keys()) - set(self._alive))
+        self.names |= {f"b{slot}": stand_ins[slot] for slot in bridges}
+        copies = [f"{slot}: b{slot}.clone()" for slot in bridges]
+        return ", ".join([f"{slot}: v{slot}" for slot in self._alive] + copies)
 
     def finish(self) -> tuple[Callable[[Sequence[Any]], Any], str]:
         source, code = _compiled("\n    ".join(self.lines), tuple(self.used), self.recorded.program.name)

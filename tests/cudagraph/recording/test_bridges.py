@@ -175,3 +175,68 @@ def test_chunks_go_with_the_last_plan():
     call(runner, 2)
     runner.release()
     assert bytes_of_bridges(runner) == 0
+
+
+def test_a_result_that_only_a_graph_would_have_read_is_there_when_the_call_finishes_live():
+    region = Region()
+    k, x = region.size("k", in_key=False), region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    first = region.step(lambda y: y * 2, y, capture=LIVE)
+    second = region.step(lambda k, y: y.expand(k, 2).contiguous(), k, y, capture=LIVE)
+    program = region.returning(region.step(lambda a, b: a + b.sum(0), first, second))
+    runner = runner_of(program)
+    for k in (3, 3, 3, 3, 5):
+        x = randn(2)
+        assert all(map(torch.equal, runner(k, x), program.run(k, x)))
+    assert runner.stats.replays == 1
+
+
+def doubled_into(out, y):
+    torch.mul(y, 2, out=out)
+
+
+def with_out_variant(read_live=False):
+    region = Region()
+    x = region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    z = region.step(lambda y: y * 2, y, capture=LIVE, into=doubled_into)
+    results = [region.step(lambda z: z.sum() * 3, z)]
+    if read_live:
+        results.append(region.step(lambda z: z - 1, z, capture=LIVE))
+    return region.returning(*results)
+
+
+def test_an_out_variant_writes_straight_into_the_bridge():
+    program = with_out_variant()
+    runner = runner_of(program)
+    for _ in range(6):
+        x = randn(2)
+        assert all(map(torch.equal, runner(x), program.run(x)))
+    assert runner.stats.replays == 3
+    source = runner.stats.plans[0].source
+    assert "live1(b2, c1)" in source
+    assert "copy_(v" not in source
+
+
+def test_a_result_that_live_steps_read_as_well_is_a_tensor_of_its_own():
+    """The bridge's memory is overwritten by the next call, and by other bridges of this one."""
+    program = with_out_variant(read_live=True)
+    runner = runner_of(program)
+    for _ in range(6):
+        x = randn(2)
+        assert all(map(torch.equal, runner(x), program.run(x)))
+    assert "b2.copy_(v2)" in runner.stats.plans[0].source
+
+
+def test_what_an_out_variant_wrote_is_there_when_the_call_finishes_live():
+    region = Region()
+    k, x = region.size("k", in_key=False), region.tensor("x")
+    y = region.step(lambda x: x + 1, x)
+    first = region.step(lambda y: y * 2, y, capture=LIVE, into=doubled_into)
+    second = region.step(lambda k, y: y.expand(k, 2).contiguous(), k, y, capture=LIVE)
+    program = region.returning(region.step(lambda a, b: a + b.sum(0), first, second))
+    runner = runner_of(program)
+    for k in (3, 3, 3, 3, 5):
+        x = randn(2)
+        assert all(map(torch.equal, runner(k, x), program.run(k, x)))
+    assert runner.stats.replays == 1

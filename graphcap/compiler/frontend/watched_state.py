@@ -97,7 +97,10 @@ class WatchedState:
         except LookupError:
             return None
         holds = proof.check() if self._proved <= proof.sources else None
-        return None if holds is None else Known(holds, values, frozenset(proof.tensors))
+        if holds is None:
+            self._num_changes = MAX_CHANGES  # it will not be another time either
+            return None
+        return Known(holds, values, frozenset(proof.tensors))
 
 
 def left_out(

@@ -105,7 +105,8 @@ def test_a_repro_runs_on_its_own_and_agrees(tmp_path: Path) -> None:
         model(x)
     (folder,) = tmp_path.iterdir()
     done = run_python(str(folder / "pieces" / "piece_0.repro.py"))
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if "triton not found" not in line]  # what torch says without it
+    assert (done.returncode, said) == (0, [])
     assert "output 0" in done.stdout
     assert done.stdout.endswith("agrees\n")
 

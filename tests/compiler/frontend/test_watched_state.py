@@ -398,6 +398,18 @@ def test_what_changes_on_every_call_is_no_longer_watched(evaluations: list[bool]
     assert len(evaluations) == known + 2
 
 
+def test_where_nobody_tells_of_writes_after_all(monkeypatch: pytest.MonkeyPatch, evaluations: list[bool]) -> None:
+    """To some dicts of Python 3.13, for example. That is found out once."""
+    asked = []
+    monkeypatch.setattr(native, "state_check", lambda *state: asked.append(state))
+    model = warm()
+    known = len(evaluations)
+    for _ in range(3):
+        assert_right(model, rows())
+    assert len(evaluations) == known + 3
+    assert len(asked) == 1
+
+
 def test_two_models_of_a_class(evaluations: list[bool]) -> None:
     first, second = warm(), warm()
     first.blocks[0].scale = 5.0

@@ -1,9 +1,9 @@
-// Whether nothing was written to dicts, and objects and tensors have kept their form. Writes are told (dict_watch.h); the
-// rest is read on every call, hundreds of objects that the processor's caches have forgotten between two steps of a
+// Whether nothing was written to dicts, and objects and tensors have kept their form. Writes are told (dict_watch.h);
+// the rest is read on every call, hundreds of objects that the processor's caches have forgotten between two steps of a
 // model. state.py has the same in Python, and the contract.
 //
-// Nothing but keys is kept alive. That an object in here lives is known before it is looked at: a dict holds it, and neither has
-// that been written to nor has it come to its end.
+// Nothing but keys is kept alive. That an object in here lives is known before it is looked at: a dict holds it that has
+// neither been written to nor come to its end, or a function that comes before it and has its code and defaults still.
 
 #pragma once
 

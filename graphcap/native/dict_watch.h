@@ -54,9 +54,18 @@ inline bool is_broken(
   return key != watch.key || value != watch.object;
 }
 
+// At the end of a process dicts and who watches them go in any order, the last of them untold.
+inline bool is_end_of_process() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
 // Runs inside of every write to a watched dict: must be quick, and neither fail nor run Python code.
 inline int on_write(PyDict_WatchEvent event, PyObject* dict, PyObject* key, PyObject* value) {
-  const auto found = watches().find(dict);
+  const auto found = is_end_of_process() ? watches().end() : watches().find(dict);
   if (found != watches().end()) {
     for (const Watch& watch : found->second) {
       if (!*watch.changed && is_broken(watch, event, dict, key, value)) {
@@ -113,7 +122,7 @@ inline bool add(PyObject* dict, PyObject* key, PyObject* object, bool* changed) 
 
 // Forget what the owner of `changed` expects of `dict`.
 inline void remove(PyObject* dict, const bool* changed) {
-  const auto found = watches().find(dict);
+  const auto found = is_end_of_process() ? watches().end() : watches().find(dict);
   if (found == watches().end()) {
     return;
   }

@@ -99,8 +99,7 @@ inline bool has_layout(const Layout& layout, const c10::TensorImpl* impl) {
          impl->strides().equals(layout.strides) && impl->requires_grad() == layout.requires_grad;
 }
 
-// How far ahead memory is asked for, so that the waits overlap: see places.h.
-constexpr std::size_t kNear = 6, kFar = 12;
+using places::kFar, places::kNear;
 
 inline void fetch(PyObject* object) {
   __builtin_prefetch(object);

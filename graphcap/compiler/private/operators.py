@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
 from torch import fx
+
+_UNKNOWN_SIZE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 def resolve_op_overload(target: Any) -> Any:
@@ -32,9 +34,50 @@ def schemas_of(target: Any) -> list[Any]:
     """The schemas that a call of an operator may use: its own for an overload, those of all overloads for a packet."""
     if isinstance(target, torch._ops.OpOverload):
         return [target._schema]
+    return [overload._schema for overload in _overloads(target)]
+
+
+def out_overload(target: Any, given: Set[str]) -> tuple[Any, str] | None:
+    """The overload that differs only in the tensor that it writes its result to, and the name of that argument.
+
+    Args:
+        target: an overload, or a packet where the overload beside those with ``out`` is meant.
+        given: the names of the keyword arguments of a call.
+
+    Returns:
+        ``None`` where there is none, or ``target`` makes anything but one new tensor whose size follows from its
+        arguments' sizes.
+    """
+    overloads = _overloads(getattr(target, "overloadpacket", target))
+    written = {op: [a for a in op._schema.arguments if a.alias_info and a.alias_info.is_write] for op in overloads}
+    into = {op: args[0].name for op, args in written.items() if len(args) == 1 and args[0].kwarg_only}
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return [getattr(target, overload)._schema for overload in target.overloads()]
-    return []
+        others = [op for op in overloads if op not in into and not set(into.values()) & given]
+        target = others[0] if len(others) == 1 else None
+    if target not in overloads or target in into or _UNKNOWN_SIZE & set(target.tags) or not _makes_a_tensor(target):
+        return None
+    wanted = _named(target._schema.arguments)
+    for op, name in into.items():
+        if _named(each for each in op._schema.arguments if each.name != name) == wanted:
+            return op, name
+    return None
+
+
+def _overloads(target: Any) -> list[Any]:
+    if not isinstance(target, torch._ops.OpOverloadPacket):
+        return []
+    return [getattr(target, name) for name in target.overloads()]
+
+
+def _makes_a_tensor(op: Any) -> bool:
+    """Whether it returns one, and neither returns nor writes an argument."""
+    values = [*op._schema.arguments, *op._schema.returns]
+    is_new = all(each.alias_info is None for each in values)
+    return is_new and [str(each.type) for each in op._schema.returns] == ["Tensor"]
+
+
+def _named(arguments: Iterable[Any]) -> list[tuple[str, str]]:
+    return [(each.name, str(each.type)) for each in arguments]
 
 
 def returns_tensors_and_sizes(target: Any) -> bool:

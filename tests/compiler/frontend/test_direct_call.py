@@ -19,8 +19,7 @@ from graphcap import native
 from graphcap.compiler import backend
 from graphcap.compiler.frontend import plain_call
 from graphcap.compiler.frontend import target as targets
-from graphcap.compiler.frontend.api import record_of
-from graphcap.compiler.frontend.target import CompiledTarget
+from tests.compiler.frontend.calls import eager, rows, target_of
 
 FACTOR = 2.0
 
@@ -64,21 +63,6 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x * self.gain if bias is None else x * self.gain + bias
-
-
-def rows(num_rows: int = 3) -> Tensor:
-    return torch.randn(num_rows, 4)
-
-
-def eager(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with graphcap.disabled():
-        return compiled(*args, **kwargs)
-
-
-def target_of(compiled: Any) -> CompiledTarget:
-    found = record_of(compiled)
-    assert found is not None
-    return found
 
 
 def assert_direct(compiled: Any, *args: Any, **kwargs: Any) -> None:

@@ -16,10 +16,9 @@ from torch._dynamo import mark_static
 
 import graphcap
 from graphcap import native
-from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.seal import EVERY
-from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.errors import DimError
+from tests.compiler.frontend.calls import assert_right, target_of
 
 
 class Model(nn.Module):
@@ -37,18 +36,6 @@ def sealed(**options: Any) -> Any:
     for _ in range(4):
         model(torch.randn(3, 4))
     return model
-
-
-def target_of(model: Any) -> CompiledTarget:
-    found = record_of(model)
-    assert found is not None
-    return found
-
-
-def assert_right(model: Any, *args: Any, **kwargs: Any) -> None:
-    with graphcap.disabled():
-        expected = model(*args, **kwargs)
-    torch.testing.assert_close(model(*args, **kwargs), expected, rtol=0, atol=0)
 
 
 @pytest.fixture(autouse=True)

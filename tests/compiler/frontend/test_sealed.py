@@ -16,10 +16,9 @@ import graphcap
 from graphcap import GuardError, native
 from graphcap.compiler import backend
 from graphcap.compiler.frontend import target as targets
-from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.guards import Guards
 from graphcap.compiler.frontend.seal import EVERY
-from graphcap.compiler.frontend.target import CompiledTarget
+from tests.compiler.frontend.calls import assert_right, eager, rows, target_of
 
 FACTOR = 2.0
 OFFSET = torch.ones(4)
@@ -84,26 +83,6 @@ class Cache:
     def __init__(self) -> None:
         self.total = torch.ones(4)
         self.length = 3
-
-
-def rows(num_rows: int = 3) -> Tensor:
-    return torch.randn(num_rows, 4)
-
-
-def eager(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with graphcap.disabled():
-        return compiled(*args, **kwargs)
-
-
-def target_of(compiled: Any) -> CompiledTarget:
-    found = record_of(compiled)
-    assert found is not None
-    return found
-
-
-def assert_right(compiled: Any, *args: Any, **kwargs: Any) -> None:
-    expected = eager(compiled, *args, **kwargs)
-    torch.testing.assert_close(compiled(*args, **kwargs), expected, rtol=0, atol=0)
 
 
 def assert_direct(compiled: Any, *args: Any, **kwargs: Any) -> None:

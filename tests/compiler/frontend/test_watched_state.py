@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 import graphcap
 from graphcap import native
-from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.guards import Guards
-from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.compiler.frontend.watched_function import WatchedFunction
 from graphcap.native import fallback
+from tests.compiler.frontend.calls import assert_right, rows, target_of
 from tests.native.conftest import built
 
 FACTOR = 2.0
@@ -109,22 +108,6 @@ class Model(nn.Module):
 
 def shifted(x: Tensor, by: float = 1.0) -> Tensor:
     return x + by
-
-
-def rows(num_rows: int = 3) -> Tensor:
-    return torch.randn(num_rows, 4)
-
-
-def target_of(compiled: Any) -> CompiledTarget:
-    found = record_of(compiled)
-    assert found is not None
-    return found
-
-
-def assert_right(compiled: Any, *args: Any, **kwargs: Any) -> None:
-    with graphcap.disabled():
-        expected = compiled(*args, **kwargs)
-    torch.testing.assert_close(compiled(*args, **kwargs), expected, rtol=0, atol=0)
 
 
 def warm(model: nn.Module | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
@@ -177,11 +178,16 @@ def test_chunks_go_with_the_last_plan():
     assert bytes_of_bridges(runner) == 0
 
 
-def test_a_result_that_only_a_graph_would_have_read_is_there_when_the_call_finishes_live():
+def doubled_into(out, y):
+    torch.mul(y, 2, out=out)
+
+
+@pytest.mark.parametrize("into", [None, doubled_into])
+def test_a_result_that_only_a_graph_would_have_read_is_there_when_the_call_finishes_live(into):
     region = Region()
     k, x = region.size("k", in_key=False), region.tensor("x")
     y = region.step(lambda x: x + 1, x)
-    first = region.step(lambda y: y * 2, y, capture=LIVE)
+    first = region.step(lambda y: y * 2, y, capture=LIVE, into=into)
     second = region.step(lambda k, y: y.expand(k, 2).contiguous(), k, y, capture=LIVE)
     program = region.returning(region.step(lambda a, b: a + b.sum(0), first, second))
     runner = runner_of(program)
@@ -189,10 +195,6 @@ def test_a_result_that_only_a_graph_would_have_read_is_there_when_the_call_finis
         x = randn(2)
         assert all(map(torch.equal, runner(k, x), program.run(k, x)))
     assert runner.stats.replays == 1
-
-
-def doubled_into(out, y):
-    torch.mul(y, 2, out=out)
 
 
 def with_out_variant(read_live=False):
@@ -226,17 +228,3 @@ def test_a_result_that_live_steps_read_as_well_is_a_tensor_of_its_own():
         x = randn(2)
         assert all(map(torch.equal, runner(x), program.run(x)))
     assert "b2.copy_(v2)" in runner.stats.plans[0].source
-
-
-def test_what_an_out_variant_wrote_is_there_when_the_call_finishes_live():
-    region = Region()
-    k, x = region.size("k", in_key=False), region.tensor("x")
-    y = region.step(lambda x: x + 1, x)
-    first = region.step(lambda y: y * 2, y, capture=LIVE, into=doubled_into)
-    second = region.step(lambda k, y: y.expand(k, 2).contiguous(), k, y, capture=LIVE)
-    program = region.returning(region.step(lambda a, b: a + b.sum(0), first, second))
-    runner = runner_of(program)
-    for k in (3, 3, 3, 3, 5):
-        x = randn(2)
-        assert all(map(torch.equal, runner(k, x), program.run(k, x)))
-    assert runner.stats.replays == 1

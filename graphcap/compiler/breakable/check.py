@@ -20,7 +20,10 @@ from graphcap.compiler.breakable import calls
 from graphcap.compiler.breakable.incoming import Incoming
 from graphcap.compiler.breakable.program import Built
 from graphcap.compiler.breakable.record import Recorder
-from graphcap.compiler.breakable.undo import Memory
+from graphcap.compiler.breakable.undo import Copy, Memory
+from graphcap.compiler.breakable.unsteady import spreads
+from graphcap.cudagraph.checks.differences import difference
+from graphcap.cudagraph.checks.rounding import TooUnsteady, beyond_rounding
 from graphcap.cudagraph.padded.compare import departs
 
 _NO_ROOM = "what a call writes is too large to be copied"
@@ -45,6 +48,48 @@ class Outcome:
     skipped: str = ""
 
 
+@dataclass
+class _Ran:
+    """A call that the function has run, to be run by the program.
+
+    Attributes:
+        built: the program.
+        inputs: of the call.
+        written: the slots of inputs that are written.
+        live: what each live step did.
+        memory: what is written.
+        before: what was there before the call.
+        after: what the function left there.
+        result: what it returned.
+        expected: the tensors in that, as they were then.
+    """
+
+    built: Built
+    inputs: Sequence[Any]
+    written: list[int]
+    live: list[calls.Outcome]
+    memory: Memory
+    before: Copy
+    after: Copy
+    result: Any
+    expected: list[torch.Tensor]
+
+    def put_back(self) -> None:
+        """Have everything as it was before the call; live steps repeat what they did, once."""
+        self.memory.restore(self.before)
+        for step, outcome in zip(self.built.lives, self.live, strict=True):
+            step.repeat(outcome)
+
+    def names(self) -> list[str]:
+        """Of the results, and of the inputs that are written."""
+        results = [f"result {index}" for index in range(len(self.expected))]
+        return results + [self.built.program.inputs[slot].name for slot in self.written]
+
+    def written_in(self, copy: Copy) -> list[torch.Tensor]:
+        """The inputs that are written, as they are in a copy."""
+        return [self.memory.within(copy, self.inputs[slot]) for slot in self.written]
+
+
 def compare(
     call: Incoming,
     built: Built,
@@ -65,6 +110,33 @@ def compare(
         is_padded: whether the program may run at a larger size, where other kernels round in another way.
         max_bytes: that copies of what the call writes may take.
     """
+    ran = _run_function(built, inputs, watched, max_bytes)
+    if isinstance(ran, Outcome):
+        return ran
+    call.redo = functools.partial(ran.memory.restore, ran.after)
+    ran.put_back()
+    differs = skipped = ""
+    try:
+        outputs = run(*inputs)
+        differs = _difference(ran, outputs, is_padded)
+    except TooUnsteady as error:
+        skipped = str(error)
+    except Exception as error:  # the function itself has not failed
+        differs = f"{type(error).__name__}: {error}"
+    finally:
+        call.redo = None
+        for step in built.lives:
+            step.repeat(None)
+    if not differs and not skipped:
+        return Outcome(ran.result, None if call.ran_live else outputs)
+    ran.memory.restore(ran.after)
+    return Outcome(ran.result, difference=differs, skipped=skipped)
+
+
+def _run_function(
+    built: Built, inputs: Sequence[Any], watched: Callable[[], tuple[Recorder, Any, str]], max_bytes: int
+) -> _Ran | Outcome:
+    """The function's own run, or all there is to say about this call."""
     written = sorted({slot for step in built.program.steps for slot in step.mutates if slot < len(inputs)})
     memory = Memory([inputs[slot] for slot in written])
     try:
@@ -77,38 +149,40 @@ def compare(
     recording, result, why = watched()
     if why:
         return Outcome(result, difference=why, in_python=True)
-    live = [_by_position(call) for call in recording.calls if call.live]
-    if len(live) != len(built.lives) or None in live:
+    did = [_by_position(each) for each in recording.calls if each.live]
+    live = [each for each in did if each is not None]
+    if not len(live) == len(did) == len(built.lives):
         return Outcome(result, skipped="a live step hands out memory from outside, and cannot be repeated")
-    results = [leaf for leaf in private.tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
     try:
-        expected, after = [each.clone() for each in results], memory.copy()
+        expected, after = [each.clone() for each in _tensors(result)], memory.copy()
     except torch.OutOfMemoryError:
         return Outcome(result, skipped=_NO_ROOM)
-    state = [memory.within(after, inputs[slot]) for slot in written]
-    call.redo = functools.partial(memory.restore, after)
-    memory.restore(before)
-    for step, outcome in zip(built.lives, live, strict=True):
-        step.repeat(outcome)
-    differ = _departs if is_padded else _differ
-    try:
-        outputs = run(*inputs)
-        names = [f"result {index}" for index in range(len(expected))]
-        forms = [(_form(mine), _form(right)) for mine, right in zip(outputs, results, strict=True)]
-        if any(mine != right for mine, right in forms):
-            raise RuntimeError(f"results of another form than the function's, (replay, function): {forms}")
-        written_names = [built.program.inputs[slot].name for slot in written]
-        difference = differ(outputs, expected, names) or differ([inputs[s] for s in written], state, written_names)
-    except Exception as error:  # the function itself has not failed
-        difference = f"{type(error).__name__}: {error}"
-    finally:
-        call.redo = None
-        for step in built.lives:
-            step.repeat(None)
-    if not difference:
-        return Outcome(result, None if call.ran_live else outputs)
-    memory.restore(after)
-    return Outcome(result, difference=difference)
+    return _Ran(built, inputs, written, live, memory, before, after, result, expected)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in private.tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _difference(ran: _Ran, outputs: Sequence[Any], is_padded: bool) -> str:
+    """The first value that the program has left otherwise than the function, ``""`` if none.
+
+    Raises:
+        TooUnsteady: some differ, and rounding alone moves them as far.
+        Exception: a step of the program fails.
+    """
+    forms = [(_form(mine), _form(right)) for mine, right in zip(outputs, _tensors(ran.result), strict=True)]
+    if any(mine != right for mine, right in forms):
+        raise RuntimeError(f"results of another form than the function's, (replay, function): {forms}")
+    got, expected = [*outputs, *(ran.inputs[slot] for slot in ran.written)], [*ran.expected, *ran.written_in(ran.after)]
+    if is_padded:
+        return _departs(got, expected, ran.names())
+    if not _differ(got, expected, ran.names()):
+        return ""
+    left = ran.memory.copy()
+    by_rounding = spreads(ran.built.program, ran.inputs, ran.written, ran.put_back)
+    ran.memory.restore(left)
+    return _differ(got, expected, ran.names(), by_rounding)
 
 
 def _by_position(call: calls.Call) -> calls.Outcome | None:
@@ -126,14 +200,16 @@ def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tuple(tensor.shape), strides
 
 
-def _differ(got: Sequence[Any], expected: Sequence[torch.Tensor], names: Sequence[str]) -> str:
+def _differ(
+    got: Sequence[Any], expected: Sequence[torch.Tensor], names: Sequence[str], by_rounding: Sequence[float] = ()
+) -> str:
     """The first tensor that is not what it should be, beyond the rounding of its dtype; ``""`` if none."""
-    for mine, right, name in zip(got, expected, names, strict=True):
-        try:
-            torch.testing.assert_close(mine, right, equal_nan=True)
-        except AssertionError as error:
-            lines = " ".join(str(error).split())
-            return f"a replay gave another {name} than the function: {lines}"
+    for index, (mine, right, name) in enumerate(zip(got, expected, names, strict=True)):
+        found = difference(right, mine)
+        if found is not None and by_rounding:
+            found = beyond_rounding(name, right, mine, by_rounding[index])
+        if found is not None:
+            return f"a replay gave another {name} than the function, {found}"
     return ""
 
 

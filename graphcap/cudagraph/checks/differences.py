@@ -36,10 +36,15 @@ class Difference:
         return f"in {self.num_rows} of {self.of} rows ({shown}), by {self.max_abs:.3g} at most"
 
 
-def difference(expected: torch.Tensor, actual: torch.Tensor) -> Difference | None:
+def difference(expected: torch.Tensor, actual: torch.Tensor, spread: float = 0.0) -> Difference | None:
     """Compare bit for bit, and where bits differ within the tolerance of the dtype.
 
     Floats of two runs may differ by rounding; integers and booleans may not. A NaN equals a NaN.
+
+    Args:
+        expected: of one run.
+        actual: of the other.
+        spread: how far rounding moves such values, relative to the largest of the row. Twice as much passes.
 
     Returns:
         ``None`` where the two agree.
@@ -52,13 +57,26 @@ def difference(expected: torch.Tensor, actual: torch.Tensor) -> Difference | Non
     if differing.numel() == 0:
         return None
     of = expected.shape[0] if expected.dim() else 1
-    gaps, allowed = _gaps(_rows(expected)[differing], _rows(actual)[differing])
-    beyond = ~(gaps <= allowed)
+    gaps, scales = _gaps(_rows(expected)[differing], _rows(actual)[differing])
+    beyond = ~(gaps <= scales * max(TOLERANCES.get(expected.dtype, NARROW_TOLERANCE), 2 * spread))
     if not bool(beyond.any()):
         return None
     rows = differing[beyond]
     worst = gaps[beyond].max().item()
     return Difference(tuple(rows[:_SHOWN_ROWS].tolist()), rows.numel(), of, worst)
+
+
+def relative_gap(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """The largest gap between two tensors of one dtype, relative to the largest value of its row.
+
+    Infinite for another size, for numbers that are no floats where they differ, and where only one is finite.
+    """
+    if expected.shape != actual.shape:
+        return float("inf")
+    if same_bits(expected, actual):
+        return 0.0
+    gaps, scales = _gaps(_rows(expected), _rows(actual))
+    return float(torch.where(gaps == 0, 0.0, gaps / scales).max())
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -84,7 +102,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _gaps(expected: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row of ``[rows, values]`` the largest gap, and the one that passes."""
+    """For each row of ``[rows, values]`` the largest gap, and the largest value that it is to be compared with."""
     dtype = expected.dtype
     wide = torch.complex128 if dtype.is_complex else torch.float64
     left, right = expected.to(wide), actual.to(wide)
@@ -95,4 +113,4 @@ def _gaps(expected: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, t
         # Large integers may be one number in float64; their bits differ all the same.
         return gap.clamp(min=1.0), torch.zeros_like(gap)
     scale = left.abs().where(left.isfinite(), 0.0).amax(1)
-    return gap, scale * TOLERANCES.get(dtype, NARROW_TOLERANCE)
+    return gap, scale

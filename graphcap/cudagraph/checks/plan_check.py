@@ -4,6 +4,8 @@ A comparison happens inside of the replay, segment by segment. Before a graph is
 what they write (``rehearsal.py``), and what the graph leaves is compared with that. Live steps run
 once, as always. Where the two differ, the values of the live run are put in the place of the graph's before the call
 goes on: the call returns what a live one would have, and its effects happen once.
+
+They differ where they are further apart than rounding explains, for which the steps run once more (``rounding.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from graphcap.cudagraph.checks.around import put_around
 from graphcap.cudagraph.checks.differences import Difference, difference, same_bits
 from graphcap.cudagraph.checks.rehearsal import Outcome, Rehearsal, Segment
+from graphcap.cudagraph.checks.rounding import beyond_rounding, spread
 from graphcap.cudagraph.program import InputKind
 from graphcap.cudagraph.recording.arena import span_bytes
 from graphcap.cudagraph.recording.bindings import Binding
@@ -124,10 +127,10 @@ class PlanCheck:
         def compared() -> None:
             if number == self._first:
                 self._begin()
-            rehearsal = self._rehearse(number) if self._comparing else None
+            rehearsals = self._rehearse(number) if self._comparing else None
             launch()
-            if rehearsal is not None:
-                self._compare(number, rehearsal)
+            if rehearsals is not None:
+                self._compare(number, *rehearsals)
             if number == self._last and self._comparing:
                 self._end()
 
@@ -140,18 +143,23 @@ class PlanCheck:
             return
         self._comparing = self._agreed = self._seen is None or self._seen.differ()
 
-    def _rehearse(self, number: int) -> Rehearsal | None:
+    def _rehearse(self, number: int) -> tuple[Rehearsal, Rehearsal | None] | None:
+        """What is to be compared with, and the same with other rounding where there is room for it."""
         try:
             if number not in self._segments:
                 self._segments[number] = Segment(self._recorded, self._groups[number])
-            return self._segments[number].rehearse(self._checks.spare_bytes())
+            rehearsal = self._segments[number].rehearse(self._checks.spare_bytes())
         except Exception as error:  # the replay itself needs none of this
             self._give_up(number, describe(error))
             return None
-
-    def _compare(self, number: int, rehearsal: Rehearsal) -> None:
         try:
-            divergence = self._first_divergence(number, rehearsal)
+            return rehearsal, self._segments[number].rehearse_nudged(self._checks.spare_bytes())
+        except Exception:  # no room for it, mostly
+            return rehearsal, None
+
+    def _compare(self, number: int, rehearsal: Rehearsal, nudged: Rehearsal | None) -> None:
+        try:
+            divergence = self._first_divergence(number, rehearsal, nudged or rehearsal)
             if divergence is not None:
                 rehearsal.take_effect()
         except Exception as error:
@@ -162,10 +170,10 @@ class PlanCheck:
             trusted = [each for each in self._groups[number] if self._checks.unproven([each])]
             self._checks.report(self._key, divergence, len(divergence.suspects) > 1 and len(trusted) > 1)
 
-    def _first_divergence(self, number: int, rehearsal: Rehearsal) -> Divergence | None:
+    def _first_divergence(self, number: int, rehearsal: Rehearsal, nudged: Rehearsal) -> Divergence | None:
         with torch.inference_mode(False), torch.no_grad():
-            for outcome in rehearsal:
-                agrees, found = _compare_values(outcome)
+            for outcome, other in zip(rehearsal, nudged, strict=True):
+                agrees, found = _compare_values(outcome, other.expected)
                 if not agrees:
                     until = [each for each in self._groups[number] if each <= outcome.step]
                     step = self._checks.program.steps[outcome.step]
@@ -185,9 +193,16 @@ class PlanCheck:
             self._finished()
 
 
-def _compare_values(outcome: Outcome) -> tuple[bool, Difference | None]:
+def _compare_values(outcome: Outcome, nudged: Any) -> tuple[bool, Difference | None]:
+    """Whether the two agree, and for tensors where they do not.
+
+    Raises:
+        TooUnsteady: they differ, but so do two live runs.
+    """
     expected, actual = outcome.expected, outcome.actual
-    if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
-        found = difference(expected, actual)
-        return found is None, found
-    return bool(expected == actual), None
+    if not (isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor)):
+        return bool(expected == actual), None
+    found = difference(expected, actual)
+    if found is not None:
+        found = beyond_rounding(outcome.what, expected, actual, spread(expected, nudged))
+    return found is None, found

@@ -6,12 +6,13 @@ with what the graph left, value by value, and can be put in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from graphcap.cudagraph.checks.rounding import nudge
 from graphcap.cudagraph.hardware.generators import same_random_numbers
 from graphcap.cudagraph.private import bytes_of, over_storage, storage_address
 from graphcap.cudagraph.recording.arena import copy_into, span_bytes
@@ -83,12 +84,25 @@ class Segment:
             TooLarge: they write more.
             Exception: what a step raises.
         """
+        return self._rehearse(max_bytes, lambda results, given: None)
+
+    def rehearse_nudged(self, max_bytes: int) -> Rehearsal:
+        """The same with every result of a step off by about its last bit: how far the outcomes are from those of
+        :meth:`rehearse` is what rounding makes of them.
+
+        Raises:
+            TooLarge, Exception: as :meth:`rehearse`.
+        """
+        return self._rehearse(max_bytes, nudge)
+
+    def _rehearse(self, max_bytes: int, disturb: Callable[[Sequence[Any], Collection[int]], None]) -> Rehearsal:
         outcomes: list[Outcome] = []
         with torch.inference_mode(False), torch.no_grad(), same_random_numbers(self._device()):
             copies = self._copies(max_bytes)
             slots = self._values | copies
+            given = {storage_address(value) for value in slots.values() if isinstance(value, torch.Tensor)}
             for number in self.numbers:
-                outcomes += self._run(number, slots)
+                outcomes += self._run(number, slots, lambda results: disturb(results, given))
             outcomes += self._states(copies)
         return Rehearsal(sorted(outcomes, key=lambda outcome: outcome.step))
 
@@ -146,9 +160,10 @@ class Segment:
         """The bytes of a region."""
         return bytes_of(self._values[region.slots[0]].untyped_storage(), region.start, region.stop)
 
-    def _run(self, number: int, slots: dict[int, Any]) -> Iterator[Outcome]:
+    def _run(self, number: int, slots: dict[int, Any], disturb: Callable[[Sequence[Any]], None]) -> Iterator[Outcome]:
         step, kept = self._steps[number], self._recorded.constants
         results = step.fn(*[slots[slot] for slot in step.reads])
+        disturb(results)
         for position, (slot, value) in enumerate(zip(step.writes, results, strict=True)):
             slots[slot] = value
             if slot in kept:

@@ -12,6 +12,7 @@ import torch
 
 from graphcap.cudagraph import Capture
 from graphcap.cudagraph.checks import plan_check, verify
+from graphcap.cudagraph.checks.differences import TOLERANCES
 from graphcap.cudagraph.dispatch.phase import allow_capture
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from tests.cudagraph.padded_regions import N, PaddedRegion
@@ -128,6 +129,78 @@ def test_every_step_with_the_operation_runs_live():
         x = randn(3)
         assert torch.equal(runner(x)[0], program.run(x)[0])
     assert list(runner.stats.plans[0].live) == ["step_0", "step_2"]
+
+
+class UnsteadyDevice(FreezingDevice):
+    """Replays round otherwise than live runs do, from the first captured step on."""
+
+    def begin(self, pool, released):
+        recording = super().begin(pool, released)
+        call, first = recording.call, []
+
+        def unsteady_call(fn, args):
+            first.append(fn)
+            if len(first) > 1:
+                return call(fn, args)
+
+            def unsteady(*args):
+                results = fn(*args)
+                for result in results:
+                    result.mul_(1 + torch.finfo(result.dtype).eps)
+                return results
+
+            return call(unsteady, args)
+
+        recording.call = unsteady_call
+        return recording
+
+
+def unsteady(metadata, depth, *, sample=False):
+    """Steps of a map that doubles what rounding has left, then an operation that is captured on trust."""
+    region = Region()
+    x = region.tensor("x")
+    y = region.step(lambda x: x * 1, x)
+    for _ in range(depth):
+        y = region.step(lambda y: 4 * y * (1 - y), y)
+    z = region.step(lambda y: (y.mul(1e6).long() if sample else y) * metadata["scale"], y)
+    return trusting(region.returning(z), **{f"step_{depth + 1}": ("ns::a",)})
+
+
+def unsteady_calls(runner, metadata, scale=lambda call: 1):
+    torch.manual_seed(0)
+    for call in range(6):
+        metadata["scale"] = scale(call)
+        yield torch.rand(16, 64)
+
+
+def test_values_that_rounding_moves_far_are_no_divergence():
+    metadata = {"scale": 1}
+    program = unsteady(metadata, 11)
+    runner = runner_of(program, UnsteadyDevice(metadata))
+    apart = [(runner(x)[0] - program.run(x)[0]).abs().max().item() for x in unsteady_calls(runner, metadata)]
+    assert max(apart) > 5 * TOLERANCES[torch.float32]  # as a step by itself, it would have been a divergence
+    assert not runner.stats.divergences
+    assert runner.inspector.proven == {"ns::a"}
+
+
+def test_a_frozen_value_is_found_where_rounding_moves_values_far():
+    metadata = {"scale": 1}
+    runner = runner_of(unsteady(metadata, 11), UnsteadyDevice(metadata))
+    for x in unsteady_calls(runner, metadata, scale=lambda call: 10**call):
+        runner(x)
+    (divergence,) = runner.stats.divergences
+    assert divergence.endswith("captured on trust: ns::a")
+
+
+@pytest.mark.parametrize(("depth", "sample"), [(40, False), (11, True)], ids=["chaotic", "numbers"])
+def test_what_rounding_changes_altogether_is_not_compared_and_the_report_says_so(depth, sample):
+    metadata = {"scale": 1}
+    runner = runner_of(unsteady(metadata, depth, sample=sample), UnsteadyDevice(metadata))
+    for x in unsteady_calls(runner, metadata):
+        runner(x)
+    assert not runner.stats.divergences
+    assert "rounding alone changes result 0" in runner.stats.unchecked["ns::a"]
+    assert list(runner.stats.plans[0].live) == []
 
 
 def two_in_one_graph(metadata, **trusted):

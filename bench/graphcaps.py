@@ -32,6 +32,20 @@ def device_options(device: torch.device) -> dict[str, Any]:
     return {"simulate": True} if device.type == "cpu" and "simulate" in known else {}
 
 
+def require_whole_graphs(target: object) -> None:
+    """See that a FULL variant is one: whatever its plans run live would be timed under a wrong name.
+
+    Raises:
+        RuntimeError: something runs live, with the reason.
+    """
+    plans = [plan for region in graphcap.explain(target).regions for plan in region.plans]
+    if not plans:
+        raise RuntimeError("nothing is captured")
+    for plan in plans:
+        for name, reason in plan.live.items():
+            raise RuntimeError(f"{name} runs live in a FULL plan: {reason}")
+
+
 def report_text(target: object) -> str:
     """What ``graphcap.explain`` says about a compiled model, or why it says nothing."""
     try:

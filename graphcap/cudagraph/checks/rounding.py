@@ -2,8 +2,10 @@
 
 Some kernels round differently from one run to the next, and what follows carries that on: after 28 layers in bfloat16
 two live runs of the same code may be percents apart. A tolerance for one operation says nothing about that. So where
-values differ, the computation is judged by itself: by one more run, in which every float that a step returns is off by
-about its last bit before the next step reads it.
+values differ, the computation is judged by itself: by one more run, in which some of the floats that a step returns are
+off by their last bit before the next step reads them. (Of 28 layers with random weights, in bfloat16: where one element
+after the first step is off, the largest gap is 3 % of its row's largest value at the end, where one in 16 after each
+step is, 11 %. An H200 is 3 % apart from itself.)
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from graphcap.cudagraph.checks.differences import Difference, difference, relati
 from graphcap.cudagraph.private import bytes_of, storage_address
 
 _SEED = 1
-_MAX_SPREAD = 0.15  #: of a row's largest value; what rounding moves further cannot be told from what is wrong
-_NUDGED = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+_ONE_IN = 16  #: floats is nudged
+_ULP = 0.75  #: of ``eps``; rounded, that is one unit in the last place
+_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+_MAX_SPREAD = 0.2  #: of a row's largest value; what rounding moves further cannot be told from what is wrong
+_NUDGED = {*_WIDER, torch.float64}
 
 
 class TooUnsteady(Exception):
@@ -27,7 +32,7 @@ class TooUnsteady(Exception):
 
 
 def nudge(results: Sequence[Any], given: Collection[int]) -> None:
-    """Move every float in the memory of these results by one ``eps`` of its dtype, up or down at random.
+    """Move one in 16 of the floats in the memory of these results by its last bit, up or down at random.
 
     Args:
         results: what a step returned.
@@ -48,8 +53,10 @@ def _nudge_memory(tensor: torch.Tensor) -> None:
     flat = bytes_of(storage, 0, storage.nbytes() // tensor.element_size() * tensor.element_size()).view(tensor.dtype)
     # A generator of its own: the program's draw the same numbers in every run.
     generator = torch.Generator(tensor.device).manual_seed(_SEED)
-    ups = torch.randint(0, 2, flat.shape, generator=generator, device=tensor.device, dtype=torch.int8)
-    flat.mul_(1 + (2 * ups - 1) * torch.tensor(torch.finfo(tensor.dtype).eps, dtype=tensor.dtype))
+    drawn = torch.randint(0, 2 * _ONE_IN, flat.shape, generator=generator, device=tensor.device, dtype=torch.int8)
+    wide = _WIDER.get(tensor.dtype, torch.float64)
+    eps = _ULP * torch.finfo(tensor.dtype).eps if wide is not tensor.dtype else torch.finfo(wide).eps
+    flat.copy_(flat.to(wide) * (1 + eps * ((drawn == 0).to(wide) - (drawn == 1).to(wide))))
 
 
 def spread(settled: Any, nudged: Any) -> float:

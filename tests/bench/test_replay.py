@@ -22,12 +22,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: str) -> dict[str,
 
 
 def test_rows_of_every_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = run(tmp_path, monkeypatch, only="graphcap FULL static sealed,hand-made FULL")
+    content = run(tmp_path, monkeypatch, only="graphcap FULL static sealed,graphcap PIECEWISE static,hand-made FULL")
     rows = content["rows"]
     assert isinstance(rows, list)
     measured = [row for row in rows if row["status"] == "ok"]
     assert {(row["batch"], row["variant"]) for row in measured} >= {
-        (batch, "graphcap FULL static sealed") for batch in (1, 3)
+        (batch, f"graphcap {mode} static sealed") for batch in (1, 3) for mode in ("FULL", "PIECEWISE")
     }
     assert {row["status"] for row in rows if row["variant"] == "hand-made FULL"} == {"skipped: needs CUDA"}
     layout = table.LAYOUTS["replay"]

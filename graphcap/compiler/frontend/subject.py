@@ -23,8 +23,9 @@ class Subject:
 
     Attributes:
         name: for the report.
-        module_type: the class of a module.
-        modules: ids of the module and its submodules.
+        module: a module.
+        module_type: its class.
+        modules: ids of it and its submodules.
         tensors: ids of their parameters and buffers.
         codes: code objects of a function.
         owner: for a bound method of a module, that module.
@@ -33,6 +34,7 @@ class Subject:
     """
 
     name: str
+    module: torch.nn.Module | None = None
     module_type: type[torch.nn.Module] | None = None
     modules: set[int] = field(default_factory=set)
     tensors: set[int] = field(default_factory=set)
@@ -42,11 +44,23 @@ class Subject:
     compiled_by_torch: bool = False
 
     def owns(self, region: Region) -> bool:
-        """Whether a region was traced from this target, or computes with its parameters."""
+        """Whether a region was traced from this target, or serves it."""
         if self.codes:
             same_owner = self.owner is None or region.owner is None or region.owner is self.owner
             return same_owner and any(private.is_frame_of(region.code, code) for code in self.codes)
-        return id(region.owner) in self.modules or region.shares_tensor_with(self.tensors)
+        if id(region.owner) in self.modules:
+            return True
+        return self._may_be_served_by(region.owner) and region.shares_tensor_with(self.tensors)
+
+    def _may_be_served_by(self, owner: Any) -> bool:
+        """Whether what was traced for ``owner`` serves the module where it computes with its parameters: what the
+        module is a part of, and another one of its class, with whom Dynamo shares a graph. A model of another kind may
+        have an embedding in common with it, and no more."""
+        if not isinstance(owner, torch.nn.Module):
+            return True
+        if any(each is self.module for each in owner.modules()):
+            return True
+        return record_of(owner) is None and type(owner) is self.module_type
 
     def regions(self) -> list[Region]:
         """The regions that it owns now."""
@@ -82,6 +96,7 @@ def subject_of(target: Any) -> Subject:
 def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, compiled: bool) -> Subject:
     return Subject(
         type(module).__name__,
+        module=module,
         module_type=type(module),
         modules={id(each) for each in module.modules()},
         tensors={id(tensor) for tensor in (*module.parameters(), *module.buffers())},
@@ -101,7 +116,7 @@ def _codes(function: Any) -> Iterator[CodeType]:
 
 
 def regions_of(target: Any) -> list[Region]:
-    """The regions that were traced from a target, or that compute with its parameters.
+    """The regions that were traced from a target, or that serve it.
 
     Raises:
         TypeError: ``target`` is nothing that could have been compiled.

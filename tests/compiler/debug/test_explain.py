@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -102,6 +103,38 @@ def test_a_module_finds_a_function_that_computes_with_its_parameters() -> None:
     model = Mlp().eval()
     call(torch.compile(lambda x: model(x) + 1, backend=backend, options=OPTIONS), width=4)
     assert len(graphcap.explain(model).regions) == 1
+
+
+class Draft(nn.Module):
+    """A small model that has its first layer in common with a larger one."""
+
+    def __init__(self, target: Stack) -> None:
+        super().__init__()
+        self.first = target.layers[0]
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("compile_one", [compiled, lambda m: graphcap.compile(m, compiler="eager")])
+def test_models_with_a_layer_in_common_do_not_find_each_other(compile_one: Callable[[nn.Module], nn.Module]) -> None:
+    target = Stack(2).eval()
+    draft = Draft(target).eval()
+    call(compile_one(target))
+    call(compile_one(draft))
+    assert names(graphcap.explain(target)) == ["Stack.forward"]
+    assert names(graphcap.explain(draft)) == ["Draft.forward"]
+    assert names(graphcap.explain(target.layers[0])) == ["Stack.forward", "Draft.forward"]
+
+
+def test_instances_over_the_same_weights_have_graphs_of_their_own() -> None:
+    one = Stack(1).eval()
+    other = copy.deepcopy(one, {id(tensor): tensor for tensor in one.parameters()})
+    for model in (one, other):
+        call(graphcap.compile(model, compiler="eager"))
+    assert len(graphcap.explain(one).regions) == len(graphcap.explain(other).regions) == 1
+    assert graphcap.explain(one).regions != graphcap.explain(other).regions
 
 
 def test_a_function_and_its_compiled_version_find_the_same() -> None:

@@ -6,8 +6,9 @@ gone: what only informs (frames, guard failures, generated code) degrades to "un
 By theme: :mod:`~graphcap.compiler.private.dynamo` (what Dynamo tells, and its hooks),
 :mod:`~graphcap.compiler.private.tensors`, :mod:`~graphcap.compiler.private.shapes` (symbols and guards),
 :mod:`~graphcap.compiler.private.operators`, :mod:`~graphcap.compiler.private.inductor`,
-:mod:`~graphcap.compiler.private.views` and :mod:`~graphcap.compiler.private.fusion_scores` (what it makes of sizes
-without an example), :mod:`~graphcap.compiler.private.attention` (its masks),
+:mod:`~graphcap.compiler.private.slices`, :mod:`~graphcap.compiler.private.views` and
+:mod:`~graphcap.compiler.private.fusion_scores` (what it makes of sizes without an example),
+:mod:`~graphcap.compiler.private.attention` (its masks),
 :mod:`~graphcap.compiler.private.trees` (nested containers).
 """
 
@@ -54,6 +55,7 @@ from graphcap.compiler.private.shapes import (
     symbol_ranges,
     without_replaced_symbols,
 )
+from graphcap.compiler.private.slices import exact_slices
 from graphcap.compiler.private.tensors import (
     as_dynamo_traces,
     default_device,
@@ -85,6 +87,7 @@ __all__ = [
     "current_frame",
     "custom_op_kernel",
     "default_device",
+    "exact_slices",
     "fake_mode_of",
     "forbidden_score",
     "inductor_scratch",

@@ -122,7 +122,8 @@ def test_pieces_compiled_by_inductor_generate_eagers_tokens(family: str, cache: 
     for region in regions_of(model):
         compiled = [piece for piece in region.pieces if piece.kind == "captured"]
         assert {piece.origin for piece in compiled} <= {"compiled", "cache"}, [piece.note for piece in compiled]
-        assert len({piece.key for piece in compiled}) == 3
+        builds_mask = any("masking_utils" in piece.source for piece in region.pieces)
+        assert len({piece.key for piece in compiled}) == 3 + builds_mask
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -54,6 +54,10 @@ def test_convolution_of_a_batch_of_any_size_is_not_left_to_inductor() -> None:
         replayed=2,  # a declared size is captured at its second sight
     )
 
+    if any("dims are marked dynamic" in note for note in graphcap.explain(model).notes):
+        # torch before 2.13 cannot trace the convolution for any size: one image, and any other number of them.
+        assert len(regions_of(model)) == 2
+        return
     (region,) = regions_of(model)
     (patches,) = (piece for piece in region.pieces if piece.origin == "failed")
     assert "convolution of unknown batch size" in patches.note

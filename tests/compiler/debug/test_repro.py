@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def test_a_repro_runs_on_its_own_and_agrees(tmp_path: Path) -> None:
         model(x)
     (folder,) = tmp_path.iterdir()
     done = run_python(str(folder / "pieces" / "piece_0.repro.py"))
-    said = [line for line in done.stderr.splitlines() if "triton not found" not in line]  # what torch says without it
+    # What torch says without Triton, or without a GPU, is nothing to us.
+    said = [line for line in done.stderr.splitlines() if not re.search("triton not found|No CUDA runtime", line)]
     assert (done.returncode, said) == (0, [])
     assert "output 0" in done.stdout
     assert done.stdout.endswith("agrees\n")

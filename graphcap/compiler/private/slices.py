@@ -54,7 +54,7 @@ def bounds(size: Any, start: Any, end: Any) -> tuple[Any, Any] | None:
     first, last = _number(0 if start is None else start), _number(_UNBOUNDED if end is None else end)
     if first is None or last is None or not free_unbacked_symbols(size):
         return None
-    begin = Max(0, size + first) if first < 0 else Min(first, size)
+    begin = sympy.S.Zero if first == 0 else Max(0, size + first) if first < 0 else Min(first, size)
     # Not the difference of both ends, each within the tensor: that would be the same number in more words.
     stop = size if last >= _UNBOUNDED else size + last if last < 0 else Min(last, size)
     return begin, Max(0, stop - (begin if first < 0 else first))

@@ -177,10 +177,14 @@ def _difference(ran: _Ran, outputs: Sequence[Any], is_padded: bool) -> str:
     got, expected = [*outputs, *(ran.inputs[slot] for slot in ran.written)], [*ran.expected, *ran.written_in(ran.after)]
     if is_padded:
         return _departs(got, expected, ran.names())
-    if not _differ(got, expected, ran.names()):
+    found = _differ(got, expected, ran.names())
+    if not found:
         return ""
-    left = ran.memory.copy()
-    by_rounding = spreads(ran.built.program, ran.inputs, ran.written, ran.put_back)
+    try:
+        left = ran.memory.copy()
+        by_rounding = spreads(ran.built.program, ran.inputs, ran.written, ran.put_back)
+    except Exception:  # no room for it, mostly
+        return found
     ran.memory.restore(left)
     return _differ(got, expected, ran.names(), by_rounding)
 

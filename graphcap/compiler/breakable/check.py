@@ -17,14 +17,12 @@ import torch
 
 from graphcap.compiler import private
 from graphcap.compiler.breakable import calls
+from graphcap.compiler.breakable.differ import differ, differ_when_padded, require_same_forms, spreads
 from graphcap.compiler.breakable.incoming import Incoming
 from graphcap.compiler.breakable.program import Built
 from graphcap.compiler.breakable.record import Recorder
 from graphcap.compiler.breakable.undo import Copy, Memory
-from graphcap.compiler.breakable.unsteady import spreads
-from graphcap.cudagraph.checks.differences import difference
-from graphcap.cudagraph.checks.rounding import TooUnsteady, beyond_rounding
-from graphcap.cudagraph.padded.compare import departs
+from graphcap.cudagraph.checks.rounding import TooUnsteady
 
 _NO_ROOM = "what a call writes is too large to be copied"
 
@@ -171,13 +169,11 @@ def _difference(ran: _Ran, outputs: Sequence[Any], is_padded: bool) -> str:
         TooUnsteady: some differ, and rounding alone moves them as far.
         Exception: a step of the program fails.
     """
-    forms = [(_form(mine), _form(right)) for mine, right in zip(outputs, _tensors(ran.result), strict=True)]
-    if any(mine != right for mine, right in forms):
-        raise RuntimeError(f"results of another form than the function's, (replay, function): {forms}")
+    require_same_forms(outputs, _tensors(ran.result))
     got, expected = [*outputs, *(ran.inputs[slot] for slot in ran.written)], [*ran.expected, *ran.written_in(ran.after)]
     if is_padded:
-        return _departs(got, expected, ran.names())
-    found = _differ(got, expected, ran.names())
+        return differ_when_padded(got, expected, ran.names())
+    found = differ(got, expected, ran.names())
     if not found:
         return ""
     try:
@@ -186,7 +182,7 @@ def _difference(ran: _Ran, outputs: Sequence[Any], is_padded: bool) -> str:
     except Exception:  # no room for it, mostly
         return found
     ran.memory.restore(left)
-    return _differ(got, expected, ran.names(), by_rounding)
+    return differ(got, expected, ran.names(), by_rounding)
 
 
 def _by_position(call: calls.Call) -> calls.Outcome | None:
@@ -197,29 +193,3 @@ def _by_position(call: calls.Call) -> calls.Outcome | None:
     reads = call.reads()
     written = {reads.index(number): each for number, each in did.written.items()}
     return dataclasses.replace(did, written=written)
-
-
-def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
-    strides = tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
-    return tensor.dtype, tuple(tensor.shape), strides
-
-
-def _differ(
-    got: Sequence[Any], expected: Sequence[torch.Tensor], names: Sequence[str], by_rounding: Sequence[float] = ()
-) -> str:
-    """The first tensor that is not what it should be, beyond the rounding of its dtype; ``""`` if none."""
-    for index, (mine, right, name) in enumerate(zip(got, expected, names, strict=True)):
-        found = difference(right, mine)
-        if found is not None and by_rounding:
-            found = beyond_rounding(name, right, mine, by_rounding[index])
-        if found is not None:
-            return f"a replay gave another {name} than the function, {found}"
-    return ""
-
-
-def _departs(got: Sequence[Any], expected: Sequence[torch.Tensor], names: Sequence[str]) -> str:
-    """The same for two sizes of one call."""
-    for mine, right, name in zip(got, expected, names, strict=True):
-        if departs(mine, right):
-            return f"a padded replay gave another {name} than the function at the real size"
-    return ""

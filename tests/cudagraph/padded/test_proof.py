@@ -292,6 +292,19 @@ def test_noise_is_not_taken_for_mixing() -> None:
 NOISE = torch.Generator().manual_seed(0)
 
 
+def test_noise_that_is_not_in_every_run_is_not_taken_for_mixing() -> None:
+    """As cuDNN's attention has it on an H200: a row in seven runs of ten. Here in the first run with other padding,
+    not in the first one that is as the padded run, and in the second."""
+    runs: list[int] = []
+
+    def unsteady(x: Tensor, n: int) -> Tensor:
+        runs.append(n)
+        return x + 1e-6 * (len(runs) in (4, 6))
+
+    assert proof_of(chained(unsteady), [3, rows(3)], 4).reason == ""
+    assert runs[1:6] == [3, 4, 4, 4, 4]  # the call, padded, with other padding, and twice the padded run again
+
+
 def test_a_size_that_is_returned_is_refused() -> None:
     region = PaddedRegion()
     x = region.rows("x", WIDTH)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,26 +13,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcap.compiler import private
 from graphcap.cudagraph import Constant, Program
 from graphcap.cudagraph.checks.differences import difference
-from graphcap.cudagraph.checks.rounding import beyond_rounding, nudge, spread
+from graphcap.cudagraph.checks.rounding import beyond_rounding, nudged, spread
 from graphcap.cudagraph.padded.compare import departs
-from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.recording.recorded import run_live
 
 
 class _Nudging(TorchDispatchMode):
-    """Moves the floats that an operator has made; views share what somebody else made."""
+    """Moves the floats that an operator has made; what it has written or what is a view of something else stays."""
 
-    def __init__(self, given: Collection[int]) -> None:
-        """Leave alone the storages at the addresses ``given``."""
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._given = given
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        aliases = [each.alias_info for each in func._schema.returns]
-        if all(alias is None or alias.is_write for alias in aliases):
-            nudge(private.tree_flatten(results)[0], self._given)
-        return results
+        if any(each.alias_info is not None for each in func._schema.returns):
+            return results
+        leaves, spec = private.tree_flatten(results)
+        return private.tree_unflatten(nudged(leaves, ()), spec)
 
 
 def spreads(
@@ -49,7 +46,6 @@ def spreads(
     Raises:
         Exception: what a step raises.
     """
-    given = {storage_address(each) for each in inputs if isinstance(each, torch.Tensor)}
 
     def left_by_run(mode: AbstractContextManager[Any]) -> list[Any]:
         put_back()
@@ -60,7 +56,7 @@ def spreads(
         left = [*results, *(inputs[slot] for slot in written)]
         return [each.clone() if isinstance(each, torch.Tensor) else each for each in left]
 
-    return list(map(spread, left_by_run(contextlib.nullcontext()), left_by_run(_Nudging(given))))
+    return list(map(spread, left_by_run(contextlib.nullcontext()), left_by_run(_Nudging())))
 
 
 def require_same_forms(outputs: Sequence[Any], results: Sequence[torch.Tensor]) -> None:

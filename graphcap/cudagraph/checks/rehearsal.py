@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graphcap.cudagraph.checks.rounding import nudge
+from graphcap.cudagraph.checks.rounding import nudged
 from graphcap.cudagraph.hardware.generators import same_random_numbers
 from graphcap.cudagraph.private import bytes_of, over_storage, storage_address
 from graphcap.cudagraph.recording.arena import copy_into, span_bytes
@@ -21,6 +21,9 @@ from graphcap.cudagraph.recording.recorded import Recorded, captured_slots
 _ALIGNMENT = (
     512  #: bytes; a copy begins at a multiple of it within the storage, so that kernels find the same alignment
 )
+
+#: Takes what a step returned and the addresses of all storages in use; returns what the next step gets.
+_Disturb = Callable[[Sequence[Any], Collection[int]], Sequence[Any]]
 
 
 class TooLarge(Exception):
@@ -84,7 +87,7 @@ class Segment:
             TooLarge: they write more.
             Exception: what a step raises.
         """
-        return self._rehearse(max_bytes, lambda results, given: None)
+        return self._rehearse(max_bytes, lambda results, known: results)
 
     def rehearse_nudged(self, max_bytes: int) -> Rehearsal:
         """The same with every result of a step off by about its last bit: how far the outcomes are from those of
@@ -93,16 +96,15 @@ class Segment:
         Raises:
             TooLarge, Exception: as :meth:`rehearse`.
         """
-        return self._rehearse(max_bytes, nudge)
+        return self._rehearse(max_bytes, nudged)
 
-    def _rehearse(self, max_bytes: int, disturb: Callable[[Sequence[Any], Collection[int]], None]) -> Rehearsal:
+    def _rehearse(self, max_bytes: int, disturb: _Disturb) -> Rehearsal:
         outcomes: list[Outcome] = []
         with torch.inference_mode(False), torch.no_grad(), same_random_numbers(self._device()):
             copies = self._copies(max_bytes)
             slots = self._values | copies
-            given = {storage_address(value) for value in slots.values() if isinstance(value, torch.Tensor)}
             for number in self.numbers:
-                outcomes += self._run(number, slots, lambda results: disturb(results, given))
+                outcomes += self._run(number, slots, disturb)
             outcomes += self._states(copies)
         return Rehearsal(sorted(outcomes, key=lambda outcome: outcome.step))
 
@@ -160,10 +162,10 @@ class Segment:
         """The bytes of a region."""
         return bytes_of(self._values[region.slots[0]].untyped_storage(), region.start, region.stop)
 
-    def _run(self, number: int, slots: dict[int, Any], disturb: Callable[[Sequence[Any]], None]) -> Iterator[Outcome]:
+    def _run(self, number: int, slots: dict[int, Any], disturb: _Disturb) -> Iterator[Outcome]:
         step, kept = self._steps[number], self._recorded.constants
-        results = step.fn(*[slots[slot] for slot in step.reads])
-        disturb(results)
+        made = step.fn(*[slots[slot] for slot in step.reads])
+        results = disturb(made, {storage_address(each) for each in slots.values() if isinstance(each, torch.Tensor)})
         for position, (slot, value) in enumerate(zip(step.writes, results, strict=True)):
             slots[slot] = value
             if slot in kept:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.checks.differences import Difference, difference, relative_gap
-from graphcap.cudagraph.private import bytes_of, storage_address
+from graphcap.cudagraph.private import bytes_of, over_storage, storage_address
 
 _SEED = 1
 _ONE_IN = 16  #: floats is nudged
@@ -25,30 +25,41 @@ _ULP = 0.75  #: of ``eps``; rounded, that is one unit in the last place
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 _MAX_SPREAD = 0.2  #: of a row's largest value; what rounding moves further cannot be told from what is wrong
 _NUDGED = {*_WIDER, torch.float64}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class TooUnsteady(Exception):
     """Rounding alone changes the values so much that a comparison says nothing."""
 
 
-def nudge(results: Sequence[Any], given: Collection[int]) -> None:
-    """Move one in 16 of the floats in the memory of these results by its last bit, up or down at random.
+def nudged(results: Sequence[Any], known: Collection[int]) -> list[Any]:
+    """What a step returned, with one in 16 of the floats moved by its last bit, up or down at random.
+
+    What is moved is a copy: a step may return memory that outlives it. Results that share memory share the copy.
 
     Args:
-        results: what a step returned.
-        given: the addresses of storages that are not the step's own, and are left alone.
+        results: of the step.
+        known: the addresses of storages that others have values in; results in these are left as they are.
     """
-    own: dict[int, set[torch.dtype]] = {}
-    tensors = [each for each in results if isinstance(each, torch.Tensor)]
-    for tensor in tensors:
-        own.setdefault(storage_address(tensor), set()).add(tensor.dtype)
-    for tensor in tensors:
-        dtypes = own.pop(storage_address(tensor), set())
-        if storage_address(tensor) not in {0, *given} and dtypes <= _NUDGED and len(dtypes) == 1:
-            _nudge_memory(tensor)
+    places = [storage_address(each) if type(each) in _PLAIN else 0 for each in results]
+    dtypes: dict[int, set[torch.dtype]] = {}
+    for place, each in zip(places, results, strict=True):
+        if place and place not in known:
+            dtypes.setdefault(place, set()).add(each.dtype)
+    copies: dict[int, torch.UntypedStorage] = {}
+    moved = []
+    for place, each in zip(places, results, strict=True):
+        if len(dtypes.get(place, ())) != 1 or not dtypes[place] <= _NUDGED:
+            moved.append(each)
+            continue
+        if place not in copies:
+            copies[place] = _nudged_memory(each).untyped_storage()
+        moved.append(over_storage(copies[place], each, int(each.storage_offset())))
+    return moved
 
 
-def _nudge_memory(tensor: torch.Tensor) -> None:
+def _nudged_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The storage of a tensor, one float after the other."""
     storage = tensor.untyped_storage()
     flat = bytes_of(storage, 0, storage.nbytes() // tensor.element_size() * tensor.element_size()).view(tensor.dtype)
     # A generator of its own: the program's draw the same numbers in every run.
@@ -56,7 +67,7 @@ def _nudge_memory(tensor: torch.Tensor) -> None:
     drawn = torch.randint(0, 2 * _ONE_IN, flat.shape, generator=generator, device=tensor.device, dtype=torch.int8)
     wide = _WIDER.get(tensor.dtype, torch.float64)
     eps = _ULP * torch.finfo(tensor.dtype).eps if wide is not tensor.dtype else torch.finfo(wide).eps
-    flat.copy_(flat.to(wide) * (1 + eps * ((drawn == 0).to(wide) - (drawn == 1).to(wide))))
+    return (flat.to(wide) * (1 + eps * ((drawn == 0).to(wide) - (drawn == 1).to(wide)))).to(tensor.dtype)
 
 
 def spread(settled: Any, nudged: Any) -> float:

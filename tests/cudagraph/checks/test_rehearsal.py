@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphcap.cudagraph.checks.rehearsal import Segment, TooLarge, segments_of
+from graphcap.cudagraph.checks.rounding import spread
 from tests.cudagraph.regions import LIVE, Region, randn, runner_of, warm
 
 
@@ -55,6 +56,25 @@ def test_what_a_segment_writes_stays_as_it_is_until_the_rehearsal_takes_effect()
     rehearsal.take_effect()
     assert torch.equal(memory, expected)
     assert torch.equal(recorded.constants[4], found["result 0"])
+
+
+def test_a_nudged_rehearsal_moves_values_a_little_and_nothing_that_lasts():
+    table = torch.rand(4096) + 1  # what a step returns without having made it
+    region = Region()
+    state, x = region.tensor("state"), region.tensor("x")
+    looked_up = region.step(lambda x: table, x)
+    y = region.step(lambda s, t: s.add_(t) * 1, state, looked_up, mutates=[state])
+    runner = runner_of(region.returning(region.step(lambda y: y.view(64, 64), y)))
+    state, x, before = torch.ones(4096), randn(3), table.clone()
+    warm(runner, state, x)
+    state_before = state.clone()
+    segment = Segment(next(iter(runner._table.plans.values())).recorded, [0, 1, 2])
+    settled, moved = segment.rehearse(2**20), segment.rehearse_nudged(2**20)
+    assert torch.equal(table, before)
+    assert torch.equal(state, state_before)
+    assert [each.what for each in moved] == [each.what for each in settled]
+    gaps = [spread(one.expected, other.expected) for one, other in zip(settled, moved, strict=True)]
+    assert all(0 < gap < 1e-6 for gap in gaps), gaps
 
 
 def test_views_that_lie_apart_are_copied_apart():

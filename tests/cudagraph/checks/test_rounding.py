@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graphcap.cudagraph.checks.differences import NARROW_TOLERANCE
-from graphcap.cudagraph.checks.rounding import TooUnsteady, beyond_rounding, nudge, spread
+from graphcap.cudagraph.checks.rounding import TooUnsteady, beyond_rounding, nudged, spread
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -16,8 +16,9 @@ FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_one_in_16_floats_moves_by_its_last_bit(dtype):
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
-    moved = x.clone()
-    nudge([moved], given=())
+    before = x.clone()
+    (moved,) = nudged([x], known=())
+    assert torch.equal(x, before)
     steps = (moved.double() - x.double()).abs() / x.double().abs()
     assert (steps > 0).double().mean().item() == pytest.approx(1 / 16, rel=0.2)
     assert steps.max().item() <= 2 * torch.finfo(dtype).eps
@@ -26,24 +27,26 @@ def test_one_in_16_floats_moves_by_its_last_bit(dtype):
 
 def test_what_has_no_last_bit_stays():
     odd = torch.tensor([0.0, float("inf"), float("nan")]).repeat(100)
-    moved = odd.clone()
     numbers = torch.arange(300)
-    nudge([moved, numbers, None, 3], given=())
+    moved, *others = nudged([odd, numbers, None, 3], known=())
     assert torch.equal(moved.nan_to_num(7.0), odd.nan_to_num(7.0))
-    assert torch.equal(numbers, torch.arange(300))
+    assert [each is other for each, other in zip(others, [numbers, None, 3], strict=True)] == [True] * 3
 
 
-def test_memory_of_others_stays_and_views_are_moved_with_their_base():
-    given, own = torch.ones(1000), torch.ones(1000)
-    nudge([given, own[10:], own.view(10, 100)], {given.untyped_storage().data_ptr()})
-    assert torch.equal(given, torch.ones(1000))
-    assert 0 < (own != 1).sum().item() < 200
+def test_memory_of_others_is_left_alone_and_results_that_share_memory_share_the_copy():
+    theirs, own = torch.ones(1000), torch.ones(1000)
+    same, tail, matrix = nudged([theirs, own[10:], own.view(10, 100).t()], {theirs.untyped_storage().data_ptr()})
+    assert same is theirs
+    assert torch.equal(own, torch.ones(1000))
+    assert 0 < (tail != 1).sum().item() < 200
+    assert (matrix.shape, matrix.stride()) == ((100, 10), (1, 100))
+    tail.zero_()
+    assert matrix.t().flatten()[10:].abs().sum() == 0
 
 
 def test_random_numbers_of_the_program_are_not_used_up():
     torch.manual_seed(0)
-    nudge([torch.ones(1000)], given=())
-    assert torch.initial_seed() == 0
+    nudged([torch.ones(1000)], known=())
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))

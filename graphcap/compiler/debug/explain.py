@@ -40,7 +40,7 @@ def explain(target: Any = None) -> Report:
 
 def _served_by_a_sibling(subject: Subject, regions: Sequence[Region]) -> str:
     """What there is to say about a module whose class was traced for another instance, ``""`` when none was."""
-    siblings = [r.name for r in regions if subject.module_type is not None and type(r.owner) is subject.module_type]
+    siblings = [r.name for r in regions if subject.module is not None and type(r.owner) is type(subject.module)]
     if not siblings or subject.record is not None:
         return ""
     return (

@@ -24,7 +24,6 @@ class Subject:
     Attributes:
         name: for the report.
         module: a module.
-        module_type: its class.
         modules: ids of it and its submodules.
         tensors: ids of their parameters and buffers.
         codes: code objects of a function.
@@ -35,7 +34,6 @@ class Subject:
 
     name: str
     module: torch.nn.Module | None = None
-    module_type: type[torch.nn.Module] | None = None
     modules: set[int] = field(default_factory=set)
     tensors: set[int] = field(default_factory=set)
     codes: list[CodeType] = field(default_factory=list)
@@ -60,7 +58,7 @@ class Subject:
             return True
         if any(each is self.module for each in owner.modules()):
             return True
-        return record_of(owner) is None and type(owner) is self.module_type
+        return record_of(owner) is None and type(owner) is type(self.module)
 
     def regions(self) -> list[Region]:
         """The regions that it owns now."""
@@ -97,7 +95,6 @@ def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, comp
     return Subject(
         type(module).__name__,
         module=module,
-        module_type=type(module),
         modules={id(each) for each in module.modules()},
         tensors={id(tensor) for tensor in (*module.parameters(), *module.buffers())},
         record=record,

@@ -63,8 +63,9 @@ def test_what_reads_a_slice_is_captured_and_padded() -> None:
             doubled, lengths = fast(x, starts)
             assert torch.equal(doubled, x * 2)
             assert torch.equal(lengths, torch.arange(1, num_rows + 1))
-    (region,) = graphcap.explain(fast).regions
-    assert sum(plan.replays for plan in region.plans) >= 2
+    report = graphcap.explain(fast)
+    (region,) = report.regions
+    assert sum(plan.replays for plan in region.plans) >= 2, report
     assert not any(plan.live for plan in region.plans)
 
 

@@ -53,3 +53,6 @@ def _fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+        # torch 2.11 leaves it False when calls of torch.compile(dynamic=True) in several threads end in another order
+        # than they began; every later trace of the process then takes all sizes for dynamic.
+        torch._dynamo.config.assume_static_by_default = True

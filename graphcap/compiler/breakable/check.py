@@ -170,10 +170,11 @@ def _difference(ran: _Ran, outputs: Sequence[Any], is_padded: bool) -> str:
         Exception: a step of the program fails.
     """
     require_same_forms(outputs, _tensors(ran.result))
+    names = ran.names()
     got, expected = [*outputs, *(ran.inputs[slot] for slot in ran.written)], [*ran.expected, *ran.written_in(ran.after)]
     if is_padded:
-        return differ_when_padded(got, expected, ran.names())
-    found = differ(got, expected, ran.names())
+        return differ_when_padded(got, expected, names)
+    found = differ(got, expected, names)
     if not found:
         return ""
     try:
@@ -182,7 +183,7 @@ def _difference(ran: _Ran, outputs: Sequence[Any], is_padded: bool) -> str:
     except Exception:  # no room for it, mostly
         return found
     ran.memory.restore(left)
-    return differ(got, expected, ran.names(), by_rounding)
+    return differ(got, expected, names, by_rounding)
 
 
 def _by_position(call: calls.Call) -> calls.Outcome | None:

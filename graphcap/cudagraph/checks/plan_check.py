@@ -143,8 +143,8 @@ class PlanCheck:
             return
         self._comparing = self._agreed = self._seen is None or self._seen.differ()
 
-    def _rehearse(self, number: int) -> tuple[Rehearsal, Rehearsal | None] | None:
-        """What is to be compared with, and the same with other rounding where there is room for it."""
+    def _rehearse(self, number: int) -> tuple[Rehearsal, Rehearsal] | None:
+        """What is to be compared with, and the same with other rounding; twice the same where there is no room."""
         try:
             if number not in self._segments:
                 self._segments[number] = Segment(self._recorded, self._groups[number])
@@ -155,11 +155,11 @@ class PlanCheck:
         try:
             return rehearsal, self._segments[number].rehearse_nudged(self._checks.spare_bytes())
         except Exception:  # no room for it, mostly
-            return rehearsal, None
+            return rehearsal, rehearsal
 
-    def _compare(self, number: int, rehearsal: Rehearsal, nudged: Rehearsal | None) -> None:
+    def _compare(self, number: int, rehearsal: Rehearsal, nudged: Rehearsal) -> None:
         try:
-            divergence = self._first_divergence(number, rehearsal, nudged or rehearsal)
+            divergence = self._first_divergence(number, rehearsal, nudged)
             if divergence is not None:
                 rehearsal.take_effect()
         except Exception as error:

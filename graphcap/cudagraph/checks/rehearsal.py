@@ -6,7 +6,7 @@ with what the graph left, value by value, and can be put in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ _ALIGNMENT = (
     512  #: bytes; a copy begins at a multiple of it within the storage, so that kernels find the same alignment
 )
 
-#: Takes what a step returned and the addresses of all storages in use; returns what the next step gets.
-_Disturb = Callable[[Sequence[Any], Collection[int]], Sequence[Any]]
+#: Takes what a step returned and the values that exist besides; returns what the next step gets.
+_Disturb = Callable[[Sequence[Any], Iterable[Any]], Sequence[Any]]
 
 
 class TooLarge(Exception):
@@ -87,7 +87,7 @@ class Segment:
             TooLarge: they write more.
             Exception: what a step raises.
         """
-        return self._rehearse(max_bytes, lambda results, known: results)
+        return self._rehearse(max_bytes, lambda results, others: results)
 
     def rehearse_nudged(self, max_bytes: int) -> Rehearsal:
         """The same with every result of a step off by about its last bit: how far the outcomes are from those of
@@ -164,8 +164,7 @@ class Segment:
 
     def _run(self, number: int, slots: dict[int, Any], disturb: _Disturb) -> Iterator[Outcome]:
         step, kept = self._steps[number], self._recorded.constants
-        made = step.fn(*[slots[slot] for slot in step.reads])
-        results = disturb(made, {storage_address(each) for each in slots.values() if isinstance(each, torch.Tensor)})
+        results = disturb(step.fn(*[slots[slot] for slot in step.reads]), slots.values())
         for position, (slot, value) in enumerate(zip(step.writes, results, strict=True)):
             slots[slot] = value
             if slot in kept:

@@ -11,7 +11,7 @@ step is, 11 %. An H200 is 3 % apart from itself.)
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,14 @@ from graphcap.cudagraph.private import bytes_of, over_storage, storage_address
 _SEED = 1
 _ONE_IN = 16  #: floats is nudged
 _ULP = 0.75  #: of ``eps``; rounded, that is one unit in the last place
-_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+#: What is nudged, each with the dtype in which that is calculated.
+_WIDER = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float32: torch.float64,
+    torch.float64: torch.float64,
+}
 _MAX_SPREAD = 0.2  #: of a row's largest value; what rounding moves further cannot be told from what is wrong
-_NUDGED = {*_WIDER, torch.float64}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -32,15 +37,16 @@ class TooUnsteady(Exception):
     """Rounding alone changes the values so much that a comparison says nothing."""
 
 
-def nudged(results: Sequence[Any], known: Collection[int]) -> list[Any]:
+def nudged(results: Sequence[Any], others: Iterable[Any]) -> list[Any]:
     """What a step returned, with one in 16 of the floats moved by its last bit, up or down at random.
 
     What is moved is a copy: a step may return memory that outlives it. Results that share memory share the copy.
 
     Args:
         results: of the step.
-        known: the addresses of storages that others have values in; results in these are left as they are.
+        others: values that exist besides; results in their memory are left as they are.
     """
+    known = {storage_address(each) for each in others if isinstance(each, torch.Tensor)}
     places = [storage_address(each) if type(each) in _PLAIN else 0 for each in results]
     dtypes: dict[int, set[torch.dtype]] = {}
     for place, each in zip(places, results, strict=True):
@@ -49,7 +55,7 @@ def nudged(results: Sequence[Any], known: Collection[int]) -> list[Any]:
     copies: dict[int, torch.UntypedStorage] = {}
     moved = []
     for place, each in zip(places, results, strict=True):
-        if len(dtypes.get(place, ())) != 1 or not dtypes[place] <= _NUDGED:
+        if len(dtypes.get(place, ())) != 1 or not dtypes[place] <= _WIDER.keys():
             moved.append(each)
             continue
         if place not in copies:
@@ -65,8 +71,7 @@ def _nudged_memory(tensor: torch.Tensor) -> torch.Tensor:
     # A generator of its own: the program's draw the same numbers in every run.
     generator = torch.Generator(tensor.device).manual_seed(_SEED)
     drawn = torch.randint(0, 2 * _ONE_IN, flat.shape, generator=generator, device=tensor.device, dtype=torch.int8)
-    wide = _WIDER.get(tensor.dtype, torch.float64)
-    eps = _ULP * torch.finfo(tensor.dtype).eps if wide is not tensor.dtype else torch.finfo(wide).eps
+    wide, eps = _WIDER[tensor.dtype], _ULP * torch.finfo(tensor.dtype).eps
     return (flat.to(wide) * (1 + eps * ((drawn == 0).to(wide) - (drawn == 1).to(wide)))).to(tensor.dtype)
 
 

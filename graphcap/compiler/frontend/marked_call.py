@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from types import FunctionType
 from typing import Any, Protocol
 
+from graphcap.compiler import private
 from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.call_dims import CallDims
 
@@ -38,7 +40,7 @@ class MarkedCall:
         has_graph: whether a backend has returned.
     """
 
-    __slots__ = ("args", "demands", "has_graph", "kwargs", "saved", "target", "traced")
+    __slots__ = ("_while_tracing", "args", "demands", "has_graph", "kwargs", "saved", "target", "traced")
 
     def __init__(self, target: Marking, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.target = target
@@ -48,6 +50,7 @@ class MarkedCall:
         self.demands = False
         self.has_graph = False
         self.saved: dynamo.Saved | None = None
+        self._while_tracing: contextlib.ExitStack | None = None
 
     def begin_trace(self) -> None:
         """Mark the dims for a trace that is about to begin. What the target's graph calls is traced as it likes."""
@@ -56,6 +59,9 @@ class MarkedCall:
             self.demands = True
             dynamo.demand_whole_graph()
         self.traced = True
+        if self._while_tracing is None:
+            self._while_tracing = contextlib.ExitStack()
+            self._while_tracing.enter_context(private.exact_slices())
         if self.saved is None:
             self.saved = dynamo.mark(target.dims.tensors(self.args, self.kwargs), target.marking)
 
@@ -63,6 +69,8 @@ class MarkedCall:
         """Take the marks away, and the demand back."""
         if self.demands:
             dynamo.end_demand()
+        if self._while_tracing is not None:
+            self._while_tracing.close()
         if self.saved is not None:
             dynamo.unmark(self.saved)
             self.saved = None

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from graphcap.compiler import private
 from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.attempts import next_attempt
 from graphcap.compiler.frontend.call_dims import CallDims
@@ -166,11 +165,10 @@ class CompiledTarget:
         """Through Dynamo, with what a trace has to know."""
         compiled = self._compiled
         assert compiled is not None
-        with private.exact_slices():
-            if not self._guards_hooks:
-                return compiled(*bound, *args, **kwargs)
-            with dynamo.hook_guards():
-                return compiled(*bound, *args, **kwargs)
+        if not self._guards_hooks:
+            return compiled(*bound, *args, **kwargs)
+        with dynamo.hook_guards():
+            return compiled(*bound, *args, **kwargs)
 
     def _learn(self, bound: tuple[Any, ...]) -> None:
         self._hooks.traced()

@@ -10,11 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
-from graphcap.compiler.private.patched import Patched
-
-_ignores_hints = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+from graphcap.compiler.private.patched import IS_NEEDED, Patched
 
 
 def _counting(plain: Callable[..., int]) -> Callable[..., int]:
@@ -45,7 +41,7 @@ _score = Patched("get_dep_size_hint", _counting)
 @contextlib.contextmanager
 def hinted_scores() -> Iterator[None]:
     """Within it, also in other threads, hints count."""
-    if not _ignores_hints:
+    if not IS_NEEDED:
         yield
         return
     from torch._inductor.graph import GraphLowering

@@ -7,6 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
+#: What is patched in this room was mended in torch 2.13.
+IS_NEEDED = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+
 
 class Patched:
     """A method, or a function in a table, that is replaced within ``with``, also for other threads, as long as one of

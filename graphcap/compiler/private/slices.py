@@ -17,16 +17,15 @@ from typing import Any
 import sympy
 import torch
 
-from graphcap.compiler.private.patched import Patched
+from graphcap.compiler.private.patched import IS_NEEDED, Patched
 
-_invents_symbols = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 _UNBOUNDED = sys.maxsize  #: what ``x[1:]`` has for an end
 
 
 @contextlib.contextmanager
 def exact_slices() -> Iterator[None]:
     """Within it, also in other threads, such slices have the size that they have, while tracing and in Inductor."""
-    if not _invents_symbols:
+    if not IS_NEEDED:
         yield
         return
     from torch._inductor.lowering import lowerings

@@ -13,19 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
-import torch
 
-from graphcap.compiler.private.patched import Patched
+from graphcap.compiler.private.patched import IS_NEEDED, Patched
 
 Reindex = Callable[[Sequence[Any]], tuple[Any, ...]]
-
-_writes_views_to_memory = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
 @contextlib.contextmanager
 def inlined_views() -> Iterator[None]:
     """Within it, also in other threads, Inductor changes indices wherever :func:`reindexer` knows how."""
-    if not _writes_views_to_memory:
+    if not IS_NEEDED:
         yield
         return
     from torch._inductor.ir import View

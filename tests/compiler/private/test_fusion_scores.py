@@ -48,7 +48,7 @@ def test_two_readers_of_one_mask_are_one_kernel_where_hints_count(
 ) -> None:
     as_before_2_13(monkeypatch)
     before = GraphLowering.get_dep_size_hint
-    monkeypatch.setattr(fusion_scores, "_ignores_hints", counts)
+    monkeypatch.setattr(fusion_scores, "IS_NEEDED", counts)
     dims = {name: {0: "n"} for name in ("x", "y", "slots")}
     model = graphcap.compile(TwoReaders().eval(), dynamic_arg_dims=dims, cache=False, debug_dir=str(tmp_path))
     for rows in (3, 1, 7):

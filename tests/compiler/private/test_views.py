@@ -83,7 +83,7 @@ class Masked(torch.nn.Module):
 def test_a_mask_for_two_readers_is_no_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
     plain = views.reindexer
-    monkeypatch.setattr(views, "_writes_views_to_memory", True)
+    monkeypatch.setattr(views, "IS_NEEDED", True)
     monkeypatch.setattr(views, "reindexer", lambda old, new: asked.append((old, new)) or plain(old, new))
     before = ir.View.__dict__["create"]
     dims = {"x": {0: "n"}, "slots": {0: "n"}}

@@ -67,7 +67,8 @@ def analyse_sizes(graph: fx.Graph) -> SizeSymbols:
     """Sort the symbols of a Dynamo graph into the key and outside of it.
 
     Outside are floats that change between calls, and sizes that *grow*: the graph returns a tensor that is longer along
-    a size than the one it was given, so the caller's next call will bring another value; and sizes that keep pace.
+    a size than the one it was given, so the caller's next call will bring another value; and sizes that keep pace. So
+    are numbers that grow: the tokens that a cache has seen.
     """
     bound_by: dict[Any, fx.Node] = {}
     live: dict[Any, str] = {}
@@ -81,6 +82,7 @@ def analyse_sizes(graph: fx.Graph) -> SizeSymbols:
                 live[expression] = "a float that changes between calls"
     growing = _growing_symbols(graph)
     live.update(growing)
+    live.update(_growing_numbers(graph, bound_by))
     live.update(_symbols_keeping_pace(graph, growing))
     matters = set(symbols_in(nodes.value_of(node) for node in graph.nodes if node.users and not _is_size(node)))
     matters.update(s for s, node in bound_by.items() if node.users)
@@ -111,6 +113,21 @@ def _growing_symbols(graph: fx.Graph) -> dict[Any, str]:
                     where = taken.get((symbol, *_frame(tensor, dim)))
                     if where is not None and _longer_by(expression, symbol):
                         growing[symbol] = f"{where} grows with every call ({symbol} in, {expression} out)"
+    return growing
+
+
+def _growing_numbers(graph: fx.Graph, bound_by: Mapping[Any, fx.Node]) -> dict[Any, str]:
+    """Symbols of a Python number, and of no size, where the graph returns that number plus something."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    sizes = set(symbols_in(tensor for node in inputs for tensor in nodes.tensors_of(node)))
+    growing: dict[Any, str] = {}
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    for node in output.all_input_nodes:
+        expression = None if nodes.tensors_of(node) else private.symbol_expression(nodes.value_of(node))
+        for symbol in expression.free_symbols if expression is not None else ():
+            if symbol in bound_by and symbol not in sizes and _longer_by(expression, symbol):
+                name = input_name(bound_by[symbol])
+                growing[symbol] = f"{name} grows with every call ({symbol} in, {expression} out)"
     return growing
 
 

@@ -69,6 +69,41 @@ def test_only_what_touches_the_growing_size_runs_live() -> None:
     assert live == ["torch._VariableFunctionsClass.cat", "aten::scaled_dot_product_attention"]
 
 
+class Seen:
+    """How many rows there were."""
+
+    rows = 0
+
+
+def test_a_number_that_the_graph_makes_larger_is_outside_the_key() -> None:
+    found: list[SizeSymbols] = []
+    seen = Seen()
+
+    def counting(x: Tensor) -> Tensor:
+        seen.rows += x.shape[0]
+        return x * 2 + seen.rows
+
+    def look(gm: Any, inputs: Any) -> Any:
+        found.append(analyse_sizes(gm.graph))
+        return gm.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(counting, backend=look)
+    for _ in range(3):
+        run(torch.randn(3, 4))
+    assert seen.rows == 9
+    ((_, reason),) = found[-1].live.items()
+    assert "rows grows with every call" in reason
+    assert found[-1].key == frozenset()
+
+
+def test_a_size_that_is_returned_as_a_larger_number_is_in_the_key() -> None:
+    """The next call has the same batch."""
+    sizes = sizes_of(lambda x: (x * 2, x.shape[0] + 1), dynamic(torch.randn(3, 4), 0))
+    assert len(sizes.key) == 1
+    assert sizes.live == {}
+
+
 def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """As above, with a ``mask [batch, kv + 1]`` that the caller makes longer for every call."""
     cache = torch.cat([v, k], dim=1)

@@ -35,8 +35,10 @@ CONFIGS: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] =
         transformers.GPT2Config,
         {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     ),
+    "mistral": (transformers.MistralConfig, {**_LLAMA_LIKE, "sliding_window": 16}),
 }
-FAMILIES = tuple(CONFIGS)
+#: Those whose layers attend to all that came before. The others keep a window, and count the tokens that went by.
+FAMILIES = tuple(family for family, (_, sizes) in CONFIGS.items() if "sliding_window" not in sizes)
 CACHES = ("dynamic", "static")
 
 

@@ -108,6 +108,18 @@ def test_static_cache_is_one_graph(family: str) -> None:
     assert served(model).replayed >= 2 * NEW_TOKENS - 8
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_window_that_slides_over_the_cache_is_replayed_around_what_counts_the_tokens(cache: str) -> None:
+    """Every layer counts in a Python int how many tokens it has seen: another number in every call."""
+    model = compare_with_eager("mistral", cache, through_module)
+
+    assert served(model).total == 2 * NEW_TOKENS
+    assert served(model).replayed >= 2 * NEW_TOKENS - 20
+    reasons = " ".join(reason for plan in plans(model) for reason in plan.live.values())
+    assert "cumulative_length" in reasons
+    assert "grows with every call" in reasons
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "cache"), [("llama", "dynamic"), ("gpt2", "static")])
 def test_pieces_compiled_by_inductor_generate_eagers_tokens(family: str, cache: str) -> None:

@@ -26,7 +26,8 @@ class Alert(NamedTuple):
     """One thing that somebody should look at.
 
     Attributes:
-        cause: a word for it, the same on every call: ``"live"``, ``"uncovered"``, ``"padding"``, ``"recaptures"``.
+        cause: a word for it, the same on every call: ``"live"``, ``"first"``, ``"uncovered"``, ``"padding"``,
+            ``"recaptures"``.
         message: what was counted and what to do.
     """
 
@@ -37,7 +38,7 @@ class Alert(NamedTuple):
 def alerts(stats: RunnerStats) -> list[Alert]:
     """What the counters of one runner give reason to say now."""
     traffic = traffic_of([stats])
-    return [*_live(stats), *_uncovered(traffic), *_padding(traffic), *_recaptures(stats)]
+    return [*_live(stats), *_first(stats), *_uncovered(traffic), *_padding(traffic), *_recaptures(stats)]
 
 
 def _live(stats: RunnerStats) -> Iterator[Alert]:
@@ -50,6 +51,18 @@ def _live(stats: RunnerStats) -> Iterator[Alert]:
             "live",
             f"{live} of {total} calls ran without a graph, {calls} of them for this reason: {reason}. "
             "graphcap.explain() has all reasons",
+        )
+
+
+def _first(stats: RunnerStats) -> Iterator[Alert]:
+    total = stats.live_calls.total() + stats.replays
+    first = sum(calls for reason, calls in stats.live_calls.items() if reason.startswith("warm-up"))
+    if total >= _ENOUGH_CALLS and first > _MANY_LIVE * total:
+        yield Alert(
+            "first",
+            f"{first} of {total} calls were the first with their sizes and numbers, and ran without a graph. A number "
+            "that is another one in every call belongs into a tensor, a size into dynamic_arg_dims and capture_sizes; "
+            "graphcap.explain() says what the graph key holds",
         )
 
 

@@ -46,12 +46,17 @@ def test_most_calls_ran_live(live: int, replays: int, given: bool) -> None:
         assert "51 of them for this reason: max_plans=1 reached" in alerts(stats)[0].message
 
 
-@pytest.mark.parametrize(
-    "reason", ["warm-up", "cudagraph_mode=NONE", "max_mode=NONE", "dispatched to run without a graph"]
-)
+@pytest.mark.parametrize("reason", ["cudagraph_mode=NONE", "max_mode=NONE", "dispatched to run without a graph"])
 def test_what_was_asked_for_is_no_reason(reason: str) -> None:
     assert causes(RunnerStats(live_calls=Counter({reason: 1000}))) == []
     assert causes(RunnerStats(live_calls=Counter({reason: 1000, "odd strides": 101}))) == ["live"]
+
+
+def test_numbers_that_are_others_in_every_call() -> None:
+    stats = RunnerStats(live_calls=Counter({"warm-up": 60}), retired_replays=40)
+    assert causes(stats) == ["first"]
+    assert "60 of 100 calls were the first with their sizes and numbers" in alerts(stats)[0].message
+    assert causes(RunnerStats(live_calls=Counter({"warm-up": 50}), retired_replays=50)) == []
 
 
 def test_sizes_that_no_rung_serves() -> None:

@@ -24,6 +24,7 @@ from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.rules import unproven
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
+from graphcap.compiler.value_bounds import value_bounds
 from graphcap.compiler.write_indices import write_index_inputs
 from graphcap.cudagraph import Capture, Constant, InputKind, InputSpec, Program, Step
 
@@ -79,9 +80,9 @@ def build_program(
     outputs = tuple(slots[v] if isinstance(v, fx.Node) else Constant(v) for v in _flat(returned))
     values = [nodes.value_of(v) if isinstance(v, fx.Node) else v for v in _flat(returned)]
     writing = {node for piece, result in zip(pieces, compiled, strict=True) if result.mutates for node in piece.nodes}
-    indices = write_index_inputs(graph, writing)
+    indices, bounds_of = write_index_inputs(graph, writing), value_bounds(graph)
     inputs = tuple(
-        _input_spec(node, example, sizes, dims, is_write_index=node in indices)
+        _input_spec(node, example, sizes, dims, bounds_of.get(node), is_write_index=node in indices)
         for node, example in zip(placeholders, examples, strict=True)
     )
     comments = [f"{p.verdict.kind}{', ' + p.module_path if p.module_path else ''}" for p in pieces]
@@ -102,7 +103,9 @@ def _flat(returned: Any) -> Sequence[Any]:
     return returned if isinstance(returned, (tuple, list)) else (returned,)
 
 
-def _input_spec(node: fx.Node, example: Any, sizes: SizeSymbols, dims: GraphDims, *, is_write_index: bool) -> InputSpec:
+def _input_spec(
+    node: fx.Node, example: Any, sizes: SizeSymbols, dims: GraphDims, value_bound: int | None, *, is_write_index: bool
+) -> InputSpec:
     value = nodes.value_of(node)
     expression = private.symbol_expression(value)
     tensor = bool(nodes.tensors_of(node))
@@ -119,6 +122,7 @@ def _input_spec(node: fx.Node, example: Any, sizes: SizeSymbols, dims: GraphDims
         strides=dims.strides(value),
         dim_names=dims.names.get(node, {}),
         is_write_index=is_write_index,
+        value_bound=value_bound,
     )
 
 

@@ -30,11 +30,12 @@ from graphcap.cudagraph.hardware.choose import device_for
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.hardware.simulated_recording import SimulatedCaptureError
 from graphcap.cudagraph.instances import graph_runner
-from graphcap.cudagraph.program import Capture, Constant, DimSize, InputKind, InputSpec, Program, Size, Step
+from graphcap.cudagraph.program import ANY, Capture, Constant, DimSize, InputKind, InputSpec, Program, Size, Step
 from graphcap.cudagraph.recording.bindings import Binding
 from graphcap.cudagraph.runner import GraphRunner
 
 __all__ = [
+    "ANY",
     "Binding",
     "Capture",
     "Constant",

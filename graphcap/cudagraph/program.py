@@ -50,6 +50,9 @@ class Size:
         return (size - self.offset) // self.scale
 
 
+#: For :attr:`InputSpec.value_bound`: integers that are only calculated with.
+ANY = 2**63 - 1
+
 #: The size of one dim: fixed, following a symbol, or (``None``) depending on symbols in another way.
 DimSize = int | Size | None
 
@@ -70,6 +73,9 @@ class InputSpec:
         dim_names: the dims of a tensor that the user declared, each with the name that its size follows
             (``{0: "num_tokens"}``).
         is_write_index: whether its values say where something is written.
+        value_bound: of integers and bools, the bound below which any other values from 0 on would do no harm: the rows
+            of the table that they index, :data:`ANY` where they are only calculated with, ``None`` where that is not
+            known. For the proof of padding, which makes up values.
     """
 
     name: str
@@ -81,6 +87,7 @@ class InputSpec:
     strides: tuple[DimSize, ...] = ()
     dim_names: Mapping[int, str] = field(default_factory=dict, hash=False)
     is_write_index: bool = False
+    value_bound: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

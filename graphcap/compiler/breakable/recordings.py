@@ -20,6 +20,7 @@ from graphcap.compiler.breakable.result import Result
 from graphcap.compiler.breakable.sized import At
 from graphcap.compiler.breakable.sizes import SizedLayout
 from graphcap.compiler.breakable.steps import StepsAt, Surroundings, steps_of
+from graphcap.compiler.breakable.value_bounds import value_bounds
 from graphcap.compiler.breakable.watch import Watch
 from graphcap.compiler.breakable.write_indices import write_indices
 from graphcap.cudagraph import InputKind, InputSpec, Size
@@ -94,10 +95,10 @@ class Recordings:
         self.watch = Watch(viewpoint.roots, self.outside.tensors, viewpoint.facts())
         tensors = arguments.tensor_names(names)
         held = self.outside.names(arguments, names, viewpoint.num_own_roots)
-        indices = write_indices(look.recording)
+        indices, bounds = write_indices(look.recording), value_bounds(look.recording)
         self._specs = [
             *(
-                _spec(name, layout, arguments.sizes.dims.get(id(tensor), {}), number in indices)
+                _spec(name, layout, arguments.sizes.dims.get(id(tensor), {}), number in indices, bounds.get(number))
                 for number, (name, layout, tensor) in enumerate(
                     zip(tensors, arguments.layouts(), arguments.tensors, strict=True)
                 )
@@ -182,7 +183,9 @@ class Recordings:
         return steps_of(name, look.recording, values, slots, len(self._specs), self._around)
 
 
-def _spec(name: str, layout: SizedLayout, dims: Mapping[int, Size], is_write_index: bool) -> InputSpec:
+def _spec(
+    name: str, layout: SizedLayout, dims: Mapping[int, Size], is_write_index: bool, value_bound: int | None
+) -> InputSpec:
     return InputSpec(
         name,
         InputKind.TENSOR,
@@ -190,4 +193,5 @@ def _spec(name: str, layout: SizedLayout, dims: Mapping[int, Size], is_write_ind
         strides=layout.strides or (),
         dim_names={dim: size.symbol for dim, size in dims.items()},
         is_write_index=is_write_index,
+        value_bound=value_bound,
     )

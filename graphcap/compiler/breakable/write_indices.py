@@ -26,7 +26,7 @@ def write_indices(recording: Recorded) -> frozenset[int]:
     seen: set[int] = set()
     while queue:
         number = queue.pop()
-        if number not in seen and _is_integer(recording, number):
+        if number not in seen and is_integer(recording, number):
             seen.add(number)
             queue += made_by[number].reads() if number in made_by else ()
     return frozenset(number for number in seen if recording.values[number].kind is Kind.ARGUMENT)
@@ -41,6 +41,7 @@ def _indices_of(call: Call) -> list[int]:
     return call.reads() if call.written else []
 
 
-def _is_integer(recording: Recorded, number: int) -> bool:
+def is_integer(recording: Recorded, number: int) -> bool:
+    """Whether a value is a tensor of integers or bools."""
     dtype: torch.dtype = recording.values[number].layout[2]
     return not dtype.is_floating_point and not dtype.is_complex

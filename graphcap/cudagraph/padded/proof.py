@@ -1,8 +1,9 @@
 """The proof that padding changes nothing: the padded call is run live, with other padding, before a plan relies on it.
 
 A model may mix rows (a mean over the batch, one scale for a whole tensor) or depend on how many there are (a capacity,
-a division by the size). Both show when the same real rows are run beside different padded ones, and in their exact
-size. The call itself runs once, on the caller's tensors; all else runs in other memory (``scratch.py``).
+a division by the size). Both show when the same real rows are run beside different padded ones (``variation.py`` says
+which), and in their exact size. The call itself runs once, on the caller's tensors; all else runs in other memory
+(``scratch.py``).
 
 Where part of the state is too large to be copied, the runs begin with another content of it, all of them with the same.
 What the call itself left can then not be compared with, so that there is one more run at the exact size.
@@ -13,24 +14,35 @@ collectives. After each one they agree on whether there is another. Which step i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.hardware.generators import generator_states
+from graphcap.cudagraph.padded.by_steps import step_of
 from graphcap.cudagraph.padded.compare import departs, distance, is_finite
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.padded.scratch import Scratch, Undecided
 from graphcap.cudagraph.padded.trial import Result, Trials
+from graphcap.cudagraph.padded.variation import Content, alike, varied
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.observe import Observation
 from graphcap.cudagraph.recording.recorded import describe, is_out_of_memory
 
+_log = logging.getLogger("graphcap.cudagraph")
+
+_Run = Callable[[], Result]
+
 _NOISE = 4.0  #: how much further two runs may be apart than two identical ones were
+_VARIED = varied(seed=1), varied(seed=2)
+#: Which contents are compared: all rows hold one row, and only the real ones do.
+_ALIKE = tuple((alike(3, real, padded=real), alike(3, real, padded=1 - real)) for real in (0, 1))
 _REPEATS = 4  #: identical runs where two others differ: some kernels round differently in seven runs of ten, not in all
 
 
@@ -133,17 +145,28 @@ class _Proof:
             return reason
         if reason := self._round(self._compare_sizes):
             return reason
-        for seed in (1, 2):
-            if reason := self._round(lambda: self._vary(seed)):  # noqa: B023 - called at once
+        trials, outputs = self._trials, self._outputs
+        for content in _VARIED:
+            other, again = partial(trials.other, content, outputs), partial(trials.other, None, outputs)
+            if reason := self._mixes(other, again, partial(self._blame, content, _is_apart)):
                 return reason
-            for _ in range(_REPEATS):  # where two runs differ, so may two identical ones: further runs show by how much
-                if not self._anywhere_found():
-                    break
-                if reason := self._round(self._repeat):
+        for base, content in _ALIKE:
+            if self._is_possible(base):
+                other, again = partial(trials.alike_other, content), partial(trials.alike_other, base)
+                if reason := self._mixes(other, again, lambda: step_of(next(iter(self._found)))):
                     return reason
-            if self._anywhere_found() and (reason := self._round(lambda: self._mixes(seed))):  # noqa: B023
-                return reason
         return ""
+
+    def _mixes(self, other: _Run, again: _Run, name: Callable[[], str]) -> str:
+        """Whether a run differs from the base by more than another one that is like the base."""
+        if reason := self._round(lambda: self._compare(other)):
+            return reason
+        for _ in range(_REPEATS):  # where two runs differ, so may two identical ones: further runs show by how much
+            if not self._anywhere_found():
+                return ""
+            if reason := self._round(lambda: self._repeat(again)):
+                return reason
+        return self._round(lambda: self._told(name)) if self._anywhere_found() else ""
 
     def _round(self, run: Callable[[], str]) -> str:
         """One more run on every rank: what speaks against padding on any of them."""
@@ -172,7 +195,7 @@ class _Proof:
         return ""
 
     def _compare_sizes(self) -> str:
-        self._padded, misfit = self._trials.padded(self._outputs)
+        self._padded, misfit = self._trials.base(self._outputs)
         if misfit:
             return misfit
         for name, value in self._padded.items():
@@ -182,36 +205,58 @@ class _Proof:
         self._truth = {}
         return ""
 
-    def _vary(self, seed: int) -> str:
-        varied, before = self._trials.varied(seed, self._outputs), self._padded
-        self._found = {name: far for name, value in varied.items() if (far := _distance(value, before[name])) > 0}
+    def _is_possible(self, base: Content) -> bool:
+        """Begin with real rows that are made up. Where the model fails with these, they show nothing."""
+        if not self._trials.can_be_drawn:
+            return False
+        try:
+            self._padded = self._trials.alike_base(base)
+            failed = ""
+        except Exception as error:
+            failed = describe(error)
+            _log.debug("%s: no proof with rows that are alike: %s", self._name, failed)
+        question = f"{self._name}: do rows that are alike fail"
+        return not any(self._agreement.gather(question, bool(failed), usual=False))
+
+    def _compare(self, run: _Run) -> str:
+        other, base = run(), self._padded
+        found = {name: far for name, value in other.items() if (far := _distance(value, base[name])) > 0}
+        self._found = self._if_decisive(found)
         return ""
+
+    def _if_decisive(self, found: dict[str, float]) -> dict[str, float]:
+        return found if any(map(self._trials.is_decisive, found)) else {}
 
     def _anywhere_found(self) -> bool:
         question = f"{self._name}: is there a difference"
         return any(self._agreement.gather(question, bool(self._found), usual=False))
 
-    def _repeat(self) -> str:
+    def _repeat(self, run: _Run) -> str:
         """What an identical run explains is no finding."""
-        again = self._trials.varied(None, self._outputs)
+        again = run()
         noise = {name: _distance(again[name], self._padded[name]) for name in self._found}
-        self._found = {name: far for name, far in self._found.items() if far > _NOISE * noise[name]}
+        found = {name: far for name, far in self._found.items() if far > _NOISE * noise[name]}
+        self._found = self._if_decisive(found)
         return ""
 
-    def _mixes(self, seed: int) -> str:
+    def _told(self, name: Callable[[], str]) -> str:
         if not self._found:
             return ""  # another rank's has
-        step, name = self._blame(seed, lambda a, b: distance(a, b) > 0), next(iter(self._found))
-        return f"{step or name} mixes rows: {name} depends on what padded rows hold"
+        seen = next(filter(self._trials.is_decisive, self._found))
+        return f"{name() or seen} mixes rows: {seen} depends on what padded rows hold"
 
-    def _blame(self, seed: int | None, apart: Callable[[torch.Tensor, torch.Tensor], bool]) -> str:
+    def _blame(self, content: Content | None, apart: Callable[[torch.Tensor, torch.Tensor], bool]) -> str:
         """The first step whose real rows are apart; ``""`` where that cannot be told."""
         if self._agreement.is_group:  # more runs, that other ranks know nothing of
             return ""
         try:
-            return self._trials.first_departure(seed, apart)
+            return self._trials.first_departure(content, apart)
         except Exception:  # out of memory, most likely: the name is a help, the refusal stands without it
             return ""
+
+
+def _is_apart(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return distance(a, b) > 0
 
 
 def _differs(a: Any, b: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Runs of one call that nobody sees: at its exact size, and padded with these or those values in the padded rows."""
+"""Runs of one call that nobody sees: at its exact size, and padded with these or those values in its rows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 from graphcap.cudagraph.hardware.generators import GeneratorStates, same_random_numbers
 from graphcap.cudagraph.padded.blame import first_departure, trace
+from graphcap.cudagraph.padded.by_steps import ByStep, step_of
 from graphcap.cudagraph.padded.corner import corner
 from graphcap.cudagraph.padded.form import why_not_alike, why_not_apart
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.padded.scratch import Scratch, Stage
-from graphcap.cudagraph.padded.variation import vary
+from graphcap.cudagraph.padded.variation import Content, can_be_drawn
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.observe import Observation, observe
 
@@ -72,22 +73,46 @@ class Trials:
         self._scratch.look_again()
 
     def exact(self) -> Result:
-        """A run at the exact size. It is good until the next one of :meth:`varied`."""
+        """A run at the exact size. It is good until the next one of :meth:`other`."""
         args = self._first.arguments(self._args)
         with same_random_numbers(self._device, self._generators), torch.no_grad():
             return self._result(args, self.program.run(*args))
 
-    def padded(self, outputs: Sequence[Any]) -> tuple[Result, str]:
-        """A padded run with the declared fills, and how its outputs differ in kind from those of the call."""
+    @property
+    def can_be_drawn(self) -> bool:
+        """Whether there are padded inputs whose rows may hold numbers that no row of the call holds."""
+        inputs = self.program.inputs
+        return any(self._varies(i) and can_be_drawn(self._args[i], inputs[i].value_bound) for i in self._padding.inputs)
+
+    def base(self, outputs: Sequence[Any]) -> tuple[Result, str]:
+        """A padded run with the declared fills, and how its outputs differ in kind from those of the call. Good until
+        the next one of :meth:`base` or :meth:`alike_base`."""
         return self._run(self._second, None, outputs)
 
-    def varied(self, seed: int | None, outputs: Sequence[Any]) -> Result:
-        """One with other values in the padded rows; with ``None`` the same once more. Good until the next one."""
-        return self._run(self._first, seed, outputs)[0]
+    def other(self, content: Content | None, outputs: Sequence[Any]) -> Result:
+        """A run to compare with it, ``None`` for an identical one. Good until the next one."""
+        return self._run(self._first, content, outputs)[0]
 
-    def first_departure(self, seed: int | None, apart: Callable[[torch.Tensor, torch.Tensor], bool]) -> str:
-        """The first step whose real rows are apart, in the exact and the padded run or, with a seed, in the padded and
-        the varied one; ``""`` where there is none. Ends what earlier runs left.
+    def alike_base(self, content: Content) -> Result:
+        """A padded run with rows of this content, in which steps of unknown meaning do not take part."""
+        return self._run_by_step(self._second, content)
+
+    def alike_other(self, content: Content) -> Result:
+        """A run to compare with it. Good until the next one."""
+        return self._run_by_step(self._first, content)
+
+    def is_decisive(self, name: str) -> bool:
+        """Whether a difference under this name, between two of these, speaks against padding: one in what the call
+        returns or leaves, or that a step would have seen which takes no part."""
+        return not step_of(name) or self._by_step.is_decisive(name)
+
+    def first_departure(
+        self,
+        content: Content | None,
+        apart: Callable[[torch.Tensor, torch.Tensor], bool],
+    ) -> str:
+        """The first step whose real rows are apart, in the exact and the padded run or, with a content, in the padded
+        one and that; ``""`` where there is none. Ends what earlier runs left.
 
         Raises:
             Exception: what torch raises, such as for want of memory.
@@ -97,15 +122,15 @@ class Trials:
                 exact = trace(self.program, self._first.arguments(self._args), None)
             with same_random_numbers(self._device, self._generators), self._beside():
                 padded = trace(self.program, self._arguments(self._first, None)[1], exact)
-            if seed is None:
+            if content is None:
                 step = first_departure(self.program, padded, exact, apart, with_state=False)
                 return step or first_departure(self.program, padded, exact, apart, with_state=True)
             with same_random_numbers(self._device, self._generators), self._beside():
-                varied = trace(self.program, self._arguments(self._first, seed)[1], exact)
+                varied = trace(self.program, self._arguments(self._first, content)[1], exact)
             return first_departure(self.program, varied, padded, apart, with_state=True)
 
-    def _run(self, stage: Stage, seed: int | None, outputs: Sequence[Any]) -> tuple[Result, str]:
-        exact, padded = self._arguments(stage, seed)
+    def _run(self, stage: Stage, content: Content | None, outputs: Sequence[Any]) -> tuple[Result, str]:
+        exact, padded = self._arguments(stage, content)
         with same_random_numbers(self._device, self._generators), torch.no_grad(), self._beside():
             self.seen, found = observe(self.program, padded, self._device, self._captured)
         cut = self._padding.cut(exact, found)
@@ -115,14 +140,28 @@ class Trials:
             exact[index] = corner(padded[index], self._args[index].shape)
         return self._result(exact, self._padding.cut(exact, found)), misfit
 
-    def _arguments(self, stage: Stage, seed: int | None) -> tuple[list[Any], list[Any]]:
+    @cached_property
+    def _by_step(self) -> ByStep:
+        exact = self._second.arguments(self._args)
+        with same_random_numbers(self._device, self._generators), torch.no_grad(), self._beside():
+            return ByStep(self.program, exact, self._arguments(self._first, None)[1])
+
+    def _run_by_step(self, stage: Stage, content: Content) -> Result:
+        by_step = self._by_step
+        exact, padded = self._arguments(stage, content)
+        with same_random_numbers(self._device, self._generators), torch.no_grad(), self._beside():
+            rows, found = by_step.run(padded)
+        for index in self._padding.inputs & set(self._scratch.written):
+            exact[index] = corner(padded[index], self._args[index].shape)
+        return rows | self._result(exact, self._padding.cut(exact, found))
+
+    def _arguments(self, stage: Stage, content: Content | None) -> tuple[list[Any], list[Any]]:
         """Arguments for one run, at their exact and at the padded size."""
         exact = stage.arguments(self._args)
         padded = self._padding.pad(exact, self._rung)
-        if seed is not None:
-            for index in sorted(self._padding.inputs):
-                if self._varies(index):
-                    vary(padded[index], self._args[index].shape, seed * 1000 + index)
+        if content is not None:
+            for index in filter(self._varies, sorted(self._padding.inputs)):
+                content(padded[index], self._args[index].shape, self.program.inputs[index].value_bound, index)
         return exact, padded
 
     def _varies(self, index: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from graphcap.cudagraph import Capture, Program
 from graphcap.cudagraph.hardware.generators import register_generator
 from graphcap.cudagraph.padded.proof import prove
+from graphcap.cudagraph.program import ANY
 from graphcap.cudagraph.recording.observe import observe
 from tests.cudagraph.padded_regions import CPU, N, PaddedRegion, cloned, padding_of, proof_of
 
@@ -112,6 +113,121 @@ def test_rows_that_mix_are_refused_with_the_name_of_the_step(fn: Any, dtype: tor
     verdict = proof_of(program, [5, values], 8)
     assert verdict.reason.startswith("step_1 "), verdict.reason
     torch.testing.assert_close(verdict.outputs[0], fn(values * 2, 5) + 1, rtol=0, atol=0)
+
+
+TABLE = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(4))
+
+
+def extreme_ids(num_rows: int) -> Tensor:
+    """Those whose rows are largest in magnitude: no other row, padded or not, changes a scale of all of them."""
+    return TABLE.abs().amax(-1).topk(num_rows).indices
+
+
+@pytest.mark.parametrize("fn", [quantised, minus_mean], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("ids", [extreme_ids(5), torch.zeros(5, dtype=torch.int64)], ids=["extreme", "zeros"])
+def test_rows_that_mix_behind_a_table_are_refused_whatever_the_call_looks_up(fn: Any, ids: Tensor) -> None:
+    """Field notes row 15: the ids of the call may hide what other ids would show."""
+    region = PaddedRegion()
+    found = region.step(lambda ids: TABLE[ids], region.rows("ids", value_bound=TABLE.shape[0]))
+    program = region.program(region.step(fn, found, 0), sizes=[(N, WIDTH)])
+    verdict = proof_of(program, [5, ids], 8)
+    assert verdict.reason.startswith("step_1 "), verdict.reason
+    torch.testing.assert_close(verdict.outputs[0], fn(TABLE[ids], 5), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fn", "values"),
+    [
+        (lambda x, p: x * (p - p.min())[:, None], torch.arange(5)),  # the fill is the smallest already
+        (lambda x, p: torch.where(p.all(), x, -x), torch.tensor([True, True, False, True, True])),
+    ],
+    ids=["smallest position", "all flags"],
+)
+def test_an_extreme_that_a_real_row_holds_does_not_hide_that_rows_are_mixed(fn: Any, values: Tensor) -> None:
+    region = PaddedRegion()
+    x, p = region.rows("x", WIDTH), region.rows("p", value_bound=ANY)
+    program = region.program(region.step(fn, x, p), sizes=[(N, WIDTH)])
+    verdict = proof_of(program, [5, rows(5), values], 8)
+    assert verdict.reason.startswith("step_0 mixes rows"), verdict.reason
+
+
+def test_rows_that_are_independent_are_accepted_behind_a_table_with_positions_and_flags() -> None:
+    region = PaddedRegion()
+    ids = region.rows("ids", value_bound=TABLE.shape[0])
+    p, flags = region.rows("p", value_bound=ANY), region.rows("flags", value_bound=ANY)
+    found = region.step(lambda ids: TABLE[ids], ids)
+    end = region.step(lambda x, p, flags: torch.where(flags[:, None], x * p[:, None], x), found, p, flags)
+    program = region.program(end, sizes=[(N, WIDTH)])
+    args = [5, torch.zeros(5, dtype=torch.int64), torch.arange(5), torch.tensor([True, False, True, True, False])]
+    assert proof_of(program, args, 8).reason == ""
+
+
+def test_integers_of_unknown_meaning_get_no_values_that_the_call_does_not_hold() -> None:
+    """They may be places in memory."""
+    seen: set[int] = set()
+    region = PaddedRegion()
+    x, where = region.rows("x", WIDTH), region.rows("where")
+
+    def look(x: Tensor, where: Tensor) -> Tensor:
+        seen.update(where.tolist())
+        return x * 2
+
+    program = region.program(region.step(look, x, where), sizes=[(N, WIDTH)])
+    assert proof_of(program, [5, rows(5), torch.tensor([7, 11, 13, 17, 19])], 8).reason == ""
+    assert seen == {0, 7, 11, 13, 17, 19}
+
+
+def test_steps_of_unknown_meaning_see_no_rows_that_are_made_up() -> None:
+    """They may write them anywhere, such as into a cache that they hold."""
+    seen: list[Tensor] = []
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+
+    def unknown(x: Tensor) -> Tensor:
+        seen.append(x[:5].clone())
+        return x + 1
+
+    after = region.step(unknown, region.step(lambda x: x * 2, x), capture=Capture.NEVER)
+    program = region.program(region.step(lambda x: x * 3, after), sizes=[(N, WIDTH)])
+    values = rows(5)
+    assert proof_of(program, [5, values], 8).reason == ""
+    assert len(seen) > 3
+    assert all(torch.equal(each, values * 2) for each in seen)
+
+
+def test_rows_that_mix_before_a_step_of_unknown_meaning_are_seen_where_it_would_see_them() -> None:
+    region = PaddedRegion()
+    ids, n = region.rows("ids", value_bound=TABLE.shape[0]), 0
+    scaled = region.step(quantised, region.step(lambda ids: TABLE[ids], ids), n)
+    attended = region.step(lambda x: x * 0, scaled, capture=Capture.NEVER)
+    verdict = proof_of(region.program(attended, sizes=[(N, WIDTH)]), [5, extreme_ids(5)], 8)
+    assert verdict.reason.startswith("step_1 mixes rows"), verdict.reason
+
+
+def test_rows_may_be_sorted_for_a_step_of_unknown_meaning() -> None:
+    """As for experts: what is sorted depends on padded rows, what comes of it does not."""
+    region = PaddedRegion()
+    x, ids = region.rows("x", WIDTH), region.rows("ids", value_bound=8)
+    attended = region.step(lambda x: x + 1, x, capture=Capture.NEVER)
+    order = region.step(lambda ids: ids.argsort(stable=True), ids)
+    experts = region.step(lambda x, order: torch.empty_like(x).index_copy_(0, order, x[order] * 2), attended, order)
+    program = region.program(experts, sizes=[(N, WIDTH)])
+    assert proof_of(program, [5, rows(5), torch.tensor([3, 1, 2, 1, 0])], 8).reason == ""
+
+
+def test_a_model_that_fails_with_rows_that_are_alike_is_judged_by_the_others() -> None:
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+
+    def picky(x: Tensor, n: int) -> Tensor:
+        if bool((x[0] == x[1]).all()):
+            raise ValueError("two rows are alike")
+        return x * 2
+
+    good = region.program(region.step(picky, x, 0), sizes=[(N, WIDTH)])
+    assert proof_of(good, [5, rows(5)], 8).reason == ""
+    mixing = chained(picky, minus_mean)
+    assert proof_of(mixing, [5, rows(5)], 8).reason.startswith("step_1 ")
 
 
 def test_a_padded_mask_is_not_relied_on() -> None:

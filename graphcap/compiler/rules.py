@@ -174,7 +174,7 @@ def eager(
     @functools.wraps(fn)
     def live(*args: P.args, **kwargs: P.kwargs) -> R:
         if (mode := private.fake_mode_of([*args, *kwargs.values()])) is not None:
-            return fake(*args, **kwargs) if fake is not None else _on_fake_tensors(mode, fn, args, kwargs)
+            return fake(*args, **kwargs) if fake is not None else _on_fake_tensors(mode, allowed, args, kwargs)
         if (recording := current.recording()) is not None:
             result: R = recording.live(fn, args, kwargs)
             return result
@@ -184,16 +184,28 @@ def eager(
     allowed: Callable[P, R] = torch._dynamo.allow_in_graph(torch._dynamo.disable(live))
     allowed._graphcap_eager = fn  # type: ignore[attr-defined]
     allowed._graphcap_fake = fake  # type: ignore[attr-defined]
+    allowed._graphcap_moves_on = False  # type: ignore[attr-defined]
     return allowed
 
 
-def _on_fake_tensors(mode: Any, fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-    """Learn the output shapes. What the function holds (the weights of a module) is real; a compiled model that it
-    calls runs eager, or it would be compiled and captured for tensors without memory."""
+def _on_fake_tensors(mode: Any, live: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Learn the output shapes. What the function holds (the weights of a module) is real, and stays as it is; a
+    compiled model that it calls runs eager, or it would be compiled and captured for tensors without memory."""
     from graphcap.compiler.frontend.disabling import disabled
+    from graphcap.compiler.traced_writes import RealTensorsUnwritten
 
-    with private.real_tensors_allowed(mode), disabled(), torch.compiler.set_stance("force_eager"):
-        return fn(*args, **kwargs)
+    unwritten = RealTensorsUnwritten(mode)
+    try:
+        with private.real_tensors_allowed(mode), disabled(), torch.compiler.set_stance("force_eager"), unwritten:
+            return live._graphcap_eager(*args, **kwargs)
+    finally:
+        live._graphcap_moves_on |= unwritten.moves_on
+
+
+def moves_on(node: fx.Node) -> bool:
+    """Whether a node calls an ``@graphcap.eager`` function that was seen to change what it holds from what it holds: a
+    counter, a position. Calling it twice is not the same as calling it once."""
+    return getattr(node.target, "_graphcap_moves_on", False)
 
 
 def op_name(target: Any) -> str:

@@ -21,7 +21,7 @@ from graphcap.compiler.inputs import input_name
 from graphcap.compiler.limits import within_bounds
 from graphcap.compiler.out_variants import out_function
 from graphcap.compiler.pieces import CompiledPiece
-from graphcap.compiler.rules import unproven
+from graphcap.compiler.rules import moves_on, unproven
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.compiler.value_bounds import value_bounds
@@ -72,6 +72,7 @@ def build_program(
                 reason=piece.reason,
                 symbols=dims.symbols(nodes.value_of(node) for node in (*piece.inputs, *piece.nodes)),
                 unproven=tuple(dict.fromkeys(op for node in piece.nodes if (op := unproven(node)))),
+                moves_on=any(map(moves_on, piece.nodes)),
                 eager=result.plain,
                 into=_out_function(piece, sizes),
             )

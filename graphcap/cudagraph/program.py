@@ -105,6 +105,8 @@ class Step:
         symbols: the symbols that the sizes and numbers it reads or writes follow.
         unproven: the operations in it that are captured on somebody's word (declared custom ops, Triton kernels): the
             first replay is compared with a live run.
+        moves_on: whether running it twice on the same is known to leave something else than running it once, in what it
+            holds itself. It is not tried out, and the program not padded.
         eager: the same without compilation, called like ``fn``; ``None`` where that is not at hand. For profiles.
         into: the same for its one result, a tensor of a size that the key fixes, written into the tensor that it takes
             before what ``fn`` takes; ``None`` where it cannot.
@@ -119,6 +121,7 @@ class Step:
     reason: str = ""
     symbols: frozenset[str] = frozenset()
     unproven: tuple[str, ...] = ()
+    moves_on: bool = False
     eager: Callable[..., Any] | None = field(default=None, repr=False)
     into: Callable[..., Any] | None = field(default=None, repr=False)
 

@@ -72,6 +72,7 @@ class Call:
         written: the storages that it writes.
         live: why a graph cannot hold it, ``""`` where one can.
         origin: where the user wrote it.
+        moves_on: whether a live call changed what it holds from what it holds: a counter, a position.
         outcome: in a recording that keeps outcomes, what a live call did; ``None`` where that cannot be repeated.
     """
 
@@ -84,6 +85,7 @@ class Call:
     origin: Origin
     also: tuple[int, ...] = ()
     bare: bool = True
+    moves_on: bool = False
     outcome: Outcome | None = None
 
     def reads(self) -> list[int]:

@@ -23,6 +23,11 @@ class Group:
     reason: str = ""
     views: list[tuple[int, int]] = field(default_factory=list)  # new value, and the value that it views
 
+    @property
+    def moves_on(self) -> bool:
+        """See :class:`~graphcap.compiler.breakable.calls.Call`."""
+        return any(call.moves_on for call in self.calls)
+
 
 def fold_numbers(recording: Recorder) -> dict[int, torch.Tensor]:
     """The values made of Python numbers, those that were moved to another device or dtype included."""

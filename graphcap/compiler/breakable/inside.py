@@ -25,6 +25,7 @@ class Inside:
         made: by the function itself.
         written: a tensor of each storage that it writes and has not made.
         asked: the inputs of the step that it looks for.
+        moves_on: whether it writes, by an operation on nothing that it was given or has made: a counter, a position.
     """
 
     given: set[int]
@@ -32,15 +33,18 @@ class Inside:
     made: set[int] = field(default_factory=set)
     written: dict[int, torch.Tensor] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
+    moves_on: bool = False
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator of the function and watch it."""
+        operands = [each for each in nodes.leaves([*args, *kwargs.values()]) if torch.is_tensor(each)]
+        before = set(map(private.storage_id, operands))
         for tensor in nodes.leaves(list(declared_written(func, args, kwargs))):
             if isinstance(tensor, torch.Tensor) and private.storage_id(tensor) not in self.made:
                 storage = private.storage_id(tensor)
                 self.written.setdefault(storage, self.met.get(storage, tensor))
+                self.moves_on |= before.isdisjoint(self.given | self.made)
         result = func(*args, **kwargs)
-        before = {private.storage_id(each) for each in nodes.leaves([*args, *kwargs.values()]) if torch.is_tensor(each)}
         self.made |= {private.storage_id(each) for each in nodes.leaves(result) if torch.is_tensor(each)} - before
         return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graphcap.compiler.breakable.output_sizes import Sample, contradicts, solve
@@ -93,7 +93,8 @@ def build(
         functions.append(LiveStep(num_sizes) if face.is_live else SizedStep(num_sizes))
         fn = functions[-1] if num_sizes or face.is_live else recorded_step.function
         reads, step_name = (*scalars, *face.reads), f"piece_{index}"
-        steps.append(Step(step_name, fn, reads, face.writes, face.mutates, face.capture, group.reason, symbols))
+        step = Step(step_name, fn, reads, face.writes, face.mutates, face.capture, group.reason, symbols)
+        steps.append(replace(step, moves_on=group.moves_on))
         records.append(_record(steps[-1], recorded_step, specs))
     text = live_source(name, specs, steps, first.outputs, [step.capture.value for step in steps])
     stitched = compile_live(name, text, steps, first.outputs)

@@ -195,7 +195,7 @@ class Recorder(TorchDispatchMode):
     def _finish_live(self, call: Call, inside: Inside, result: Any, given: Mapping[int, torch.Tensor]) -> None:
         results = private.tree_flatten(result)[0]
         self._unwritten.written(given.values())
-        call.written = frozenset(inside.written)
+        call.written, call.moves_on = frozenset(inside.written), inside.moves_on
         hidden = {
             self.numbering.number_in(tensor): tensor
             for key, tensor in inside.written.items()

@@ -50,6 +50,13 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
     return type(tensor) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
 
 
+def is_real(value: object) -> bool:
+    """Whether a value is a tensor with memory of its own."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+
+
 def fake_mode_of(values: Sequence[object]) -> Any:
     """The mode of the first fake tensor among ``values``, ``None`` without one.
 

@@ -34,11 +34,19 @@ def why_not_padded(program: Program, symbol: str, fills: Mapping[str, Fill]) -> 
         fills: what ``pad`` says.
     """
     checks: tuple[Callable[[], str], ...] = (
+        lambda: _why_not_steps(program),
         lambda: _why_not_scalars(program, symbol),
         lambda: _why_not_tensors(program, symbol, fills),
         lambda: _why_not_outputs(program, symbol),
     )
     return next((reason for check in checks if (reason := check())), "")
+
+
+def _why_not_steps(program: Program) -> str:
+    for step in program.steps:
+        if step.moves_on:
+            return f"{step.name} changes what it holds in every call (a counter?), so that a proof cannot repeat it"
+    return ""
 
 
 def _why_not_scalars(program: Program, symbol: str) -> str:

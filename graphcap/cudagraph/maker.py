@@ -114,7 +114,7 @@ class PlanMaker:
             self._servings.pop(route.key, None)  # what the warm-up showed does not hold for such a step
             self._knowledge.doubt(route.key)
         serving = self._serving_of(route, said)
-        reason = self._padding.why_not_to(route.rung, args) if route.rung else ""
+        reason = self._why_not_padded(route, args) if route.rung else ""
         reason = self._agreement.reason(self._question("may it be captured", route), reason)
         if reason:
             return Made(self._program.run(*args), reason)
@@ -128,6 +128,10 @@ class PlanMaker:
             proof = Proof(symbols, mine.special.union(*(each.special for each in everywhere)))
             return Made(self._prove(route, proof, args, said, serving), WARM_UP)
         return self._at_size(route, args, tuple(self._padding.pad(args, route.rung)), serving)
+
+    def _why_not_padded(self, route: Route, args: tuple[Any, ...]) -> str:
+        seen = self._knowledge.any_call
+        return self._padding.why_not_to(route.rung, args) or (self._padding.why_not_copied(args, seen) if seen else "")
 
     def _decided_together(self, said: step | None) -> bool:
         """Whether the sizes of this call may be others on other ranks, with one decision for all."""

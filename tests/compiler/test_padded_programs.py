@@ -217,3 +217,24 @@ def test_a_ladder_without_declared_dims_is_exact_and_the_report_says_so() -> Non
             fast(x)
     (region,) = [each for each in graphcap.explain().regions if "capture_sizes" in " ".join(each.notes)]
     assert any("capture_sizes lists exact sizes" in each for each in region.notes)
+
+
+@pytest.mark.parametrize("frontend", ["dynamo", "breakable"])
+def test_arguments_that_come_to_share_memory_are_not_padded_apart(frontend: str) -> None:
+    """What is written into one shows in the other, in the calls that capture for it too."""
+
+    def grown(h: Tensor, residual: Tensor) -> Tensor:
+        h.add_(1)
+        return h + residual
+
+    dims = {"h": 0, "residual": 0}
+    options: Any = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [4, 8]}
+    compiled = graphcap.compile(grown, dynamic_arg_dims=dims, frontend=frontend, **options)
+    with torch.inference_mode():
+        for number in range(14):
+            h = torch.randn(3, 4)
+            expected = h + 1
+            residual = h.view_as(h) if number >= 4 else torch.randn(3, 4)
+            result = 2 * expected if number >= 4 else expected + residual
+            torch.testing.assert_close(compiled(h, residual), result)
+            torch.testing.assert_close(h, expected)

@@ -22,6 +22,7 @@ from graphcap.cudagraph.padded.corner import Fill, corner, cut, declared_fill, f
 from graphcap.cudagraph.padded.eligible import declared_names, tensors, why_not_padded
 from graphcap.cudagraph.padded.sizes import known_sizes, scalars_that_tell, sizes_at, strides_at, symbols_in
 from graphcap.cudagraph.program import Program
+from graphcap.cudagraph.recording.arena import overlap
 from graphcap.cudagraph.recording.liveness import mutated_roots
 from graphcap.cudagraph.recording.observe import Observation
 
@@ -89,6 +90,16 @@ class Padding:
             nbytes = sizes_at(spec.sizes, goal).numel() * tensor.element_size()
             if nbytes > self._config.max_copy_bytes:
                 return f"{spec.name} would be copied, and {nbytes} bytes are above max_copy_bytes"
+        return ""
+
+    def why_not_copied(self, args: Sequence[Any], seen: Observation) -> str:
+        """Why padded inputs cannot have memory of their own: what is written into one must show in another argument.
+        ``""`` where they can. ``seen``: a warm-up, which knows what is written."""
+        for index in self.written(seen):
+            for other, value in enumerate(args):
+                if other != index and isinstance(value, torch.Tensor) and overlap(args[index], value):
+                    names = self.program.inputs[index].name, self.program.inputs[other].name
+                    return f"{names[0]} is written and shares memory with {names[1]}"
         return ""
 
     def pad(self, args: Sequence[Any], rung: Mapping[str, int]) -> list[Any]:

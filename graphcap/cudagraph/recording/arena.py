@@ -25,6 +25,14 @@ def span_bytes(tensor: torch.Tensor) -> int:
     return span(tensor) * tensor.element_size()
 
 
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the ranges of memory meet in which two tensors lie. May say yes too often: columns of one buffer."""
+    if a.device != b.device or torch.strided is not a.layout or torch.strided is not b.layout:
+        return False
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + span_bytes(b) and second < first + span_bytes(a)
+
+
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two indices may reach the same element (an expanded or unfolded tensor). May say yes too often."""
     reach = 0

@@ -35,6 +35,8 @@ ARITHMETIC = _names(
     " maximum mean min minimum mod mul ne neg not not_ or or_ pow prod remainder rsub scaled_dot_product_attention"
     " sign sin softmax sort sqrt sub sum topk tril triu truediv where xor"
 )
+#: Those that only tell whether values are the same, which is no reason to keep to small ones.
+EQUALITY = _names("eq ne isin")
 #: Operations that take from a dim, their second argument, what an index tells, their third.
 BY_INDEX = _names("gather index_select take_along_dim")
 #: What is not about values.
@@ -46,7 +48,7 @@ METADATA = _names(
 
 def value_bounds(graph: fx.Graph) -> dict[fx.Node, int]:
     """The integer and bool placeholders with values that may be made up, each with the bound below which they are good:
-    that of the smallest table that they index, or :data:`~graphcap.cudagraph.ANY`.
+    that of the smallest table that they index, or :data:`~graphcap.cudagraph.ANY` where they are calculated with too.
 
     Args:
         graph: a Dynamo graph.
@@ -56,9 +58,9 @@ def value_bounds(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _bound(given: fx.Node) -> int | None:
-    bound, queue, seen = ANY, [(given, True)], set[tuple[fx.Node, bool]]()
+    is_calculated, bound, queue, seen = False, ANY, [(given, True, False)], set[tuple[fx.Node, bool, bool]]()
     while queue:
-        node, is_same = queue.pop()
+        node, is_same, is_flag = queue.pop()
         for user in node.users:
             at = _rows_indexed(user, node)
             if at is not None:
@@ -71,11 +73,12 @@ def _bound(given: fx.Node) -> int | None:
                 continue
             if (name not in SAME and name not in ARITHMETIC) or (name == "where" and len(user.args) == 1):
                 return None
-            further = user, is_same and name in SAME
+            is_calculated |= name in ARITHMETIC and name not in EQUALITY and not is_flag
+            further = user, is_same and name in SAME, is_flag or name in EQUALITY
             if further not in seen and _is_integer(user):
                 seen.add(further)
                 queue.append(further)
-    return bound
+    return ANY if is_calculated else bound
 
 
 def plain_name(name: str) -> str:

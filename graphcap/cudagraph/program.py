@@ -50,7 +50,8 @@ class Size:
         return (size - self.offset) // self.scale
 
 
-#: For :attr:`InputSpec.value_bound`: integers that are only calculated with.
+#: For :attr:`InputSpec.value_bound`: integers that are calculated with. Any would do, but for what is between inputs: a
+#: length should not be larger than the lengths of a call.
 ANY = 2**63 - 1
 
 #: The size of one dim: fixed, following a symbol, or (``None``) depending on symbols in another way.
@@ -74,8 +75,8 @@ class InputSpec:
             (``{0: "num_tokens"}``).
         is_write_index: whether its values say where something is written.
         value_bound: of integers and bools, the bound below which any other values from 0 on would do no harm: the rows
-            of the table that they index, :data:`ANY` where they are only calculated with, ``None`` where that is not
-            known. For the proof of padding, which makes up values.
+            of the table that they index, :data:`ANY` where they are calculated with, ``None`` where that is not known.
+            For the proof of padding, which makes up values.
     """
 
     name: str

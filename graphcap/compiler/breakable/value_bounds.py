@@ -11,7 +11,7 @@ from graphcap.compiler.breakable.agree import Recorded
 from graphcap.compiler.breakable.calls import Call, Kind, Ref
 from graphcap.compiler.breakable.write_indices import is_integer
 from graphcap.compiler.rules import op_name
-from graphcap.compiler.value_bounds import ARITHMETIC, BY_INDEX, METADATA, SAME, plain_name
+from graphcap.compiler.value_bounds import ARITHMETIC, BY_INDEX, EQUALITY, METADATA, SAME, plain_name
 from graphcap.cudagraph import ANY
 
 
@@ -27,7 +27,7 @@ def value_bounds(recording: Recorded) -> dict[int, int]:
 
 
 def _bound(recording: Recorded, given: int) -> int | None:
-    bound, same, others = ANY, {given}, set[int]()
+    is_calculated, bound, same, others, flags = False, ANY, {given}, set[int](), set[int]()
     for call in recording.calls:  # in the order in which they ran: a value is made before it is read
         read = [number for number in call.reads() if number in same or number in others]
         if not read:
@@ -41,9 +41,11 @@ def _bound(recording: Recorded, given: int) -> int | None:
         elif name not in METADATA:
             if (name not in SAME and name not in ARITHMETIC) or call.written:
                 return None
+            is_calculated |= name in ARITHMETIC and name not in EQUALITY and not flags.issuperset(read)
             made = [number for number in call.results if number is not None and is_integer(recording, number)]
             (same if name in SAME and not others.intersection(read) else others).update(made)
-    return bound
+            flags.update(made if name in EQUALITY or flags.issuperset(read) else ())
+    return ANY if is_calculated else bound
 
 
 def _rows_indexed(recording: Recorded, call: Call, index: list[int]) -> int | None:

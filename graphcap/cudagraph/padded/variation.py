@@ -27,7 +27,11 @@ _LARGE_OTHERS = 16.0
 
 def can_be_drawn(tensor: torch.Tensor, bound: int | None) -> bool:
     """Whether a row may hold numbers that no row of the call holds."""
-    return tensor.is_floating_point() or (not tensor.is_complex() and bound is not None)
+    if tensor.is_floating_point():
+        return True
+    if tensor.is_complex() or bound is None or tensor.numel() == 0:
+        return False
+    return tensor.dtype is torch.bool or bound < ANY or int(tensor.detach().max()) > 0
 
 
 def varied(seed: int) -> Content:
@@ -83,16 +87,13 @@ def _two_rows(
 
 
 def _range(given: torch.Tensor, bound: int | None) -> tuple[int, int]:
-    """From where to below where integers are drawn: about those of the call where any would do (masks, positions,
-    lengths), otherwise all that are good, as the call may hold few of them."""
+    """From 0 to below where integers are drawn: no larger than those of the call where they are calculated with (masks,
+    positions, lengths), otherwise all that are good, as the call may hold few of them."""
     assert bound is not None
     if given.dtype is torch.bool:
         return 0, 2
-    if bound < ANY:
-        return 0, max(1, min(bound, torch.iinfo(given.dtype).max))
-    low, high = (int(each) for each in given.detach().cpu().aminmax())
-    high = min(high + 1 if high > low else high + 2, torch.iinfo(given.dtype).max)
-    return min(low, high - 2), high
+    good = bound if bound < ANY else int(given.detach().max()) + 1
+    return 0, max(1, min(good, torch.iinfo(given.dtype).max))
 
 
 def _large(real: torch.Tensor) -> float:

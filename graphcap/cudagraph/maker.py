@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from graphcap.cudagraph.dispatch.asked import Asked
-from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
+from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step, largest_of_step
 from graphcap.cudagraph.dispatch.routes import Route
 from graphcap.cudagraph.dispatch.step import current, step
 from graphcap.cudagraph.made import WARM_UP, Made
@@ -23,7 +23,7 @@ from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.plan_capture import PlanCapture
 from graphcap.cudagraph.program import InputKind
 from graphcap.cudagraph.recording.knowledge import Further, Knowledge
-from graphcap.cudagraph.recording.observe import observe
+from graphcap.cudagraph.recording.observe import Observation, observe
 from graphcap.cudagraph.replaying.plan import Plan
 
 _log = logging.getLogger("graphcap.cudagraph")
@@ -57,6 +57,7 @@ class PlanMaker:
         self._knowledge = Knowledge(parts.program, parts.device.device, further)
         self._servings: dict[Hashable, Serving] = {}
         self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
+        self._largest = largest_of_step(parts.config.dynamic_arg_dims)
         self._asked: dict[Hashable, Asked] = {}
         self._proven: dict[Hashable, list[Proof]] = {}  # per family of plans
 
@@ -208,7 +209,13 @@ class PlanMaker:
                 is_warm = self._knowledge.is_warm(route)
                 if serving is not None and not is_warm:
                     self._prepare_inputs(serving)
-                made = self.capture.serve(route, known, padded, serving, is_warm=is_warm)
+                reason = self._agreement.reason(
+                    self._question("can its graph be given the step", route), self._why_not_held(known, serving)
+                )
+                if reason:
+                    made = Made(self._program.run(*padded), reason)
+                else:
+                    made = self.capture.serve(route, known, padded, serving, is_warm=is_warm)
                 if made.misjudged:
                     self._knowledge.doubt(route.key)
                 if made.was_cold:
@@ -216,6 +223,10 @@ class PlanMaker:
         if route.rung:
             return made._replace(outputs=self._padding.hand_back(args, padded, made.outputs, known))
         return made
+
+    def _why_not_held(self, known: Observation, serving: Serving | None) -> str:
+        said = current()
+        return "" if serving is None or said is None else serving.why_not_held(sorted(known.asked), said.inputs)
 
     def _prepare_inputs(self, serving: Serving) -> None:
         """Have the buffers that a warm-up would make: those that ops asked for on other routes."""
@@ -228,7 +239,7 @@ class PlanMaker:
         if said is None or not said.inputs:
             return None
         if route.key not in self._servings:
-            self._servings[route.key] = Serving(route.named, self._step_dims, self._config.pad)
+            self._servings[route.key] = Serving({**self._largest, **route.named}, self._step_dims, self._config.pad)
         serving = self._servings[route.key]
         with torch.no_grad():
             serving.refresh(said.inputs)

@@ -238,3 +238,50 @@ def test_arguments_that_come_to_share_memory_are_not_padded_apart(frontend: str)
             result = 2 * expected if number >= 4 else expected + residual
             torch.testing.assert_close(compiled(h, residual), result)
             torch.testing.assert_close(h, expected)
+
+
+@torch.library.custom_op("graphcap_test_padded::gathered", mutates_args=())
+def gathered(x: Tensor) -> Tensor:
+    pages = graphcap.current_step().inputs["pages"]
+    seen_pages.append((tuple(pages.shape), pages.data_ptr()))
+    return x + pages.sum(1, keepdim=True)
+
+
+@gathered.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+seen_pages: list[tuple[tuple[int, ...], int]] = []
+
+
+def serve_pages(dim: Any) -> tuple[graphcap.Report, list[tuple[tuple[int, ...], int]]]:
+    """Steps whose table of pages has another width each, read by an op that a graph may hold."""
+    graphcap.register_op("graphcap_test_padded::gathered", capture="always")
+    dims = {"x": 0, "step.pages": {0: "num_tokens", 1: dim}}
+    options: Any = {"compiler": "eager", "simulate": True, "cache": False, "capture_sizes": [4, 8]}
+    model = graphcap.compile(lambda x: gathered(x * 2) + 1, dynamic_arg_dims=dims, **options)
+    seen_pages.clear()
+    with torch.inference_mode():
+        for n, width in [(3, 2), (3, 5), (4, 1), (3, 6), (3, 2), (2, 3), (3, 4), (7, 2), (7, 6), (5, 5)]:
+            x, pages = torch.randn(n, WIDTH), torch.randn(n, width)
+            with graphcap.step(num_tokens=n, inputs={"pages": pages}):
+                torch.testing.assert_close(model(x), x * 2 + pages.sum(1, keepdim=True) + 1)
+    return graphcap.explain(model), list(seen_pages)
+
+
+def test_a_step_input_with_a_largest_size_is_in_a_buffer_of_it_for_the_ops_of_a_graph() -> None:
+    report, seen = serve_pages(graphcap.Dim("pages", max=6))
+    (region,) = report.regions
+    assert {plan.key for plan in region.plans} == {(4,), (8,)}
+    assert region.replays >= 4
+    assert {shape for shape, _ in seen[-3:]} == {(8, 6)}
+    assert not any("not padded" in note for note in region.notes)
+
+
+def test_a_step_input_of_a_size_that_nothing_tells_is_in_no_graph() -> None:
+    """Its tensor is the engine's own, and would be somewhere else at the next replay."""
+    report, _ = serve_pages("pages")
+    (region,) = report.regions
+    assert region.plans == ()
+    assert any("step input 'pages', whose dim 'pages' follows no size" in each for each in region.live_calls)

@@ -8,7 +8,7 @@ every replay.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,13 @@ def dims_of_step(declared: Mapping[str, Any] | None) -> dict[str, dict[int, str]
     return found
 
 
+def largest_of_step(declared: Mapping[str, Any] | None) -> dict[str, int]:
+    """The sizes of buffers that dims of step inputs have whatever the batch is: ``{"blocks": 512}``."""
+    paths = [dims for path, dims in (declared or {}).items() if path.startswith(PREFIX)]
+    named = [dim for dims in paths if isinstance(dims, Mapping) for dim in dims.values()]
+    return {dim.name: dim.max for dim in named if getattr(dim, "max", None) is not None}
+
+
 class _Outer(threading.local):
     """What was in force before, for each thread that entered."""
 
@@ -70,7 +77,7 @@ class Serving:
         """Nothing is allocated yet.
 
         Args:
-            named: the padded size of each declared dim.
+            named: the size of each declared dim in the buffers.
             dims: per input the names of its dims.
             fills: per input what fills its padded rows.
         """
@@ -111,7 +118,7 @@ class Serving:
         buffer = self._buffers.get(name)
         if buffer is not None:
             return buffer
-        if not isinstance(given, torch.Tensor) or any(each not in self._named for each in self._names(name).values()):
+        if not isinstance(given, torch.Tensor) or self._unknown(name):
             return given
         if self.is_recording:
             raise StepError(f"step input {name!r} is read in a capture and was not read in the warm-up before it")
@@ -122,6 +129,16 @@ class Serving:
         self._buffers[name] = buffer
         self._fits.clear()
         return buffer
+
+    def why_not_held(self, names: Iterable[str], inputs: StepInputs) -> str:
+        """Why a graph cannot read these inputs, ``""`` where it can: what a step brings is elsewhere in the next one."""
+        for name in names:
+            if isinstance(inputs.given.get(name), torch.Tensor) and (dim := self._unknown(name)):
+                return (
+                    f"a graph would read step input {name!r}, whose dim {dim!r} follows no size of the call: declare "
+                    f"its largest size, Dim({dim!r}, max=...)"
+                )
+        return ""
 
     def refresh(self, inputs: StepInputs) -> None:
         """Copy what the step brings into the buffers that exist. To be called without grad.
@@ -188,6 +205,10 @@ class Serving:
         if any(real > padded for real, padded in zip(given.shape, size, strict=True)):
             raise StepError(f"step input {name!r} has size {tuple(given.shape)}, more than the padded {size}")
         return size
+
+    def _unknown(self, name: str) -> str:
+        """A dim of an input that the plan does not depend on, ``""`` where there is none."""
+        return next((each for each in self._names(name).values() if each not in self._named), "")
 
     def _names(self, name: str) -> Mapping[int, str]:
         return self._dims.get(name, {})

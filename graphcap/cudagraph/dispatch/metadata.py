@@ -131,7 +131,7 @@ class Serving:
         return buffer
 
     def why_not_held(self, names: Iterable[str], inputs: StepInputs) -> str:
-        """Why a graph cannot read these inputs, ``""`` where it can: what a step brings is elsewhere in the next one."""
+        """Why a graph cannot read these inputs, ``""`` where it can: those of the next step are somewhere else."""
         for name in names:
             if isinstance(inputs.given.get(name), torch.Tensor) and (dim := self._unknown(name)):
                 return (

@@ -216,6 +216,11 @@ class Config:
         both = sorted(set(self.disable_passes) & set(self.require_passes))
         if both:
             raise ConfigError(f"require_passes and disable_passes both name {', '.join(both)}")
+        if self.require_passes and self.compiler == "eager":
+            raise ConfigError(
+                f"require_passes ({', '.join(self.require_passes)}) and compiler='eager' contradict each other: passes "
+                "run inside Inductor. Drop one of them"
+            )
 
     @classmethod
     def resolve(

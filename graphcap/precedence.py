@@ -61,6 +61,9 @@ def settle(
         # Code may require the very pass that is being switched off to bisect: the switch wins there too.
         disabled = chosen["disable_passes"]
         chosen["require_passes"] = [name for name in chosen["require_passes"] if name not in disabled]
+    if "compiler" in switches and chosen["compiler"] == "eager" and "require_passes" in chosen:
+        # Passes run inside Inductor: with it they are all switched off.
+        chosen["require_passes"], origins["require_passes"] = (), origins["compiler"]
     return chosen, origins
 
 

@@ -128,6 +128,7 @@ def test_frozen() -> None:
         ({"splitting_rules": ["aten::mm"]}, "splitting_rules: expected a function"),
         ({"inductor_compile_config": {1: 2}}, "inductor_compile_config: expected a mapping with string keys"),
         ({"disable_passes": ["a", "b"], "require_passes": ["b"]}, "both name b"),
+        ({"compiler": "eager", "require_passes": ["a"]}, "require_passes (a) and compiler='eager'"),
         ({"capture_sizes": [1], "cudagraph_capture_sizes": [1]}, "'cudagraph_capture_sizes' is another name of"),
     ],
 )
@@ -197,6 +198,14 @@ def test_bad_environment_value_names_variable_and_choices(variable: str, text: s
 def test_switching_off_a_required_pass_to_bisect_is_not_an_error() -> None:
     config = Config.resolve({"require_passes": ["a", "b"]}, environ={"GRAPHCAP_DISABLE_PASSES": "a"})
     assert (config.disable_passes, config.require_passes) == (("a",), ("b",))
+
+
+def test_switching_off_inductor_to_bisect_requires_no_pass() -> None:
+    config = Config.resolve({"require_passes": ["a"]}, environ={"GRAPHCAP_COMPILER": "eager"})
+    assert (config.compiler, config.require_passes) == ("eager", ())
+    assert config.origin("require_passes") == "env GRAPHCAP_COMPILER"
+    kept = Config.resolve({"require_passes": ["a"], "compiler": "eager"}, environ={"GRAPHCAP_COMPILER": "inductor"})
+    assert kept.require_passes == ("a",)
 
 
 def test_unknown_variable_warns_once_and_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,12 @@ class PassPipeline(CustomGraphPass):
             own = [result for result in results if result.name == name]
             if any(result.matches for result in own):
                 continue
+            if not own:
+                raise PassRequiredError(
+                    f"the required pass {name!r} saw no graph: no piece of this region went through Inductor, where "
+                    f"passes run. graphcap.explain() says why for each piece; drop {name!r} from require_passes if "
+                    "that is as it should be"
+                )
             failed = next((f"; it failed: {result.error}" for result in own if result.error), "")
             raise PassRequiredError(
                 f"the required pass {name!r} matched nothing in {len(own)} graphs{failed}. Either the model does not "

@@ -126,6 +126,8 @@ def test_a_required_pass_must_match_somewhere_in_the_region() -> None:
         pipeline.check_required([nothing, nothing, PassResult("another", matches=1)])
     with pytest.raises(PassRequiredError, match="it failed: KeyError: 'val'"):
         pipeline.check_required([PassResult("add_rms_norm", error="KeyError: 'val'")])
+    with pytest.raises(PassRequiredError, match=r"'add_rms_norm' saw no graph: no piece .* went through Inductor"):
+        pipeline.check_required([])
 
 
 def test_disabling_wins_over_requiring(caplog: pytest.LogCaptureFixture) -> None:

@@ -69,6 +69,7 @@ def compile(
     declared = settings.get("dynamic_arg_dims") if dynamic_arg_dims is None else dynamic_arg_dims
     wanted = _target_of(original, declared, settings, fullgraph, kind)
     wanted.dims.require(wanted.config.pad, "pad")
+    check_frontend(frontend, wanted.config)
     if existing is not None and existing.same_request(wanted):
         return target
     if isinstance(target, nn.Module):
@@ -126,6 +127,19 @@ def frontend_of(name: str) -> type[CompiledTarget]:
     if name != "dynamo":
         raise ConfigError(f"frontend={name!r} is not known; use 'dynamo' or 'breakable'")
     return CompiledTarget
+
+
+def check_frontend(name: str, config: Config) -> None:
+    """Check that a front end can do what the settings demand.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if name == "breakable" and config.require_passes:
+        raise ConfigError(
+            f"require_passes ({', '.join(config.require_passes)}) cannot be met with frontend='breakable', which "
+            "compiles nothing: passes run inside Inductor. Drop one of them"
+        )
 
 
 def install(module: nn.Module, target: CompiledTarget) -> None:

@@ -13,7 +13,14 @@ from typing import Any, TypeVar, cast, overload
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-from graphcap.compiler.frontend.api import COMPILED_CALL, frontend_of, install, module_target, settings_of
+from graphcap.compiler.frontend.api import (
+    COMPILED_CALL,
+    check_frontend,
+    frontend_of,
+    install,
+    module_target,
+    settings_of,
+)
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.dims import parse
 from graphcap.compiler.frontend.disabling import disabled, is_disabled
@@ -80,6 +87,7 @@ def support_graph_compile(
     """
     settings, make = settings_of(config, options), frontend_of(frontend)
     given = Config.resolve(settings)  # a mistake is reported where it was made, not at the first call
+    check_frontend(frontend, given)
     if dynamic_arg_dims is None:
         dynamic_arg_dims = given.dynamic_arg_dims
     if dynamic_arg_dims is not None:

@@ -256,6 +256,8 @@ class CompiledTarget:
                 self.original, self.entry, name=self.name, kind=self.kind, dims=self.dims, options=self.options
             )
             self._note(f"Dynamo cannot trace it, captured without (fallback='breakable'): {_first_line(error)}")
+            if self.config.require_passes:
+                self._note("require_passes was not checked: without Dynamo nothing goes through Inductor")
             self.notes = other.notes = [*self.notes]
             self._instead = other.call
             return other.call(bound, args, kwargs)

@@ -148,6 +148,13 @@ def test_mistakes_are_reported_at_once() -> None:
         graphcap.compile(Linear(), dynamic_arg_dims={"xs": 0})
 
 
+def test_without_dynamo_no_pass_can_be_required() -> None:
+    with pytest.raises(ConfigError, match=r"require_passes .* frontend='breakable'"):
+        graphcap.compile(Linear(), frontend="breakable", require_passes=["add_rms_norm"])
+    with pytest.raises(ConfigError, match=r"require_passes .* frontend='breakable'"):
+        graphcap.support_graph_compile(frontend="breakable", require_passes=["add_rms_norm"])
+
+
 # The module stays what it was.
 
 

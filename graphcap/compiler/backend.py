@@ -29,6 +29,7 @@ from graphcap.compiler.bypass import reason_to_bypass, run_bypass
 from graphcap.compiler.debug import dump
 from graphcap.compiler.dims import GraphDims, read_dims
 from graphcap.compiler.frontend.marked_call import will_retry
+from graphcap.compiler.inductor_settings import check_inductor_settings
 from graphcap.compiler.inputs import name_inputs
 from graphcap.compiler.limits import bound_sizes
 from graphcap.compiler.partition import partition
@@ -70,6 +71,7 @@ def graphcap(
         PassRequiredError: when a required pass matched nothing.
     """
     config = Config.resolve(options, mode)
+    check_inductor_settings(config)
     region = open_region(gm, example_inputs, config)
     region.bypass = reason_to_bypass(gm, example_inputs, config)
     try:

@@ -15,6 +15,7 @@ from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.disabling import is_disabled
 from graphcap.compiler.frontend.entry import function_entry, module_entry
 from graphcap.compiler.frontend.target import CompiledTarget
+from graphcap.compiler.inductor_settings import check_inductor_settings
 from graphcap.config import Config
 from graphcap.errors import ConfigError
 
@@ -69,7 +70,7 @@ def compile(
     declared = settings.get("dynamic_arg_dims") if dynamic_arg_dims is None else dynamic_arg_dims
     wanted = _target_of(original, declared, settings, fullgraph, kind)
     wanted.dims.require(wanted.config.pad, "pad")
-    check_frontend(frontend, wanted.config)
+    check_settings(frontend, wanted.config)
     if existing is not None and existing.same_request(wanted):
         return target
     if isinstance(target, nn.Module):
@@ -129,13 +130,14 @@ def frontend_of(name: str) -> type[CompiledTarget]:
     return CompiledTarget
 
 
-def check_frontend(name: str, config: Config) -> None:
-    """Check that a front end can do what the settings demand.
+def check_settings(frontend: str, config: Config) -> None:
+    """Check what a :class:`Config` does not know of itself: the front end, and Inductor's own settings.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the front end cannot do what the settings demand, or Inductor has no such setting.
     """
-    if name == "breakable" and config.require_passes:
+    check_inductor_settings(config)
+    if frontend == "breakable" and config.require_passes:
         raise ConfigError(
             f"require_passes ({', '.join(config.require_passes)}) cannot be met with frontend='breakable', which "
             "compiles nothing: passes run inside Inductor. Drop one of them"

@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from graphcap.compiler.frontend.api import (
     COMPILED_CALL,
-    check_frontend,
+    check_settings,
     frontend_of,
     install,
     module_target,
@@ -87,7 +87,7 @@ def support_graph_compile(
     """
     settings, make = settings_of(config, options), frontend_of(frontend)
     given = Config.resolve(settings)  # a mistake is reported where it was made, not at the first call
-    check_frontend(frontend, given)
+    check_settings(frontend, given)
     if dynamic_arg_dims is None:
         dynamic_arg_dims = given.dynamic_arg_dims
     if dynamic_arg_dims is not None:

@@ -112,6 +112,16 @@ class OutputCode:
             return []
 
 
+def inductor_setting_types() -> dict[str, Any]:
+    """Every setting of ``torch._inductor.config`` with its type; ``object`` where torch does not tell it."""
+    from torch._inductor import config
+
+    inductor: Any = config
+    # A setting without annotation whose default is None is said to be of type None: that tells nothing.
+    types = {name: inductor.get_type(name) for name in inductor.get_config_copy()}
+    return {name: object if kind in (type(None), Any) else kind for name, kind in types.items()}
+
+
 def codegen_config() -> dict[str, str]:
     """The Inductor and functorch settings that reach generated code, by torch's own list of what does not."""
     import torch._functorch.config as functorch

@@ -225,21 +225,22 @@ class Config:
     @classmethod
     def resolve(
         cls,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | Config | None = None,
         mode: str | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Config:
         """Build the configuration of one ``torch.compile`` call, by the precedence of :mod:`graphcap.precedence`.
 
         Args:
-            options: settings given in code, by name or alias.
+            options: settings given in code, by name or alias; a Config stands for its :meth:`to_dict`.
             mode: torch's ``mode=``; see :data:`graphcap.precedence.MODES`.
             environ: the environment; ``os.environ`` when not given.
 
         Raises:
             ConfigError: as for the class, and for a bad environment variable or an unknown mode.
         """
-        chosen, origins = settle(options or {}, mode, os.environ if environ is None else environ, KINDS)
+        given = options.to_dict() if isinstance(options, Config) else options
+        chosen, origins = settle(given or {}, mode, os.environ if environ is None else environ, KINDS)
         config = cls(**chosen)
         object.__setattr__(config, "_origins", origins)
         return config

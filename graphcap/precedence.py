@@ -77,9 +77,13 @@ def unknown_setting(name: str, kinds: Mapping[str, Kind]) -> ConfigError:
     )
 
 
-def _settings_of_code(options: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
+def _settings_of_code(options: Any, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"options: expected a mapping of settings or a graphcap.Config, got {options!r}")
     settings: dict[str, Any] = {}
     for given, value in options.items():
+        if not isinstance(given, str):
+            raise ConfigError(f"options: a setting is named by a string, got {given!r}")
         name = ALIASES.get(given, given)
         if name not in kinds:
             raise unknown_setting(given, kinds)
@@ -90,9 +94,9 @@ def _settings_of_code(options: Mapping[str, Any], kinds: Mapping[str, Kind]) -> 
     return settings
 
 
-def _settings_of_mode(mode: str | None) -> dict[str, Any]:
+def _settings_of_mode(mode: Any) -> dict[str, Any]:
     if mode is None:
         return {}
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ConfigError(f"graphcap knows no mode={mode!r}: valid are {', '.join(MODES)}")
     return MODES[mode]

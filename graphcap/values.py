@@ -22,6 +22,10 @@ _FALSE = ("0", "false", "no", "off")
 _OPERATOR_NAME = re.compile(r"\w+::(\*|\w+(\.\w+)?)|\w+(\.\w+)+")
 
 
+#: The most buffers of a ring: they are made when a shape is captured.
+MAX_RING = 1024
+
+
 class BadValue(Exception):
     """A value that a setting cannot take; the text says what it can. Config turns it into a ConfigError."""
 
@@ -132,7 +136,11 @@ def _read_ratio(text: str) -> float:
 
 
 def _accept_outputs(value: Any) -> str:
-    if value in ("clone", "static") or (isinstance(value, str) and re.fullmatch(r"ring:[1-9]\d*", value)):
+    if isinstance(value, str) and (ring := re.fullmatch(r"ring:([1-9]\d*)", value, re.ASCII)):
+        if len(ring[1]) > len(str(MAX_RING)) or int(ring[1]) > MAX_RING:
+            raise BadValue(f"'ring:N' keeps N copies of every output, N is at most {MAX_RING}, got {value!r}")
+        return value
+    if value in ("clone", "static"):
         return str(value)
     raise BadValue(f"expected 'clone', 'static' or 'ring:N', got {value!r}")
 

@@ -97,6 +97,15 @@ def test_values_are_brought_into_one_form() -> None:
     assert config.static_args == ("kv",)
 
 
+def test_a_config_is_taken_as_options() -> None:
+    config = Config.resolve(Config(max_plans=3), environ={"GRAPHCAP_CAPTURE_AFTER": "7"})
+    assert (config.max_plans, config.capture_after) == (3, 7)
+    assert [row.origin for row in config.describe() if row.name in ("max_plans", "capture_after")] == [
+        "env GRAPHCAP_CAPTURE_AFTER",
+        "code",
+    ]
+
+
 def test_frozen() -> None:
     config = Config(inductor_compile_config={"max_autotune": True})
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -117,6 +126,9 @@ def test_frozen() -> None:
         ({"cudagraph_mode": 3}, "cudagraph_mode: expected one of NONE"),
         ({"compiler": "triton"}, "compiler: expected one of inductor, eager, got 'triton'"),
         ({"outputs": "view"}, "outputs: expected 'clone', 'static' or 'ring:N', got 'view'"),
+        ({"outputs": "ring:99999999999"}, "outputs: 'ring:N' keeps N copies of every output, N is at most 1024"),
+        ({1: 2}, "options: a setting is named by a string, got 1"),
+        ([("max_plans", 3)], "options: expected a mapping of settings or a graphcap.Config, got [('max_plans', 3)]"),
         ({"enforce_eager": 1}, "enforce_eager: expected True or False, got 1"),
         ({"max_plans": True}, "max_plans: expected an integer, got True"),
         ({"max_plans": 0}, "max_plans: expected at least 1, got 0"),
@@ -132,7 +144,7 @@ def test_frozen() -> None:
         ({"capture_sizes": [1], "cudagraph_capture_sizes": [1]}, "'cudagraph_capture_sizes' is another name of"),
     ],
 )
-def test_refused(settings: dict[str, Any], message: str) -> None:
+def test_refused(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         Config.resolve(settings, environ={})
 
@@ -236,3 +248,5 @@ def test_autotuning_modes() -> None:
 def test_unknown_mode() -> None:
     with pytest.raises(ConfigError, match="no mode='fast': valid are default, reduce-overhead"):
         Config.resolve(mode="fast", environ={})
+    with pytest.raises(ConfigError, match="no mode="):
+        Config.resolve(mode=["fast"], environ={})  # type: ignore[arg-type]

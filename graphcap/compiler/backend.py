@@ -52,7 +52,7 @@ def graphcap(
     example_inputs: Sequence[Any],
     *,
     mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Config | None = None,
 ) -> Callable[..., Any]:
     """The ``torch.compile`` backend. Found by name through the entry point ``torch_dynamo_backends``.
 
@@ -60,7 +60,7 @@ def graphcap(
         gm: the graph that Dynamo traced; parameters and buffers are inputs.
         example_inputs: the first call's inputs, one per placeholder.
         mode: torch's ``mode=``.
-        options: fields of :class:`graphcap.Config`.
+        options: fields of :class:`graphcap.Config`, or one.
 
     Returns:
         A callable of the same inputs.

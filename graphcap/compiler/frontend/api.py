@@ -14,10 +14,9 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.disabling import is_disabled
 from graphcap.compiler.frontend.entry import function_entry, module_entry
+from graphcap.compiler.frontend.request import check_settings, frontend_of, settings_of
 from graphcap.compiler.frontend.target import CompiledTarget
-from graphcap.compiler.inductor_settings import check_inductor_settings
 from graphcap.config import Config
-from graphcap.errors import ConfigError
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -33,7 +32,7 @@ def compile(
     dynamic_arg_dims: Mapping[str, Any] | None = None,
     fullgraph: bool = False,
     frontend: str = "dynamo",
-    config: Config | None = None,
+    config: Config | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> T:
     """Compile ``target`` with graphcap; tracing happens at its first call.
@@ -49,7 +48,7 @@ def compile(
         fullgraph: a graph break is an error.
         frontend: what looks at the function. ``"dynamo"`` traces it; ``"breakable"`` records its operators while it
             runs, for functions that Dynamo cannot trace (see :mod:`graphcap.compiler.breakable`).
-        config: settings, overridden by ``options``.
+        config: settings, as a Config or a mapping; overridden by ``options``.
         options: settings by name, see :class:`graphcap.Config`.
 
     Raises:
@@ -96,11 +95,6 @@ def target_of(obj: object) -> CompiledTarget | None:
     return record_of(obj)
 
 
-def settings_of(config: Config | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """``config=`` and keywords in one; keywords win."""
-    return {**(config.to_dict() if config is not None else {}), **options}
-
-
 def module_target(
     module: nn.Module,
     dims: CallDims,
@@ -113,35 +107,6 @@ def module_target(
     name = f"{type(module).__qualname__}.forward"
     entry = module_entry(type(module))
     return make(module, entry, name=name, kind="module", dims=dims, options=settings, fullgraph=fullgraph)
-
-
-def frontend_of(name: str) -> type[CompiledTarget]:
-    """What a front end makes of a target.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    if name == "breakable":
-        from graphcap.compiler.breakable.target import BreakableTarget
-
-        return BreakableTarget
-    if name != "dynamo":
-        raise ConfigError(f"frontend={name!r} is not known; use 'dynamo' or 'breakable'")
-    return CompiledTarget
-
-
-def check_settings(frontend: str, config: Config) -> None:
-    """Check what a :class:`Config` does not know of itself: the front end, and Inductor's own settings.
-
-    Raises:
-        ConfigError: the front end cannot do what the settings demand, or Inductor has no such setting.
-    """
-    check_inductor_settings(config)
-    if frontend == "breakable" and config.require_passes:
-        raise ConfigError(
-            f"require_passes ({', '.join(config.require_passes)}) cannot be met with frontend='breakable', which "
-            "compiles nothing: passes run inside Inductor. Drop one of them"
-        )
 
 
 def install(module: nn.Module, target: CompiledTarget) -> None:

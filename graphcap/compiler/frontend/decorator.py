@@ -8,25 +8,20 @@ looks for a compiled version of itself; at the first call it compiles the instan
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast, overload
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-from graphcap.compiler.frontend.api import (
-    COMPILED_CALL,
-    check_settings,
-    frontend_of,
-    install,
-    module_target,
-    settings_of,
-)
+from graphcap.compiler.frontend.api import COMPILED_CALL, install, module_target
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.dims import parse
 from graphcap.compiler.frontend.disabling import disabled, is_disabled
+from graphcap.compiler.frontend.request import check_settings, frontend_of, settings_of
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.config import Config
-from graphcap.errors import DimError
+from graphcap.errors import ConfigError, DimError
 
 __all__ = ["disabled", "support_graph_compile"]
 
@@ -44,7 +39,7 @@ def support_graph_compile(
     enable_if: Callable[[Any], bool] | None = None,
     fullgraph: bool = False,
     frontend: str = "dynamo",
-    config: Config | None = None,
+    config: Config | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Callable[[C], C]: ...
 
@@ -57,7 +52,7 @@ def support_graph_compile(
     enable_if: Callable[[Any], bool] | None = None,
     fullgraph: bool = False,
     frontend: str = "dynamo",
-    config: Config | None = None,
+    config: Config | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> C | Callable[[C], C]:
     """Class decorator: every instance of this ``nn.Module`` class is compiled at its first call.
@@ -69,7 +64,7 @@ def support_graph_compile(
         enable_if: asked once per instance, at its first call; an instance for which it is false stays eager.
         fullgraph: a graph break is an error.
         frontend: as for :func:`graphcap.compile`.
-        config: settings, overridden by ``options``.
+        config: settings, as a Config or a mapping; overridden by ``options``.
         options: settings by name, see :class:`graphcap.Config`.
 
     Raises:
@@ -88,20 +83,34 @@ def support_graph_compile(
     settings, make = settings_of(config, options), frontend_of(frontend)
     given = Config.resolve(settings)  # a mistake is reported where it was made, not at the first call
     check_settings(frontend, given)
+    if enable_if is not None and not callable(enable_if):
+        raise ConfigError(f"enable_if: expected a function of the instance, got {enable_if!r}")
     if dynamic_arg_dims is None:
         dynamic_arg_dims = given.dynamic_arg_dims
     if dynamic_arg_dims is not None:
         parse(dynamic_arg_dims)
 
     def decorate(cls: C) -> C:
-        if not issubclass(cls, nn.Module):
-            raise TypeError(f"@support_graph_compile is for nn.Module classes, got {cls!r}; see graphcap.compile")
+        if not _is_module_class(cls):
+            raise TypeError(
+                f"@support_graph_compile is for nn.Module classes, got {cls!r}; for a function or an instance use "
+                "graphcap.compile"
+            )
         if dynamic_arg_dims is not None and "forward" in vars(cls):
-            CallDims.of(cls.forward, dynamic_arg_dims).require(given.pad, "pad")
+            CallDims.of(_forward_of(cls), dynamic_arg_dims).require(given.pad, "pad")
         setattr(cls, COMPILED_CALL, _AtFirstCall(cls, dynamic_arg_dims, enable_if, settings, fullgraph, make))
         return cls
 
     return decorate if cls is None else decorate(cls)
+
+
+def _is_module_class(given: object) -> bool:
+    return isinstance(given, type) and issubclass(given, nn.Module)
+
+
+def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    """``forward`` with the arguments that a caller gives: without ``self``, before there is an instance."""
+    return MethodType(cls.forward, cls) if isinstance(vars(cls)["forward"], FunctionType) else cls.forward
 
 
 class _AtFirstCall:

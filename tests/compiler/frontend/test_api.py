@@ -248,6 +248,14 @@ def test_keywords_win_over_config() -> None:
     assert (record.config.max_plans, record.config.cache) == (5, False)
 
 
+def test_config_may_be_a_mapping() -> None:
+    found = record_of(graphcap.compile(Linear(), config={"max_plans": 3}, compiler="eager"))
+    assert found is not None
+    assert (found.config.max_plans, found.config.compiler) == (3, "eager")
+    with pytest.raises(ConfigError, match=r"config: expected a graphcap\.Config or a mapping of settings, got 'eager'"):
+        graphcap.compile(Linear(), config="eager")  # type: ignore[arg-type]
+
+
 def test_settings_reach_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

@@ -230,6 +230,13 @@ def test_mistakes_are_reported_at_the_class() -> None:
         support_graph_compile(dynamic_arg_dims={"X": 0})(Block)
     with pytest.raises(TypeError, match=r"nn\.Module classes"):
         support_graph_compile(dict)  # type: ignore[type-var]
+    for wrong in ("x", lambda x: x):
+        with pytest.raises(TypeError, match=r"nn\.Module classes.*for a function .* graphcap\.compile"):
+            support_graph_compile(wrong)  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="enable_if: expected a function of the instance, got True"):
+        support_graph_compile(enable_if=True)  # type: ignore[call-overload]
+    with pytest.raises(DimError, match="no argument 'self'"):
+        support_graph_compile(dynamic_arg_dims={"self": 0})(Block)
 
 
 def test_decorating_twice_is_decorating_once(graphs: list[Any]) -> None:

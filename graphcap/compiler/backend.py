@@ -38,6 +38,7 @@ from graphcap.compiler.region import Region, close_region, open_region, went_bey
 from graphcap.compiler.rules import SplitRules
 from graphcap.compiler.specialise import by_size, position_of, specialisable_symbol
 from graphcap.compiler.split import Piece, split
+from graphcap.compiler.split_names import names_that_match
 from graphcap.compiler.stitch import build_program
 from graphcap.compiler.symbols import SizeSymbols, analyse_sizes
 from graphcap.config import Config, CUDAGraphMode
@@ -111,6 +112,7 @@ def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Re
     device, region.no_capture = capture_device(devices, config)
     sizes = analyse_sizes(gm.graph)
     region.bounds = {} if went_beyond(region) else bound_sizes(gm.graph, sizes)
+    region.split_names = names_that_match(config.splitting_ops or (), gm.graph)
     rules = SplitRules.of(config.splitting_ops, config.splitting_rules)
     groups = partition(gm.graph, rules, sizes, home_device(devices))
     pieces = split(gm, groups, sizes)

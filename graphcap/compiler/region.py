@@ -67,6 +67,7 @@ class Region:
         bypass: why nothing of ours runs here (``"grad mode ..."``), ``""`` otherwise.
         pieces: one record per piece, in execution order.
         key_sizes: the size symbols in the graph key, with the input that carries each.
+        split_names: the entries of ``splitting_ops`` that its graph has, ``None`` where nobody looked.
         live_sizes: the size symbols outside of it, each with its reason.
         bounds: the sizes up to which compiled code holds, by symbol.
         no_capture: why no CUDA graphs are captured here (no GPU, mode NONE), ``""`` where they are.
@@ -88,6 +89,7 @@ class Region:
     bypass: str = ""
     pieces: list[PieceRecord] = field(default_factory=list)
     key_sizes: dict[str, str] = field(default_factory=dict)
+    split_names: frozenset[str] | None = None
     live_sizes: dict[str, str] = field(default_factory=dict)
     bounds: dict[str, int] = field(default_factory=dict)
     no_capture: str = ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from graphcap.compiler.debug.report import FusionReport, PieceReport, PlanReport, RegionReport, SettingReport, plain
 from graphcap.compiler.region import PieceRecord, Region
+from graphcap.compiler.split_names import remarks
 from graphcap.config import Config
 from graphcap.cudagraph import PlanStats, RunnerStats
 from graphcap.cudagraph.counters.alerts import alerts
@@ -51,9 +52,9 @@ def snapshot(region: Region) -> RegionReport:
 
 
 def _notes(region: Region) -> tuple[str, ...]:
-    """Remarks on the region, and on the sizes that its runners pad or do not."""
+    """Remarks on the region, on what it was to be split at, and on the sizes that its runners pad or do not."""
     of_runners = [note for each in region.runners for note in (*each.router.dims.notes, *each.padding.notes)]
-    return tuple(dict.fromkeys([*region.notes, *of_runners]))
+    return tuple(dict.fromkeys([*region.notes, *remarks(region), *of_runners]))
 
 
 def _pieces(records: Sequence[PieceRecord]) -> tuple[PieceReport, ...]:

@@ -20,6 +20,20 @@ def resolve_op_overload(target: Any) -> Any:
     return target
 
 
+def operator_names() -> frozenset[str]:
+    """Every operator that is registered now, with and without the names of overloads; empty where torch does not tell.
+
+    ``torch._C._dispatch_get_all_op_names`` has ``"aten::add.Tensor"``; higher-order ones are in a table of their own.
+    """
+    try:
+        plain = torch._C._dispatch_get_all_op_names()
+        higher = torch._ops._higher_order_ops
+    except AttributeError:
+        return frozenset()
+    packets = (name.partition(".")[0] for name in plain)
+    return frozenset((*plain, *packets, *(f"higher_order::{name}" for name in higher)))
+
+
 def argument_names(name: str) -> list[str]:
     """The names of the arguments of ``"ns::op"``, over all its overloads; empty for an op that torch does not know yet.
 

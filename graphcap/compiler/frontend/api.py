@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from graphcap.compiler.frontend.call_dims import CallDims
 from graphcap.compiler.frontend.disabling import is_disabled
 from graphcap.compiler.frontend.entry import function_entry, module_entry
-from graphcap.compiler.frontend.request import check_settings, frontend_of, settings_of
+from graphcap.compiler.frontend.request import check_settings, frontend_of, settings_of, static_args_of_call
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.config import Config
 
@@ -53,7 +53,8 @@ def compile(
 
     Raises:
         ConfigError: an unknown setting or a bad value.
-        DimError: a malformed ``dynamic_arg_dims``; or it, or ``pad``, names an argument that ``target`` does not have.
+        DimError: a malformed ``dynamic_arg_dims``; or it, ``pad`` or ``static_args`` names an argument that ``target``
+            does not have.
         TypeError: ``target`` is something else.
 
     A second compilation with equal arguments does nothing; with others it replaces the first.
@@ -69,6 +70,7 @@ def compile(
     declared = settings.get("dynamic_arg_dims") if dynamic_arg_dims is None else dynamic_arg_dims
     wanted = _target_of(original, declared, settings, fullgraph, kind)
     wanted.dims.require(wanted.config.pad, "pad")
+    wanted.dims.require(static_args_of_call(original, wanted.config), "static_args")
     check_settings(frontend, wanted.config)
     if existing is not None and existing.same_request(wanted):
         return target

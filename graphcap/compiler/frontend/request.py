@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.compiler.inductor_settings import check_inductor_settings
@@ -49,3 +52,19 @@ def check_settings(frontend: str, config: Config) -> None:
             f"require_passes ({', '.join(config.require_passes)}) cannot be met with frontend='breakable', which "
             "compiles nothing: passes run inside Inductor. Drop one of them"
         )
+
+
+def static_args_of_call(target: Any, config: Config) -> list[str]:
+    """The ``static_args`` that can only be arguments: no attribute of the module, no variable around the function.
+
+    What the environment says is for every model of the process, and need not fit each.
+    """
+    if config.origin("static_args") != "code":
+        return []
+    holder = target if isinstance(target, nn.Module) else getattr(target, "__self__", None)
+    fn = inspect.unwrap(target.forward if isinstance(target, nn.Module) else target)
+    code = getattr(fn, "__code__", None)
+    around = {*getattr(fn, "__globals__", ()), *(code.co_freevars if code is not None else ())}
+    roots = {name: name.partition(".")[0] for name in config.static_args}
+    # An element of *args has a number for a name.
+    return [n for n, root in roots.items() if not (hasattr(holder, root) or root in around or root.isdecimal())]

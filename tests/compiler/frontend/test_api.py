@@ -289,6 +289,25 @@ def test_a_fill_for_an_argument_that_does_not_exist() -> None:
         graphcap.compile(Linear(), dynamic_arg_dims={"x": 0}, pad={"z": 0})
 
 
+class WithCache(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv_cache = torch.zeros(4)
+
+    def forward(self, x: Tensor, slots: Tensor | None = None) -> Tensor:
+        return self.fc(x) + self.kv_cache
+
+
+def test_a_static_argument_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DimError, match=r"static_args: WithCache\.forward has no argument 'slot'; did you mean 'slots'"):
+        graphcap.compile(WithCache(), static_args=["slot"])
+    with pytest.raises(DimError, match="static_args"):
+        graphcap.compile(rows, static_args=["num"])
+    graphcap.compile(WithCache(), static_args=["slots", "kv_cache", "step.seq_lens"])
+    monkeypatch.setenv("GRAPHCAP_STATIC_ARGS", "kv")  # of all models of the process
+    graphcap.compile(WithCache())
+
+
 def test_records() -> None:
     model = Linear()
     assert record_of(model) is None

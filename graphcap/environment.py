@@ -51,11 +51,12 @@ def read_environment(
         Setting -> (value, variable it came from).
 
     Raises:
-        ConfigError: a value that the setting cannot take, or a setting given under both of its names. An unknown
-            variable is only warned about, once per process: it may belong to another version.
+        ConfigError: a value that the setting cannot take, or a setting given under both of its names. A
+            variable that sets nothing is only warned about, once per process: it may belong to another version.
     """
     native_wanted(environ)  # a value that it cannot take is reported here, not in the middle of a capture
     check_outputs_wanted(environ)
+    direct_call_wanted(environ)
     names = {PREFIX + name.upper(): name for name, kind in kinds.items() if kind.read is not None}
     names |= {PREFIX + alias.upper(): name for alias, name in aliases.items()}
     found: dict[str, tuple[Any, str]] = {}
@@ -64,7 +65,7 @@ def read_environment(
             continue
         name = names.get(variable)
         if name is None:
-            _warn_unknown(variable, names)
+            _warn_unused(variable, names, kinds)
             continue
         if name in found:
             raise ConfigError(f"{found[name][1]} and {variable} are two names of one setting: set one of them")
@@ -110,10 +111,14 @@ def _read(variable: str, text: str, kind: Kind) -> Any:
         raise ConfigError(f"environment variable {variable}: {bad}") from None
 
 
-def _warn_unknown(variable: str, names: Mapping[str, str]) -> None:
+def _warn_unused(variable: str, names: Mapping[str, str], kinds: Mapping[str, Kind]) -> None:
     if variable in _warned:
         return
     _warned.add(variable)
+    setting = variable.removeprefix(PREFIX).lower()
+    if setting in kinds:
+        warnings.warn(f"{variable}: {setting} cannot be set by a variable, only in code", stacklevel=4)
+        return
     near = nearest(variable.removeprefix(PREFIX), [name.removeprefix(PREFIX) for name in names])
     hint = f"did you mean {PREFIX}{near}?" if near else f"valid are: {', '.join(sorted(names))}"
     warnings.warn(f"{variable} is no setting of graphcap: {hint}", stacklevel=4)

@@ -18,7 +18,9 @@ from graphcap.errors import ConfigError, did_you_mean
 from graphcap.values import Kind
 
 #: Settings whose environment variable beats code.
-DEBUGGING_SWITCHES = frozenset({"enforce_eager", "compiler", "cudagraph_mode", "disable_passes", "cache", "debug_dir"})
+DEBUGGING_SWITCHES = frozenset(
+    {"enforce_eager", "compiler", "cudagraph_mode", "disable_passes", "cache", "verify", "debug_dir"}
+)
 
 #: Second names that options= and the environment accept: vLLM's words.
 ALIASES = {"cudagraph_capture_sizes": "capture_sizes", "max_cudagraph_capture_size": "max_capture_size"}

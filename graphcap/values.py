@@ -150,7 +150,12 @@ def _accept_count_or_bool(value: Any) -> bool | int:
 
 
 def _read_count_or_bool(text: str) -> bool | int:
-    return _read_int(text) if text.isdecimal() and text not in ("0", "1") else _read_bool(text)
+    if re.fullmatch(r"[+-]?\d+", text) and text not in ("0", "1"):
+        return _read_int(text)
+    try:
+        return _read_bool(text)
+    except BadValue:
+        raise BadValue(f"expected a count or one of {', '.join(_TRUE + _FALSE)}, got {text!r}") from None
 
 
 def _accept_process_group(value: Any) -> Any:

@@ -181,6 +181,8 @@ def test_aliases() -> None:
         ("GRAPHCAP_MAX_CAPTURE_SIZE", "none", None),
         ("GRAPHCAP_SPLITTING_OPS", "a::b,c::d.out", ("a::b", "c::d.out")),
         ("GRAPHCAP_MAX_PLANS", "", 64),
+        ("GRAPHCAP_VERIFY", "3", 3),
+        ("GRAPHCAP_VERIFY", "on", True),
     ],
 )
 def test_environment_values(variable: str, text: str, value: object) -> None:
@@ -199,6 +201,9 @@ def test_environment_values(variable: str, text: str, value: object) -> None:
         ),
         ("GRAPHCAP_MAX_PLANS", "many", "GRAPHCAP_MAX_PLANS: expected an integer, got 'many'"),
         ("GRAPHCAP_CAPTURE_SIZES", "1;2", "GRAPHCAP_CAPTURE_SIZES: expected an integer, got '1;2'"),
+        ("GRAPHCAP_VERIFY", "-1", "GRAPHCAP_VERIFY: expected at least 0, got -1"),
+        ("GRAPHCAP_VERIFY", "1.5", "GRAPHCAP_VERIFY: expected a count or one of 1, true, yes, on, 0, false, no, off"),
+        ("GRAPHCAP_DIRECT_CALL", "x", "GRAPHCAP_DIRECT_CALL: expected one of 1, true, yes, on, 0, false, no, off"),
         ("GRAPHCAP_COMPILER", "nvcc", "GRAPHCAP_COMPILER: expected one of inductor, eager, got 'nvcc'"),
     ],
 )
@@ -228,6 +233,19 @@ def test_unknown_variable_warns_once_and_names_the_nearest(monkeypatch: pytest.M
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Config.resolve(environ=environ)
+
+
+@pytest.mark.parametrize("name", ["process_group", "pad", "dynamic_arg_dims"])
+def test_a_setting_without_a_form_as_text_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_warned", set())
+    variable = f"GRAPHCAP_{name.upper()}"
+    with pytest.warns(UserWarning, match=f"{variable}: {name} cannot be set by a variable, only in code"):
+        assert Config.resolve(environ={variable: "x"}) == Config()
+
+
+def test_verify_from_outside_beats_the_code() -> None:
+    config = Config.resolve({"verify": False}, environ={"GRAPHCAP_VERIFY": "2"})
+    assert (config.verify, config.origin("verify")) == (2, "env GRAPHCAP_VERIFY")
 
 
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import graphcap
-from graphcap.config import Config
+from graphcap.config import KINDS, Config
 from graphcap.precedence import ALIASES, DEBUGGING_SWITCHES, MODES
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,10 @@ def test_aliases_switches_and_modes_are_in_the_readme() -> None:
         assert f"`{alias}`" in config_table()[field][1]
     for name in DEBUGGING_SWITCHES:
         assert re.search(rf"^\| `GRAPHCAP_{name.upper()}=", README, re.MULTILINE), name
+    without_text = [name for name, kind in KINDS.items() if kind.read is None]
+    listed = re.search(r"Every field but (.*?) can be\s+set as\s+an environment", README, re.DOTALL)
+    assert listed is not None
+    assert sorted(re.findall(r"`(\w+)`", listed.group(1))) == sorted(without_text)
     for mode in MODES:
         assert f"`{mode}`" in README
 

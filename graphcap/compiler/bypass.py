@@ -17,6 +17,8 @@ from graphcap.config import CompilationMode, Config
 log = logging.getLogger(__name__)
 
 GRAD_MODE = "an output needs grad: the graph runs through Inductor with autograd, uncaptured"
+#: The same where pieces are not to go through Inductor.
+GRAD_MODE_EAGER = "an output needs grad: the graph runs eager (compiler='eager'), uncaptured"
 
 _warned: set[str] = set()
 
@@ -28,7 +30,7 @@ def reason_to_bypass(gm: fx.GraphModule, example_inputs: Sequence[Any], config: 
     if config.compilation_mode is not CompilationMode.PIECEWISE:
         return f"compilation_mode={config.compilation_mode.name} ({config.origin('compilation_mode')})"
     if needs_grad(gm, example_inputs):
-        return GRAD_MODE
+        return GRAD_MODE_EAGER if config.compiler == "eager" else GRAD_MODE
     if any(node.op == "call_module" for node in gm.graph.nodes):
         return "the graph calls modules (torch._dynamo.config.inline_inbuilt_nn_modules is off)"
     reshaped = next((node for node in gm.graph.nodes if nodes.changes_form_in_place(node)), None)
@@ -50,7 +52,7 @@ def needs_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
 def run_bypass(gm: fx.GraphModule, example_inputs: Sequence[Any], region: Region) -> Callable[..., Any]:
     """The callable for a graph that is not ours: plain eager where that was asked, else Inductor with autograd."""
     config = region.config
-    if region.bypass == GRAD_MODE and region.function not in _warned:
+    if region.bypass in (GRAD_MODE, GRAD_MODE_EAGER) and region.function not in _warned:
         _warned.add(region.function)
         warnings.warn(
             f"graphcap: {region.function} runs under grad mode and is not captured. For inference, call it under "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphcap.compiler import bypass, private, region
 from graphcap.compiler.backend import graphcap
-from graphcap.compiler.bypass import GRAD_MODE
+from graphcap.compiler.bypass import GRAD_MODE, GRAD_MODE_EAGER
 from graphcap.compiler.rules import eager
 from graphcap.errors import ConfigError, GraphcapError
 
@@ -84,6 +84,14 @@ def test_grad_mode_is_warned_of_once(no_inductor: list[str]) -> None:
     assert region.all_regions()[0].bypass == GRAD_MODE
 
 
+def test_grad_mode_without_inductor_says_that_it_runs_eager(no_inductor: list[str]) -> None:
+    with pytest.warns(UserWarning, match="grad mode"):
+        compiled(Model(), compiler="eager")(X)
+    assert region.all_regions()[0].bypass == GRAD_MODE_EAGER
+    assert "eager" in GRAD_MODE_EAGER
+    assert not no_inductor
+
+
 def test_grad_mode_without_anything_that_needs_grad_is_ours(no_inductor: list[str]) -> None:
     run = compiled(lambda x: live(x + 1), compiler="eager")
     run(X)
@@ -97,7 +105,7 @@ def test_no_grad_after_grad_mode_is_ours(no_inductor: list[str]) -> None:
         run(X)
     with torch.no_grad():
         run(X)
-    assert [each.bypass for each in region.all_regions()] == [GRAD_MODE, ""]
+    assert [each.bypass for each in region.all_regions()] == [GRAD_MODE_EAGER, ""]
 
 
 def test_no_grad_inside_a_graph_that_needs_no_grad_is_ours(no_inductor: list[str]) -> None:

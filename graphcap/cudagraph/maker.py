@@ -93,15 +93,21 @@ class PlanMaker:
             return ""
         return "ranks with one dispatch may have different sizes, and these are not padded"
 
-    def may_serve(self, plan: Plan, args: tuple[Any, ...], said: step | None) -> bool:
-        """Whether a plan serves a call of this size: one that is padded only after the proof. One that is not may be
-        padded on another rank, where their sizes follow one decision."""
-        needed = self._needed(plan.route, args, said)
-        if self._decided_together(said):
-            needed = Proof(frozenset(plan.route.rung), frozenset())
+    def may_serve(self, plan: Plan, route: Route, args: tuple[Any, ...], said: step | None) -> bool:
+        """Whether a plan serves a call on this route, which has the plan's key: one that is padded only after the
+        proof, and only in what the plan may be padded in."""
+        needed = self._needed_anywhere(plan, route, args, said)
         if not needed.symbols:
             return True
-        return self._is_proven(plan.route, needed) and not self._padding.why_not_to(plan.route.rung, args)
+        may_be_padded = needed.symbols <= plan.route.rung.keys() and self._is_proven(plan.route, needed)
+        return may_be_padded and not self._padding.why_not_to(plan.route.rung, args)
+
+    def way_to(self, plan: Plan, route: Route, args: tuple[Any, ...], said: step | None) -> Route:
+        """The route on which a call that :meth:`may_serve` refused comes to a plan that serves it: the plan's own where
+        a proof is all that is missing, or else one that may be padded in what either of the two may."""
+        if self._needed_anywhere(plan, route, args, said).symbols <= plan.route.rung.keys():
+            return plan.route
+        return plan.route.joined(route, self._padding.names)
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
@@ -141,6 +147,12 @@ class PlanMaker:
     def _needed(self, route: Route, args: tuple[Any, ...], said: step | None) -> Proof:
         """What must be proven for a call on this rank."""
         return Proof(self._smaller(route, args), self._special_values(args, said))
+
+    def _needed_anywhere(self, plan: Plan, route: Route, args: tuple[Any, ...], said: step | None) -> Proof:
+        """The same on any rank: one whose call is not padded may share a decision with one whose call is."""
+        if self._decided_together(said):
+            return Proof(frozenset(plan.route.rung) | frozenset(route.rung), frozenset())
+        return self._needed(route, args, said)
 
     def _family(self, route: Route) -> Hashable:
         batch = route.batch  # the number of requests goes with the rung, what is proven does not

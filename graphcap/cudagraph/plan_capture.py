@@ -111,6 +111,9 @@ class PlanCapture:
                 reason = f"nothing to capture: {next(iter(layout.live.values()), 'no steps')}"
                 self._attempts.refuse(route, reason)
                 return Made(self._program.run(*args), reason)
+            if route.key in self._table.plans:  # it may be padded in less: its memory is for the one that replaces it
+                device.wait()
+                self._table.drop(route.key)
             used = self.room.make(route.key)
             if isinstance(used, str):
                 return Made(self._program.run(*args), used)
@@ -124,7 +127,9 @@ class PlanCapture:
     def _why_not_now(self, route: Route) -> str:
         if self._device.busy or not self._device.enter():
             return self._device.unusable or ELSEWHERE
-        if route.key in self._table.plans:  # of a group: at its own size on every rank, but that was not known before
+        plan = self._table.plans.get(route.key)
+        if plan is not None and plan.route.covers(route):
+            # Of a group: at its own size on every rank, but that was not known before.
             return "padding is not proven" if self._agreement.is_group else "another thread was faster"
         return ""
 

@@ -119,8 +119,11 @@ class GraphRunner:
         routes = self.router.routes_of(key, max_mode)
         reasons, lasts = [routes] if isinstance(routes, str) else [], True
         for route in () if isinstance(routes, str) else routes:
-            barred = "" if route.key in self._table.plans else self._attempts.barred(route, self._table.num_undeclared)
-            no_room = "" if barred or route.key in self._table.plans else self._maker.no_room(route)
+            plan = self._table.plans.get(route.key)
+            if plan is not None and self.router.is_padded_in(route, key) <= plan.route.rung.keys():
+                return self.router.dispatch(route, key), lasts
+            barred = self._attempts.barred(route, self._table.num_undeclared)
+            no_room = "" if barred else self._maker.no_room(route)
             lasts = lasts and not no_room
             if not barred and not no_room:
                 return self.router.dispatch(route, key), lasts
@@ -153,13 +156,12 @@ class GraphRunner:
             return routes
         reasons = []
         for route in routes:
-            plan = self._table.plans.get(route.key)
-            other = "" if plan is None else plan.why_not_for(said)
-            if plan is not None and not other and self._maker.may_serve(plan, args, said):
+            plan, _, reason = self._look_up(route, args, said)
+            if plan is not None:
                 return plan.stats
-            reasons.append(self._barred(route, said) if plan is None else other)
-            if not reasons[-1]:
+            if not reason:
                 return ""
+            reasons.append(reason)
         return reasons[0]
 
     def release(self) -> None:
@@ -215,14 +217,26 @@ class GraphRunner:
             return self._live(args, routes)
         reasons = []
         for route in routes:
-            plan = self._table.plans.get(route.key)
-            other = "" if plan is None else plan.why_not_for(said)
-            if plan is not None and not other and self._maker.may_serve(plan, args, said):
+            plan, way, reason = self._look_up(route, args, said)
+            if plan is not None:
                 return self._serve(key, plan, args)
-            reasons.append(self._barred(route, said) if plan is None else other)
-            if not reasons[-1]:
-                return self._approach(route, args, said)
+            if not reason:
+                return self._approach(way, args, said)
+            reasons.append(reason)
         return self._live(args, reasons[0])
+
+    def _look_up(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Plan | None, Route, str]:
+        """The plan that serves a call on a route; or ``None``, the route on which the call comes to one, and why it
+        does not, ``""`` where it does."""
+        plan = self._table.plans.get(route.key)
+        if plan is None:
+            return None, route, self._barred(route, said)
+        if reason := plan.why_not_for(said):
+            return None, route, reason
+        if self._maker.may_serve(plan, route, args, said):
+            return plan, route, ""
+        way = self._maker.way_to(plan, route, args, said)
+        return None, way, "" if plan.route.covers(way) else self._barred(way, said)
 
     def _serve(self, key: Hashable, plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep the way from this kind of call to its plan, and go it."""

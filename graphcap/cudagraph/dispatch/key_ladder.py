@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph.dispatch.key import GraphKey
@@ -16,10 +17,18 @@ NONE = CUDAGraphMode.NONE
 class KeyLadder:
     """The rungs of all dims of one program."""
 
-    def __init__(self, dims: KeyDims, config: Config, has_uniform: bool) -> None:
-        """Look at the ladders of ``dims``; ``has_uniform``: whether some steps are captured in uniform batches only."""
+    def __init__(self, dims: KeyDims, config: Config, has_uniform: bool, decode_serves_mixed: bool) -> None:
+        """Look at the ladders.
+
+        Args:
+            dims: whose.
+            config: how they are captured.
+            has_uniform: whether some steps are captured in uniform batches only.
+            decode_serves_mixed: whether the plan of a uniform batch serves a mixed one of the same sizes.
+        """
         self._dims, self._config = dims, config
-        self._has_decode = config.cudagraph_mode.separate_routine() or has_uniform
+        self._has_decode = config.cudagraph_mode.separate_routine() or has_uniform or decode_serves_mixed
+        self._decode_serves_mixed = decode_serves_mixed
 
     def batches(self) -> list[GraphKey]:
         """The batches to capture: mixed ones first, then uniform decode, each the largest first.
@@ -37,10 +46,14 @@ class KeyLadder:
         others = {symbol: each for symbol, each in ladders.items() if each and symbol not in (by, self._dims.reqs)}
         rungs = self._product({by: tokens, **others})
         keys = [self._key(sizes, min(sizes[by], most or sizes[by])) for sizes in rungs if mixed]
-        if self._has_decode:
-            rungs = self._product({by: self._dims.decode_ladder(tokens, 1), **others})
-            keys += [self._key(sizes, sizes[by], 1) for sizes in rungs]
-        return keys
+        if not self._has_decode:
+            return keys
+        rungs = self._product({by: self._dims.decode_ladder(tokens, 1), **others})
+        decode = [self._key(sizes, sizes[by], 1) for sizes in rungs]
+        if self._decode_serves_mixed:
+            served = {replace(key, uniform_query_len=None) for key in decode}
+            keys = [key for key in keys if key not in served]
+        return keys + decode
 
     def short_of(self, key: GraphKey) -> GraphKey | None:
         """A batch that is padded to a rung: a row, or a request, less than it has; ``None`` where there is none. In a

@@ -8,8 +8,8 @@ runner remembers the outcome.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graphcap.config import Config, CUDAGraphMode
@@ -64,8 +64,19 @@ class Route:
 
     @property
     def key(self) -> Hashable:
-        """By which plans are kept."""
+        """By which plans are kept. Which of the sizes may be padded is left out: a plan that may be padded in more
+        serves whoever needs less (:meth:`covers`), and two of the same sizes would take twice the memory."""
         return self.mode, self.batch, self.sizes
+
+    def covers(self, other: Route) -> bool:
+        """Whether a plan for this route serves all that one for the other would: they have one key, and the sizes that
+        the other may be padded in may be padded here."""
+        return other.rung.keys() <= self.rung.keys()
+
+    def joined(self, other: Route, allowed: Collection[str]) -> Route:
+        """The route with the same key that covers both, as far as symbols are ``allowed`` to be padded."""
+        rung = {symbol: size for symbol, size in {**other.rung, **self.rung}.items() if symbol in allowed}
+        return replace(self, rung=rung, is_declared=self.is_declared or other.is_declared)
 
     def computed(self, real: tuple[int, ...]) -> tuple[int, ...]:
         """The sizes that a batch of these is computed at: padded where the plan depends on them."""
@@ -88,7 +99,7 @@ class Router:
         # Where no argument carries the requests, inputs of the step may.
         self._counts_reqs = any(REQS in dims.values() for dims in dims_of_step(config.dynamic_arg_dims).values())
         self.dims = KeyDims(program, config, padding)
-        self.ladder = KeyLadder(self.dims, config, self._has_uniform)
+        self.ladder = KeyLadder(self.dims, config, self._has_uniform, self._decode_serves_mixed())
 
     def captured(self, route: Route) -> tuple[int, ...]:
         """The steps that may be captured on a route."""
@@ -113,6 +124,11 @@ class Router:
         real = self.dims.sizes_of(key)
         return self._routes(real, self._batch(real, key), max_mode, None)
 
+    def is_padded_in(self, route: Route, key: GraphKey) -> set[str]:
+        """The symbols that a batch has to be padded in for a route."""
+        real = self.dims.sizes_of(key)
+        return {symbol for symbol, size in route.rung.items() if real.get(symbol) != size}
+
     def dispatch(self, route: Route, key: GraphKey) -> Dispatch:
         """How a batch runs on a route; requests follow the tokens where the plan does not fix them."""
         sizes = dict(zip(self.dims.symbols, route.sizes, strict=True))
@@ -135,6 +151,14 @@ class Router:
         wanted = self._config.specialize_tags
         tags = tuple(pair for pair in key.tags if pair[0] in wanted)
         return Batch(key.uniform_query_len, key.num_reqs, tags)
+
+    def _decode_serves_mixed(self) -> bool:
+        """Whether a plan of a uniform batch is good for a mixed one of its sizes as well, and may be padded in more:
+        requests that have no ladder of their own are padded where they follow the tokens."""
+        reqs = self.dims.reqs
+        if self._has_uniform or reqs not in self._padding.names or self.dims.ladders[reqs] is not None:
+            return False
+        return FULL in self._modes(Batch(1), FULL) and FULL in self._modes(Batch(), FULL)
 
     def _modes(self, batch: Batch, cap: CUDAGraphMode) -> list[CUDAGraphMode]:
         """The modes that a batch may run in, the better one first.

@@ -132,7 +132,8 @@ class Config:
     without warm-up fails, this rung and all later ones get one. In a process group None is 2, and 0 has no effect."""
 
     max_plans: int = 64
-    """How many shapes of one region may be captured besides those of the ladder; later ones run compiled."""
+    """How many shapes of one region may be captured besides those of the ladder; later ones run compiled. Each value of
+    a tag in specialize_tags has a ladder of its own, which is not counted here: only max_graph_bytes bounds those."""
 
     max_graph_bytes: int | None = None
     """Bytes of device memory that graphs, their pool and static buffers may take on a device; beyond it the plan that

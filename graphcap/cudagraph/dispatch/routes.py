@@ -194,16 +194,16 @@ class Router:
         full = mode is FULL
         length = batch.uniform_query_len if full else None
         matters = self._matters(full, length)
-        limit = self._config.max_capture_size
-        if limit is not None and any(real[s] > limit for s in matters if s not in self._padding.fixed):
+        limit, asked = self._config.max_capture_size, self._asked(real, decision)
+        if limit is not None and any(asked[s] > limit for s in matters if s not in self._padding.fixed):
             return f"above max_capture_size={limit}"
-        beyond = [bound for symbol, bound in self._program.bounds.items() if real.get(symbol, 0) > bound]
+        beyond = [bound for symbol, bound in self._program.bounds.items() if asked.get(symbol, 0) > bound]
         if beyond:
             return f"above {beyond[0]} rows the pieces run as they are, uncompiled"
         rung = self._rung(real, matters, length, decision)
         if isinstance(rung, str):
             return rung
-        declared = bool(rung) and all(size is not None for size in rung.values())
+        declared = bool(rung) and all(self._is_declared(symbol, size, length) for symbol, size in rung.items())
         sizes = {symbol: rung.get(symbol) or real[symbol] for symbol in self.dims.symbols if symbol in matters}
         padded = {symbol: size for symbol, size in rung.items() if size is not None and symbol in self._padding.names}
         padded |= {symbol: size for symbol, size in self._padding.fixed.items() if symbol in matters}
@@ -216,6 +216,18 @@ class Router:
         named |= {} if said is None else {REQS: said}
         depends = Batch(length if self._has_uniform else None, said, batch.tags)
         return Route(mode, depends, tuple(sizes.get(each) for each in self.dims.symbols), padded, named, declared)
+
+    def _asked(self, real: Mapping[str, int], decision: Dispatch | None) -> Mapping[str, int]:
+        """The sizes of a call, or those that it is to be padded to by a decision, which may be anybody's."""
+        if decision is None:
+            return real
+        decided = {symbol: self.dims.decided(symbol, decision) or 0 for symbol in self._padding.names}
+        return {symbol: max(size, decided.get(symbol, 0)) for symbol, size in real.items()}
+
+    def _is_declared(self, symbol: str, size: int | None, length: int | None) -> bool:
+        """Whether a size is one of a ladder; that of a decision need not be."""
+        is_padded = symbol in self._padding.names
+        return size is not None and self.dims.rung(symbol, size, length, is_padded) == size
 
     def _matters(self, full: bool, length: int | None) -> frozenset[str]:
         """The symbols that the captured steps depend on; all of them where the program does not say."""

@@ -190,6 +190,35 @@ def test_dispatch_says_what_the_call_will_do() -> None:
     assert "not allowed" in decision.reason
 
 
+def decided(num_tokens: int, num_reqs: int, key: GraphKey) -> step:
+    return step(dispatch=Dispatch(PIECEWISE, num_tokens, num_reqs, key))
+
+
+PADDED = {"cudagraph_mode": "PIECEWISE", "capture_sizes": [2, 4, 8], "pad": {"lens": 1}}
+
+
+def test_a_decision_pads_to_no_size_that_is_never_captured() -> None:
+    found = router(serving_program(), **PADDED, max_capture_size=8)
+    (at_limit,) = found.routes((3, 1), decided(8, 1, GraphKey(3, 1)))
+    assert (at_limit.rung, at_limit.is_declared) == ({"t": 8}, True)
+    assert found.routes((3, 1), decided(9, 1, GraphKey(3, 1))) == "above max_capture_size=8"
+    assert found.routes((9, 1), None) == "above max_capture_size=8"
+
+
+def test_a_decision_pads_to_no_size_at_which_the_pieces_do_not_hold() -> None:
+    found = router(replace(serving_program(), bounds={"t": 8}), **PADDED)
+    assert "above 8 rows" in str(found.routes((3, 1), decided(9, 1, GraphKey(3, 1))))
+
+
+def test_a_decided_size_that_is_no_rung_is_not_declared() -> None:
+    """It counts against max_plans, and is captured when it has been seen often enough."""
+    found = router(serving_program(), **PADDED)
+    (on_ladder,) = found.routes((3, 1), decided(8, 1, GraphKey(3, 1)))
+    (beside,) = found.routes((3, 1), decided(7, 1, GraphKey(3, 1)))
+    assert (on_ladder.is_declared, beside.is_declared) == (True, False)
+    assert beside.rung == {"t": 7}, "ranks with this decision all have it"
+
+
 def test_a_forced_warm_up_and_recording_need_no_sightings() -> None:
     runner = runner_of(serving_program(), cudagraph_mode="PIECEWISE", capture_after=9, max_padding_ratio=0)
     for phase in (Phase.WARM_UP, Phase.WARM_UP, Phase.RECORD):

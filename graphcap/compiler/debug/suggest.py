@@ -96,6 +96,8 @@ def _demands(traffic: Sequence[Traffic | Mapping[int, int]], name: str) -> dict[
         at = each.names.index(name) if isinstance(each, Traffic) else 0
         histogram = each.histogram() if isinstance(each, Traffic) else {(n,): calls for n, calls in each.items()}
         for size, calls in histogram.items():
+            if size[at] < 1:
+                continue  # no ladder has a rung for an empty batch
             before = found.get(size[at], Demand(size[at], 0, 0))
             others = 1 if isinstance(each, Traffic) and TOKENS in each.names else math.prod(size[:at] + size[at + 1 :])
             found[size[at]] = Demand(size[at], before.calls + calls, before.rows + calls * others)

@@ -39,6 +39,15 @@ def test_leaving_the_rare_ones_live() -> None:
         graphcap.suggest_ladder(HISTOGRAM, 2)
 
 
+def test_empty_batches_ask_for_no_rung() -> None:
+    """They run live whatever the ladder is."""
+    assert graphcap.suggest_ladder(HISTOGRAM | {0: 7}, 3).sizes == (8, 64, 500)
+    seen = region("forward_0", traffic=traffic({(0,): (None, 2), (3,): ((4,), 5)}))
+    assert graphcap.suggest_ladder(seen, 4).sizes == (3,)
+    with pytest.raises(ConfigError, match="no calls with a size"):
+        graphcap.suggest_ladder({0: 7}, 3)
+
+
 def test_covering_up_to_a_size() -> None:
     assert graphcap.suggest_ladder(HISTOGRAM, 2, cover_up_to=64).sizes == (8, 64)
     assert graphcap.suggest_ladder(HISTOGRAM, 2, cover_up_to=70).sizes == (8, 70)

@@ -22,6 +22,7 @@ from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.dispatch.routes import FULL, Route
 from graphcap.cudagraph.hardware.account import Usage
+from graphcap.cudagraph.hardware.needs import Needs
 from graphcap.cudagraph.hardware.room import Room
 from graphcap.cudagraph.made import ELSEWHERE, WARM_UP, Made
 from graphcap.cudagraph.parts import Parts
@@ -52,7 +53,7 @@ class PlanCapture:
     def __init__(self, parts: Parts) -> None:
         self._program, self._device, self._config = parts.program, parts.device, parts.config
         self._padding, self._table, self._attempts = parts.padding, parts.table, parts.attempts
-        self._moves, self._stats = parts.moves, parts.stats
+        self._moves, self._stats, self._router = parts.moves, parts.stats, parts.router
         self._agreement, self._question = parts.agreement, parts.question
         config = parts.config
         self._policy = Policy.of(config, config.debug_dir is not None or check_outputs_wanted(os.environ))
@@ -62,6 +63,7 @@ class PlanCapture:
         self._in_place = InPlace()
         self._writer = PlanWriter(parts, self._arena)
         self.room = Room(self._device, config.max_graph_bytes, self._agreement)
+        self._needs = Needs()
         self._worth = Worth(self._device)
         # A comparison runs steps once more, and whether there is one depends on values: ranks would lose step.
         why_not = "replays are not compared in a process group" if self._agreement.is_group else ""
@@ -114,7 +116,7 @@ class PlanCapture:
             if route.key in self._table.plans:  # it may be padded in less: its memory is for the one that replaces it
                 device.wait()
                 self._table.drop(route.key)
-            used = self.room.make(route.key)
+            used = self.room.make(route.key, self._needs.guess(*self._router.weight(route)))
             if isinstance(used, str):
                 return Made(self._program.run(*args), used)
             device.busy = True
@@ -213,6 +215,7 @@ class PlanCapture:
             return Made(outputs)
         after = self._device.usage()
         grown = after.since(before)
+        self._needs.note(*self._router.weight(route), grown.exclusive)
         holding = self.room.take(route.key, grown, after.shared, self._table.dropper(route.key))
         if isinstance(holding, str):
             _log.info("%s: the plan for %s was given up: %s", self._program.name, route.sizes, holding)

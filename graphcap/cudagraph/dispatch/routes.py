@@ -106,6 +106,13 @@ class Router:
         full, length = route.mode is FULL, route.batch.uniform_query_len
         return tuple(n for n, each in enumerate(self._program.steps) if is_captured(each, full, length))
 
+    def weight(self, route: Route) -> tuple[Hashable, int]:
+        """What tells how much a plan takes: its kind, and how many rows it has."""
+        sizes = dict(zip(self.dims.symbols, route.sizes, strict=True))
+        tokens = sizes.get(self.dims.tokens or "")
+        rows = math.prod(size for size in route.sizes if size is not None) if tokens is None else tokens
+        return (route.mode, route.batch.uniform_query_len), rows
+
     def routes(self, scalars: Any, said: step | None) -> tuple[Route, ...] | str:
         """The routes of a call, the better one first; or why there is none.
 

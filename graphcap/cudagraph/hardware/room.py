@@ -19,7 +19,7 @@ class _Refusal:
     """Why a key has no plan: what it would take, and what has to change before it is tried again."""
 
     reason: str
-    needed: int
+    needed: int | None  # None: it was never tried
     num_calls: int
     num_closed: int  # plans that had gone at that time; -1: it may be tried again whatever has gone
 
@@ -38,7 +38,6 @@ class Room:
         self._account = device.account
         self._limit = device.default_limit() if max_graph_bytes is None else max_graph_bytes
         self._refusals: dict[Any, _Refusal] = {}
-        self._expected = 0  # exclusive bytes of the latest plan: what the next one is taken to need
         if self._limit is not None:
             self._account.ceiling = max(self._account.ceiling or 0, self._limit)
 
@@ -50,8 +49,12 @@ class Room:
         refusal.num_calls += 1
         return refusal.reason if refusal.num_calls & (refusal.num_calls - 1) else ""
 
-    def make(self, key: Any) -> Usage | str:
+    def make(self, key: Any, guess: int) -> Usage | str:
         """Drop plans for one more, if it takes that. The device is locked and entered.
+
+        Args:
+            key: of the plan.
+            guess: exclusive bytes that it is taken to need where it was never tried.
 
         Returns:
             What is in use then; or why there is no room.
@@ -63,11 +66,12 @@ class Room:
                 if not self._agreement.is_group:
                     return standing
             self._device.trim()
-        needed = self._expected if refusal is None else refusal.needed
+        tried = None if refusal is None else refusal.needed
+        needed = guess if tried is None else tried
         used, num_closed = self._device.usage(), self._account.num_closed
         reason = self._make_room(key, needed, used.shared, standing)
         if reason and not standing:
-            self._refuse(key, reason, needed, -1)
+            self._refuse(key, reason, tried, -1)
         return reason or (used if self._account.num_closed == num_closed else self._device.usage())
 
     def take(self, key: Any, grown: Usage, shared: int, drop: Callable[[], None]) -> Holding | str:
@@ -88,7 +92,6 @@ class Room:
             self._refuse(key, reason, grown.exclusive + (grown.shared if is_first else 0), -1)
             return reason
         self._refusals.pop(key, None)
-        self._expected = grown.exclusive
         return self._account.open(grown.exclusive, self._device, drop, self._agreement)
 
     def out_of_memory(self, key: Any) -> str:
@@ -124,7 +127,7 @@ class Room:
             account.give_up(max(numbers), self._device, agreement)
         return reason
 
-    def _refuse(self, key: Any, reason: str, needed: int, num_closed: int) -> None:
+    def _refuse(self, key: Any, reason: str, needed: int | None, num_closed: int) -> None:
         before = self._refusals.get(key)
         num_calls = _FIRST_PAUSE if before is None else before.num_calls
         self._refusals[key] = _Refusal(reason, needed, num_calls, num_closed)

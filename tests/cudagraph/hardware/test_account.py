@@ -14,6 +14,7 @@ from graphcap.cudagraph import GraphRunner
 from graphcap.cudagraph.hardware import simulated_recording
 from graphcap.cudagraph.hardware.account import RECENT_USES, Account, Usage
 from graphcap.cudagraph.hardware.memory import memory
+from graphcap.cudagraph.hardware.room import Room
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from graphcap.cudagraph.replaying.outputs import OutputPlan
 from tests.cudagraph.padded_regions import N, PaddedRegion
@@ -159,6 +160,40 @@ def test_shared_bytes_count_and_are_never_credited():
     (plan,) = wide.stats.plans
     assert (plan.exclusive_bytes, plan.bytes) == (PLAN, PLAN + plan.shared_bytes)
     assert PLAN <= plan.shared_bytes <= ARENA
+
+
+def rowwise():
+    """The plan of a rung holds as many rows."""
+    region = PaddedRegion()
+    x = region.rows("x", 8)
+    return region.program(region.step(lambda x: x + 1, x), sizes=[(N, 8)])
+
+
+@pytest.mark.parametrize("order", [(16, 8, 32, 4, 2, 1), (32, 16, 8, 4, 2, 1), (32, 4, 2, 1)])
+def test_small_plans_are_not_refused_for_the_size_of_large_ones(order):
+    """A larger budget must not end in fewer plans: the largest one fits, and less than it took is left."""
+    device = SimulatedDevice()
+    free = runner_of(rowwise(), device, capture_sizes=sorted(order))
+    for n in order * 3:
+        free(n, randn(n, 8))
+    used = device.account.used_bytes(device, device.shared_bytes())
+    runner = runner_of(rowwise(), capture_sizes=sorted(order), max_graph_bytes=used)
+    for n in order * 3:
+        runner(n, randn(n, 8))
+    assert {plan.key[0] for plan in runner.stats.plans} == {*order}, runner.stats.live_calls
+
+
+def test_a_guess_that_kept_a_plan_out_is_made_anew():
+    """When it asks again, more may be known."""
+    room = Room(SimulatedDevice(), max_graph_bytes=1000)
+    assert "needs 1200" in room.make("small", 1200)
+    assert room.make("small", 100) == Usage(0, 0)
+
+
+def test_what_a_plan_took_counts_more_than_a_guess():
+    room = Room(SimulatedDevice(), max_graph_bytes=1000)
+    assert "needs 1200" in room.take("large", Usage(1200, 0), 0, lambda: None)
+    assert "needs 1200" in room.make("large", 0)
 
 
 def test_a_plan_larger_than_the_budget_is_tried_once():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from graphcap.cudagraph.dispatch.asked import Asked
+from graphcap.cudagraph.dispatch.key import GraphKey
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step, largest_of_step
 from graphcap.cudagraph.dispatch.routes import Route
 from graphcap.cudagraph.dispatch.step import current, step
@@ -109,6 +110,13 @@ class PlanMaker:
             return plan.route
         return plan.route.joined(route, self._padding.names)
 
+    def lacks_proof(self, plan: Plan, route: Route, key: GraphKey) -> bool:
+        """Whether a batch on this route, which has the plan's key, would be padded, and that is not proven yet."""
+        scalars = [spec.name for spec in self._program.inputs if spec.kind is InputKind.SCALAR and spec.in_key]
+        values = zip(scalars, self._router.dims.scalars_of(key), strict=True)
+        needed = Proof(frozenset(self._router.is_padded_in(route, key)), _special(values, key))
+        return bool(needed.symbols) and not self._is_proven(plan.route, needed)
+
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
         if said is None or not said.inputs:
@@ -169,9 +177,7 @@ class PlanMaker:
     def _special_values(self, args: tuple[Any, ...], said: step | None) -> frozenset[tuple[str, Any]]:
         inputs = zip(self._program.inputs, args, strict=True)
         values = [(spec.name, value) for spec, value in inputs if spec.kind is InputKind.SCALAR and spec.in_key]
-        if said is not None and said.key is not None:
-            values.append(("requests of the step", said.key.num_reqs))
-        return frozenset((name, value) for name, value in values if value is not None and value in (0, 1))
+        return _special(values, None if said is None else said.key)
 
     def _smaller(self, route: Route, args: tuple[Any, ...]) -> frozenset[str]:
         """The symbols that a call has to be padded in."""
@@ -256,3 +262,9 @@ class PlanMaker:
         with torch.no_grad():
             serving.refresh(said.inputs)
         return serving
+
+
+def _special(scalars: Iterable[tuple[str, Any]], key: GraphKey | None) -> frozenset[tuple[str, Any]]:
+    """Which numbers of a call are 0 or 1, those of its batch included."""
+    values = [*scalars, ("requests of the step", None if key is None else key.num_reqs)]
+    return frozenset((name, value) for name, value in values if value is not None and value in (0, 1))

@@ -135,6 +135,14 @@ class GraphRunner:
         routes = self.router.routes_of(key, None)
         return not isinstance(routes, str) and any(each.key in self._table.plans for each in routes)
 
+    def lacks_proof(self, key: GraphKey) -> bool:
+        """Whether a batch finds a plan that it has to be padded for, and that is not proven yet."""
+        routes = self.router.routes_of(key, None)
+        for route in () if isinstance(routes, str) else routes:
+            if (plan := self._table.plans.get(route.key)) is not None:
+                return self._maker.lacks_proof(plan, route, key)
+        return False
+
     def is_told_by_others(self, key: GraphKey) -> bool:
         """Whether other batches of its kind show all there is to know of a batch: one more warm-up would show nothing.
         In a group ranks need not know the same."""

@@ -127,8 +127,7 @@ class LadderCapture:
             before: GraphKey | None = None
             for key in keys:
                 self._capture(key)
-                if before is None or before.uniform_query_len != key.uniform_query_len:
-                    self._prove_padding(key)
+                self._prove_padding(key, is_first=before is None or before.uniform_query_len != key.uniform_query_len)
                 self._look_for_other_graphs(key)
                 before = key
                 if bar.visible:
@@ -181,12 +180,14 @@ class LadderCapture:
                 return
             self._call(key, Phase.WARM_UP)
 
-    def _prove_padding(self, key: GraphKey) -> None:
-        """The first padded call of its kind, which is where padding has to prove itself."""
+    def _prove_padding(self, key: GraphKey, *, is_first: bool) -> None:
+        """Make the padded calls in which padding has to prove itself: of the first batch of a kind that any is padded
+        to, and of those for which that proof does not hold."""
         for runner in self._runners():
-            if (short := runner.router.ladder.short_of(key)) is not None:
+            short = runner.router.ladder.short_of(key)
+            if short is not None and (is_first or runner.lacks_proof(short)):
                 self._call(short, Phase.WARM_UP)
-                return
+                is_first = False
 
     def _call(self, key: GraphKey, phase: Phase, *, is_unread: bool = False) -> None:
         with step(key=key):

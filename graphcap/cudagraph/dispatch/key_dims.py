@@ -66,6 +66,11 @@ class KeyDims:
             real[self.reqs] = key.num_reqs
         return real
 
+    def scalars_of(self, key: GraphKey) -> list[int]:
+        """The numbers of the key in a call with a batch."""
+        real = self.sizes_of(key)
+        return [size.at(real[symbol]) if size else real[symbol] for symbol, size in self._told]
+
     def decode_ladder(self, tokens: Ladder, query_len: int) -> Ladder:
         """Counted in requests of ``query_len`` tokens each."""
         if query_len not in self._decode_ladders:

@@ -56,26 +56,23 @@ class KeyLadder:
         return keys + decode
 
     def short_of(self, key: GraphKey) -> GraphKey | None:
-        """A batch that is padded to a rung: a row, or a request, less than it has; ``None`` where there is none. In a
+        """A batch that is padded to this rung: a row, or a request, less than it has; ``None`` where no batch is. In a
         call with it padding can prove itself, for each dim that may be padded."""
         symbols = dict(zip(self._dims.names, self._dims.symbols, strict=True))
-        sizes = {name: self._one_less(symbols.get(name), size) for name, size in key.sizes}
+        ladders = {name: self._dims.ladders[symbol] for name, symbol in symbols.items()}
+        sizes = {name: _one_less(ladders.get(name), size) for name, size in key.sizes}
         if self._dims.tokens is None:
             fewer = GraphKey.of_sizes(sizes, num_reqs=key.num_reqs, tags=key.tags)
             return None if fewer == key else fewer
-        length, reqs = key.uniform_query_len, key.num_reqs
-        tokens = key.num_tokens - (length or 1)
-        if tokens <= 0:
-            return None
+        length, reqs, of_tokens = key.uniform_query_len, key.num_reqs, self._dims.ladders[self._dims.tokens]
+        if length is not None and of_tokens is not None:
+            of_tokens = self._dims.decode_ladder(of_tokens, length)
+        tokens = _one_less(of_tokens, key.num_tokens // (length or 1)) * (length or 1)
         if reqs is not None:
-            reqs = min(reqs if length is None else reqs - 1, tokens)
+            reqs = min(_one_less(ladders.get(REQS), reqs), tokens) if length is None else tokens // length
         sizes = {name: tokens if symbols.get(name) == self._dims.tokens else size for name, size in sizes.items()}
-        return GraphKey.of_sizes(sizes, tokens, num_reqs=reqs, uniform_query_len=length, tags=key.tags)
-
-    def _one_less(self, symbol: str | None, size: int) -> int:
-        """A size that is padded to this one; the size itself where the one below has a rung of its own."""
-        ladder = self._dims.ladders.get(symbol or "")
-        return size if ladder is None or size == 1 or size - 1 in ladder else size - 1
+        fewer = GraphKey.of_sizes(sizes, tokens, num_reqs=reqs, uniform_query_len=length, tags=key.tags)
+        return None if fewer == key else fewer
 
     def _product(self, ladders: Mapping[str, Ladder | None]) -> list[dict[str, int]]:
         """The rungs that ladders make together, by symbol, the largest first. One ladder alone is never cut short."""
@@ -92,3 +89,8 @@ class KeyLadder:
         further = {name: size for name, size in named.items() if name not in (TOKENS, REQS)}
         reqs = named.get(REQS) if reqs is None else reqs
         return GraphKey.of_sizes(further, sizes.get(self._dims.tokens or ""), num_reqs=reqs, uniform_query_len=length)
+
+
+def _one_less(ladder: Ladder | None, size: int) -> int:
+    """A size that is padded to this one; the size itself where the one below has a rung of its own."""
+    return size if ladder is None or size <= 1 or size - 1 in ladder else size - 1

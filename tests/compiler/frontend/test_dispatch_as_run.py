@@ -71,10 +71,20 @@ BATCHES = [
 ]
 
 
+LADDERS: list[dict[str, Any]] = [
+    {},
+    {"max_num_reqs": 3},  # the top rung of decode is right above another
+    {"capture_sizes": [6, 7, 8]},
+    {"capture_sizes": {"num_tokens": [2, 7, 8], "num_reqs": [2, 8]}},
+    {"capture_sizes": [2]},
+]
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=str)
 @pytest.mark.parametrize("mode", ["FULL", "AUTO", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "PIECEWISE"])
 @torch.no_grad()
-def test_calls_run_as_dispatched_after_a_capture(mode: str) -> None:
-    model, wrong = compiled(cudagraph_mode=mode), []
+def test_calls_run_as_dispatched_after_a_capture(mode: str, ladder: dict[str, Any]) -> None:
+    model, wrong = compiled(cudagraph_mode=mode, **ladder), []
     graphcap.capture(model, inputs)
     with graphcap.allow_capture(False):
         for batch in BATCHES:

@@ -310,6 +310,15 @@ def test_a_batch_short_of_a_rung_is_short_in_every_padded_dim() -> None:
     assert tokens.ladder.short_of(GraphKey(1, 1)) is None
 
 
+def test_no_batch_is_short_of_a_rung_right_above_another() -> None:
+    found = router(serving_program(), capture_sizes={"num_tokens": [2, 4, 8]}, max_num_reqs=3)
+    assert found.ladder.short_of(GraphKey(3, 3, 1)) is None, "two requests have a rung of their own"
+    assert found.ladder.short_of(GraphKey(2, 2, 1)) == GraphKey(1, 1, 1)
+    close = router(serving_program(), capture_sizes={"num_tokens": [6, 7, 8]})
+    assert close.ladder.short_of(GraphKey(8, 8)) is None
+    assert close.ladder.short_of(GraphKey(6, 6)) == GraphKey(5, 5)
+
+
 def test_dispatch_pads_named_dims() -> None:
     runner = runner_of(grid_program(), capture_sizes={"batch": [1, 4], "seq": [8, 16]})
     decision = runner.dispatch(GraphKey.of_sizes({"batch": 3, "seq": 11}), None)

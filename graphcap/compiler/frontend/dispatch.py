@@ -48,12 +48,12 @@ def dispatch(
         StepError: sizes that no batch has.
         TypeError: ``model`` is nothing that could have been compiled.
     """
-    tagged, named = tuple(tags.items()) if tags else None, tuple(sizes.items()) if sizes else None
-    asked = num_tokens, num_reqs, uniform_query_len, tagged, named, max_mode
-    known = _known_of(model)
+    known, asked = _known_of(model), None
     try:
+        tagged, named = tuple(tags.items()) if tags else None, tuple(sizes.items()) if sizes else None
+        asked = num_tokens, num_reqs, uniform_query_len, tagged, named, max_mode
         answer = known.answers.get(asked)
-    except TypeError:  # what is not hashable is refused below
+    except (AttributeError, TypeError):  # what is no dict or not hashable is refused below
         answer = None
     if answer is None:
         key = key_of(num_tokens, num_reqs, uniform_query_len, tags, sizes)

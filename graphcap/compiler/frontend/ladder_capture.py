@@ -7,12 +7,13 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from graphcap.compiler.frontend.make_inputs import MakeInputs, made_for
 from graphcap.compiler.frontend.marked_call import DYNAMIC
 from graphcap.compiler.frontend.subject import subject_of
 from graphcap.compiler.region import Region
@@ -31,13 +32,6 @@ log = logging.getLogger(__name__)
 _RECORDINGS = 3
 
 _WARMUPS = 2  #: of a batch that is the first of its kind, where nobody says how many
-
-#: Takes a batch, returns the positional and keyword arguments of a call with such a batch, and the inputs of its step
-#: where ops of the model read any.
-MakeInputs = Callable[
-    [GraphKey],
-    tuple[Sequence[Any], Mapping[str, Any]] | tuple[Sequence[Any], Mapping[str, Any], Mapping[str, Any]],
-]
 
 
 @dataclass
@@ -191,9 +185,9 @@ class LadderCapture:
 
     def _call(self, key: GraphKey, phase: Phase, *, is_unread: bool = False) -> None:
         with step(key=key):
-            args, kwargs, *rest = self._make_inputs(key)
+            args, kwargs, inputs = made_for(key, self._make_inputs)
         purpose = in_phase(phase, self._keeper, is_unread=is_unread)
-        with step(key=key, inputs=rest[0] if rest else None), purpose:
+        with step(key=key, inputs=inputs), purpose:
             self._call_model(*args, **kwargs)
 
     def _sum_up(self, started: float, used: int) -> None:

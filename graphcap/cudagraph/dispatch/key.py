@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import reprlib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,8 @@ class GraphKey:
         Raises:
             StepError: a name that is no string, or a value that cannot be compared.
         """
+        if tags is not None:
+            check_type("tags", tags, Mapping, "a dict of values by name")
         for name, value in (tags or {}).items():
             if not isinstance(name, str):
                 raise StepError(f"tags: {name!r} is no name")
@@ -103,6 +106,16 @@ class GraphKey:
             except TypeError:
                 raise StepError(f"tags: {name}={value!r} is not hashable") from None
         return tuple(sorted((tags or {}).items(), key=lambda item: item[0]))
+
+
+def check_type(name: str, value: object, wanted: type, what: str) -> None:
+    """Refuse an argument of another type.
+
+    Raises:
+        StepError: it is not ``what`` is expected.
+    """
+    if not isinstance(value, wanted):
+        raise StepError(f"{name}={reprlib.repr(value)}: expected {what}")
 
 
 def _check_count(name: str, value: object) -> None:
@@ -144,6 +157,8 @@ def key_of(
         StepError: sizes that no batch has, or too few of them.
     """
     sorted_tags = GraphKey.sorted_tags(tags)
+    if sizes is not None:
+        check_type("sizes", sizes, Mapping, "a dict of numbers by the names of dims")
     if sizes:
         others = {"num_reqs": num_reqs, "uniform_query_len": uniform_query_len, "tags": sorted_tags}
         return GraphKey.of_sizes(sizes, num_tokens, **others)

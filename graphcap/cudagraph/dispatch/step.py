@@ -18,7 +18,7 @@ from typing import Any
 from graphcap.config import CUDAGraphMode
 from graphcap.cudagraph.dispatch.current_step import current_step as current_step
 from graphcap.cudagraph.dispatch.in_force import step_now
-from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey, as_runtime_mode, key_of
+from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey, as_runtime_mode, check_type, key_of
 from graphcap.cudagraph.dispatch.step_inputs import StepInputs
 from graphcap.errors import StepError
 
@@ -59,11 +59,15 @@ class step:
         max_mode: CUDAGraphMode | str | None = None,
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
+        if key is not None:
+            check_type("key", key, GraphKey, "a GraphKey, as graphcap.GraphKey(num_tokens)")
+        if dispatch is not None:
+            check_type("dispatch", dispatch, Dispatch, "what graphcap.dispatch(...) returned")
         sized = num_tokens is not None or num_reqs is not None or uniform_query_len is not None
         given = sized or tags is not None or sizes is not None
         if key is not None and given:
             raise StepError("give key= or the sizes one by one, not both")
-        if key is None and (num_tokens is not None or sizes):
+        if key is None and (num_tokens is not None or sizes is not None):
             key = key_of(num_tokens, num_reqs, uniform_query_len, tags, sizes)
         elif key is None and given:
             raise StepError("num_tokens is missing: a batch is known by its number of tokens first")
@@ -72,7 +76,7 @@ class step:
         self.key = key
         self.dispatch = dispatch
         self.max_mode = as_runtime_mode(max_mode)
-        self.inputs = StepInputs(inputs or {})
+        self.inputs = StepInputs({} if inputs is None else inputs)
         decided = dispatch and (dispatch.mode, dispatch.num_tokens, dispatch.num_reqs, dispatch.sizes)
         #: What a table of plans must tell apart besides the sizes of the arguments.
         self.token: Hashable = (

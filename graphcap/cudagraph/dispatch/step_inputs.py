@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.dispatch.in_force import serving_now
+from graphcap.cudagraph.dispatch.key import check_type
 from graphcap.errors import StepError, did_you_mean
 
 
@@ -27,6 +28,8 @@ class StepInputs(Mapping[str, Any]):
     __slots__ = ("_twins", "asked", "given", "names")
 
     def __init__(self, given: Mapping[str, Any]) -> None:
+        if type(given) is not dict:  # as good as always; the check itself takes longer than the rest
+            check_type("inputs", given, Mapping, "a dict of tensors by the names that the model reads them by")
         self.given = dict(given)
         self.names = frozenset(given)
         self.asked: set[str] | None = None

@@ -142,3 +142,6 @@ def test_what_cannot_be_compiled_is_refused() -> None:
         graphcap.dispatch(3, num_tokens=4)
     with pytest.raises(StepError, match="is not hashable"):
         graphcap.dispatch(compiled(), num_tokens=4, tags={"lora": [1]})
+    for wrong in ({"tags": [("lora", 1)]}, {"sizes": [8]}):
+        with pytest.raises(StepError, match="expected a dict"):
+            graphcap.dispatch(compiled(), num_tokens=4, **wrong)

@@ -440,3 +440,24 @@ def test_a_size_unlike_the_others_is_captured_after_one_more_warm_up(monkeypatch
     (region,) = graphcap.explain(model).regions
     assert sum(plan.replays for plan in region.plans) == 1
     assert not region.failures
+
+
+@pytest.mark.parametrize(
+    ("made", "shown"),
+    [
+        (None, "None"),
+        (torch.ones(2, 4), "a Tensor"),
+        ((torch.ones(2, 4),), "a tuple of 1"),
+        ((torch.ones(2, 4), {}), "a Tensor as args"),
+        (((torch.ones(2, 4),), None), "None as kwargs"),
+        (((), {}, [1]), "a list as inputs of the step"),
+        (((), {}, {}, 1), "a tuple of 4"),
+    ],
+)
+def test_make_inputs_that_returns_something_else_is_refused(made: Any, shown: str) -> None:
+    """A bare tensor would be taken apart into its rows."""
+    with (
+        torch.no_grad(),
+        pytest.raises(StepError, match=rf"make_inputs returned {shown} .*8 tokens.*return \(x,\), {{}}"),
+    ):
+        graphcap.capture(compiled(), lambda key: made)

@@ -13,7 +13,7 @@ from graphcap.compiler import private
 from graphcap.compiler.breakable.calls import Kind
 from graphcap.compiler.breakable.key import PLAIN, Arguments, layout_of
 from graphcap.compiler.breakable.record import Recorder
-from graphcap.compiler.breakable.state import Found, follow, is_tensor, walk
+from graphcap.compiler.breakable.state import TABLES, Found, Path, follow, is_tensor, walk
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,27 @@ def shown_name(found: Found, arguments: Arguments, names: Sequence[str], num_own
 
 
 def facts(roots: Sequence[Any], num_own_roots: int) -> list[Found]:
-    """What must stay as it is: modules and whether they train; plain values in closures, globals and arguments."""
-    kept = []
-    for found in walk(roots):
-        kind, key = found.path[-1] if found.path else ("", "")
-        decides = kind in ("cell", "global") or found.root >= num_own_roots or (kind, key) == ("attribute", "training")
-        if isinstance(found.value, nn.Module) or (isinstance(found.value, PLAIN) and decides):
-            kept.append(found)
-    return kept
+    """What must stay as it is: modules, whether they train and what they have; plain values in closures, globals and
+    arguments."""
+    return [found for found in walk(roots) if isinstance(found.value, nn.Module) or _decides(found, num_own_roots)]
+
+
+def _decides(found: Found, num_own_roots: int) -> bool:
+    """Whether a dict or a plain value is among what decides what a call does."""
+    path = found.path or ()
+    if _is_table(path):
+        return isinstance(found.value, dict)
+    if not isinstance(found.value, PLAIN):
+        return False
+    kind, key = path[-1] if path else ("", "")
+    is_missing = _is_table(path[:-1])  # a bias, a buffer or a module for which there is None
+    is_attribute_that_counts = (kind, key) == ("attribute", "training")
+    return kind in ("cell", "global") or found.root >= num_own_roots or is_attribute_that_counts or is_missing
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a path leads to the modules, parameters or buffers of a module."""
+    return bool(path) and path[-1][0] == "attribute" and path[-1][1] in TABLES
 
 
 def _same_memory(a: Any, b: torch.Tensor) -> bool:

@@ -21,7 +21,8 @@ Step = tuple[str, Any]
 Path = tuple[Step, ...]
 
 _MAX_OBJECTS = 200_000
-_OF_TORCH = ("_modules", "_parameters", "_buffers")
+#: What a module has, by name.
+TABLES = ("_modules", "_parameters", "_buffers")
 MISSING = object()
 
 
@@ -36,7 +37,7 @@ class Found:
     @property
     def name(self) -> str:
         """As a user would write it: ``"layers.0.fc.weight"``."""
-        return ".".join(str(key) for _, key in self.path or () if key not in _OF_TORCH)
+        return ".".join(str(key) for _, key in self.path or () if key not in TABLES)
 
 
 def walk(roots: Sequence[Any]) -> Iterator[Found]:

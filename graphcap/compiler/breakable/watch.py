@@ -10,11 +10,12 @@ import torch
 
 from graphcap import native
 from graphcap.compiler.breakable.key import PLAIN, layout_of
-from graphcap.compiler.breakable.state import MISSING, Found, cell_of, equal_plain, follow
+from graphcap.compiler.breakable.state import Found, cell_of, equal_plain, follow
 
 
 class Watch:
-    """Whether what a recording relied on is still there: modules and their ``training``, plain values, tensors.
+    """Whether what a recording relied on is still there, and no more than that: modules with their ``training`` and
+    all that they have, plain values, tensors.
 
     Attributes:
         tensors: what the paths to the tensors lead to, in order; one without a path is kept alive and stays.
@@ -26,7 +27,7 @@ class Watch:
         Args:
             roots: gives the roots; they are not kept alive.
             tensors: the tensors to find again. One that was replaced by another of the same layout is taken.
-            facts: what must stay equal (plain values) or the same object.
+            facts: what must stay equal (plain values), keep its keys (dicts) or stay the same object.
         """
         self._roots = roots
         self._tensors = [(found.root, found.path, layout_of(found.value)) for found in tensors]
@@ -59,15 +60,17 @@ class Watch:
     def _proof(self) -> Callable[[], bool]:
         """A quick look that nothing on any path has changed, without keeping the roots alive."""
         roots = self._roots()
-        entries: dict[tuple[int, Any], tuple[dict[Any, Any], Any, Any]] = {}
+        entries: dict[tuple[int, Any], tuple[dict[Any, Any] | int, Any, Any]] = {}
         others: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
-        first: dict[tuple[int, Any], Any] = {}
+        sized: dict[int, dict[Any, Any]] = {}
+        places: dict[int, int] = {}  # by root: which of the check's arguments its own dict is
         for number, path in [each[:2] for each in (*self._tensors, *self._facts)]:
             holder = roots[number]
             for depth, (kind, key) in enumerate(path or ()):
                 value = follow(holder, ((kind, key),))
                 if depth == 0 and kind == "attribute":
-                    first[number, key] = value
+                    place = places.setdefault(number, len(places))
+                    entries[~place, key] = place, key, value
                 elif kind == "cell":
                     others[id(holder), key] = cell_of(holder, key), "cell_contents", value
                 elif kind == "item" and not isinstance(holder, dict):
@@ -76,16 +79,17 @@ class Watch:
                     held = vars(holder) if kind == "attribute" else holder.__globals__ if kind == "global" else holder
                     entries[id(held), key] = held, key, value
                 holder = value
-        proven = native.identity_check(list(entries.values()))
+            if isinstance(holder, dict):
+                sized[id(holder)] = holder
+        proven = native.identity_check(list(entries.values()), list(sized.values()))
         moved = native.address_check(range(len(self.tensors)), [tensor.data_ptr() for tensor in self.tensors])
-        at_roots, elsewhere, tensors = list(first.items()), list(others.values()), self.tensors
+        at_roots, elsewhere, tensors = list(places), list(others.values()), self.tensors
         current_roots = self._roots  # and not self, or both would live until the next collection
 
         def prove() -> bool:
             now = current_roots()
             return (
-                all(vars(now[number]).get(name, MISSING) is value for (number, name), value in at_roots)
-                and proven()
+                proven(*[vars(now[number]) for number in at_roots])
                 and all((h.cell_contents if k == "cell_contents" else h[k]) is v for h, k, v in elsewhere)
                 and moved(tensors)
             )
@@ -96,6 +100,9 @@ class Watch:
 def _fact(value: Any) -> Callable[[Any], bool]:
     if isinstance(value, PLAIN):
         return lambda now: equal_plain(value, now)
+    if isinstance(value, dict):
+        keys = list(value)
+        return lambda now: isinstance(now, dict) and list(now) == keys
     try:
         known = weakref.ref(value)
     except TypeError:

@@ -7,7 +7,8 @@ what happens on a call                  ``target.py``, ``key.py`` and ``sizes.py
                                         ``incoming.py`` (one call), ``entry.py`` (the calls of one key)
 one call, watched                       ``look.py``, ``record.py``, ``numbering.py`` (its values), ``inside.py`` (live
                                         functions), ``calls.py`` (what a recording consists of), ``limits.py``
-the Python state around it              ``state.py`` (what can be reached), ``outside.py``, ``watch.py``, ``result.py``
+the Python state around it              ``state.py`` (what can be reached), ``outside.py``, ``watch.py``,
+                                        ``hooked.py``, ``result.py``
 from calls to a program                 ``learning.py``, ``agree.py`` (when two calls are one), ``recordings.py``,
                                         ``groups.py`` and ``steps.py`` (what is one step), ``writer.py`` (its
                                         function), ``program.py``

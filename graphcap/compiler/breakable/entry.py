@@ -79,6 +79,11 @@ class Entry:
         """Why the latest recording was thrown away, ``""`` where it was not."""
         return self._learning.unsettled
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no call will ever fit again, as of the last one that was asked about."""
+        return self._recordings.watch.hooks.are_lost
+
     def fits(self, call: Incoming) -> bool:
         """Whether the Python state is what it was when this entry was made."""
         if not self._recordings.watch.holds():

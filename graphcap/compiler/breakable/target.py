@@ -12,12 +12,11 @@ import logging
 import re
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from graphcap.compiler import private
 from graphcap.compiler.breakable import current
@@ -27,7 +26,6 @@ from graphcap.compiler.breakable.key import Arguments, arguments_of
 from graphcap.compiler.breakable.look import Viewpoint
 from graphcap.compiler.breakable.sizes import CallSizes, sizes_of
 from graphcap.compiler.frontend.call_dims import CallDims
-from graphcap.compiler.frontend.hooks import hooks_of, modules_of
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.compiler.region import Region, close_region, register
 from graphcap.cudagraph.dispatch.metadata import PREFIX
@@ -60,8 +58,6 @@ class BreakableTarget(CompiledTarget):
         self._given_up: set[Hashable] = set()
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._lock = threading.RLock()
-        self._num_hooks = -1
-        self._hooks_seen: frozenset[tuple[int, int]] = frozenset()
         self._step_names: frozenset[str] = frozenset()
         self._largest = {dim.name: dim.max for dim in (*dims.dims, *dims.step_dims) if dim.max is not None}
         self._exact = self._why_exact()
@@ -81,8 +77,6 @@ class BreakableTarget(CompiledTarget):
         self._check(args, kwargs)
         call = self._incoming(bound, args, kwargs)
         key = call.arguments.key
-        if RemovableHandle.next_id != self._num_hooks:
-            self._look_at_hooks()
         for entry in self._entries.get(key, ()):
             if entry.fits(call):
                 return entry.call(call)
@@ -111,24 +105,15 @@ class BreakableTarget(CompiledTarget):
     def _read_from_step(self, names: set[str]) -> None:
         """These inputs of the step are read: they are arguments like others from now on."""
         self._step_names |= names
-        for entries in self._entries.values():
-            for entry in entries:
-                close_region(entry.region)
+        _close(entry for entries in self._entries.values() for entry in entries)
         self._entries.clear()
         self._given_up.clear()
 
-    def _look_at_hooks(self) -> None:
-        """A hook was registered somewhere in the process. If it is one of ours, every recording lacks it."""
-        self._num_hooks = RemovableHandle.next_id
-        hooks = hooks_of(modules_of(self.original))
-        if hooks != self._hooks_seen:
-            self._hooks_seen = hooks
-            self._entries.clear()
-            self._given_up.clear()
-
     def _new_entry(self, arguments: Arguments) -> Entry | None:
         """An entry for these arguments in the present Python state, ``None`` where there are too many."""
-        known = self._entries.setdefault(arguments.key, [])
+        before = self._entries.get(arguments.key, [])
+        known = self._entries[arguments.key] = [entry for entry in before if not entry.is_over]
+        _close(entry for entry in before if entry.is_over)
         total = sum(map(len, self._entries.values()))
         if len(known) >= MAX_STATES or total >= self.config.max_plans + MAX_STATES:
             self._given_up.add(arguments.key)
@@ -239,3 +224,9 @@ def _asker(target: weakref.ref[BreakableTarget]) -> Callable[[set[str]], None]:
             found._read_from_step(names)
 
     return ask
+
+
+def _close(entries: Iterable[Entry]) -> None:
+    """Let reports forget what serves no call any more."""
+    for entry in entries:
+        close_region(entry.region)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphcap import native
+from graphcap.compiler.breakable.hooked import Hooks
 from graphcap.compiler.breakable.key import PLAIN, layout_of
 from graphcap.compiler.breakable.state import Found, cell_of, equal_plain, follow
 
@@ -18,6 +20,7 @@ class Watch:
     all that they have, plain values, tensors.
 
     Attributes:
+        hooks: of the modules.
         tensors: what the paths to the tensors lead to, in order; one without a path is kept alive and stays.
     """
 
@@ -33,10 +36,14 @@ class Watch:
         self._tensors = [(found.root, found.path, layout_of(found.value)) for found in tensors]
         self._facts = [(found.root, found.path, _fact(found.value)) for found in facts]
         self.tensors: list[torch.Tensor] = [found.value for found in tensors]
+        modules = [each for each in (*roots(), *(found.value for found in facts)) if isinstance(each, nn.Module)]
+        self.hooks = Hooks(modules)
         self._prove = self._proof()
 
     def holds(self) -> bool:
         """Whether the recording may serve a call now; ``tensors`` are up to date then."""
+        if not self.hooks.hold():
+            return False
         try:
             if self._prove():
                 return True

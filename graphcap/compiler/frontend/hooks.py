@@ -67,12 +67,12 @@ class HookWatch:
                         yield id(module), name
 
 
-def hooks_of(roots: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
-    """Every hook that a call of these modules meets: the module (0 for hooks of all modules) and the hook's number."""
+def tables_of(modules: Iterable[nn.Module]) -> list[tuple[int, dict[int, Any]]]:
+    """Every dict in which there are hooks that a call of these modules meets, but for those of submodules: the ``id``
+    of the module (0 for hooks of all modules), and the hooks by number."""
     places = [(0, getattr(module_hooks, name, None)) for name in _OF_ALL]
-    for root in roots:
-        places += [(id(module), getattr(module, name, None)) for module in root.modules() for name in _OF_A_MODULE]
-    return frozenset((owner, number) for owner, hooks in places for number in hooks or ())
+    places += [(id(module), getattr(module, name, None)) for module in modules for name in _OF_A_MODULE]
+    return [(owner, hooks) for owner, hooks in places if hooks]
 
 
 def modules_of(original: Any) -> Iterator[nn.Module]:

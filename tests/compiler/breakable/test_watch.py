@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+import graphcap
+from graphcap.compiler.breakable.hooked import Hooks
+from graphcap.compiler.breakable.target import MAX_STATES
 from tests.compiler.breakable.like_original import CALLS, breakable, num_replays, rows
 
 
@@ -89,3 +94,75 @@ def test_an_unused_buffer_that_comes_and_goes_leads_back_to_the_first_recording(
     del model.unused
     model(x)
     assert num_replays(model) == replays + 1
+
+
+def plus_100(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + 100
+
+
+REGISTER: dict[str, Callable[[nn.Module], Any]] = {
+    "of the module": lambda model: model.register_forward_hook(plus_100),
+    "of a part of it": lambda model: model.get_submodule("0").register_forward_hook(plus_100),
+    "of all modules": lambda model: register_module_forward_hook(plus_100),
+}
+
+
+@pytest.mark.parametrize("of", list(REGISTER))
+def test_a_removed_hook_has_no_say_in_the_next_call(of: str) -> None:
+    original, x = nn.Sequential(nn.Linear(4, 4)), rows()
+    expected = original(x)
+    handle = REGISTER[of](original)
+    model = breakable(original)
+    try:
+        for _ in range(CALLS):
+            assert torch.equal(model(x), original.forward(x) + 100 * (of != "of a part of it"))
+        assert num_replays(model) >= 2
+    finally:
+        handle.remove()
+    for _ in range(CALLS):
+        assert torch.equal(model(x), expected)
+
+
+def test_without_a_late_hook_the_first_recording_serves_again() -> None:
+    model = breakable(nn.Linear(4, 4))
+    x = rows()
+    for _ in range(CALLS):
+        model(x)
+    replays, expected = num_replays(model), model(x)
+    for _ in range(3 * MAX_STATES):  # a hook that is gone takes no place from those that are there
+        handle = model.register_forward_hook(plus_100)
+        assert torch.equal(model(x), expected + 100)
+        handle.remove()
+    assert torch.equal(model(x), expected)
+    assert num_replays(model) == replays + 2
+    assert not graphcap.explain(model).regions[-1].bypass
+    assert len(graphcap.explain(model).regions) <= 2
+
+
+def test_hooks_of_a_module_inside_an_object_are_noticed() -> None:
+    class Runner:
+        def __init__(self) -> None:
+            self.model = nn.Linear(4, 4)
+
+        def step(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+    runner, x = Runner(), rows()
+    step = breakable(runner.step)
+    for _ in range(CALLS):
+        step(x)
+    expected = step(x)
+    handle = runner.model.register_forward_hook(plus_100)
+    assert torch.equal(step(x), expected + 100)
+    handle.remove()
+    assert torch.equal(step(x), expected)
+
+
+def test_of_two_modules_with_a_copied_hook_one_may_lose_it() -> None:
+    first = nn.Linear(4, 4)
+    first.register_forward_hook(plus_100)
+    second = copy.deepcopy(first)
+    hooks = Hooks([first, second])
+    assert hooks.hold()
+    second._forward_hooks.clear()
+    assert not hooks.hold()

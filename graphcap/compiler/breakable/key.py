@@ -106,7 +106,7 @@ def arguments_of(
             tensors[number] = leaf
             dims = sizes.dims.get(id(leaf))
             layout = layout_of(leaf) if dims is None else layout_key(leaf, dims)
-            keys.append((number, layout, leaf.requires_grad))
+            keys.append((number, type(leaf), layout, leaf.requires_grad))
         elif isinstance(leaf, PLAIN):
             keys.append(plain_key(leaf))
         else:
@@ -142,9 +142,11 @@ def plain_key(value: Any) -> Hashable:
 
 
 def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What a recorded operator relies on: size, stride, dtype, device."""
+    """What a recorded operator relies on: size, stride, dtype, device, and whether it shows its memory negated or
+    conjugated."""
     stride = tensor.stride() if tensor.layout is torch.strided else None
-    return tensor.size(), stride, tensor.dtype, tensor.device
+    dtype = tensor.dtype
+    return tensor.size(), stride, dtype, tensor.device, tensor.is_neg(), dtype.is_complex and tensor.is_conj()
 
 
 def torch_state() -> Hashable:

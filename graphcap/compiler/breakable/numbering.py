@@ -126,8 +126,7 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What a value is known by."""
     if tensor.layout is not torch.strided:
         return (id(tensor),)
-    marks = tensor.is_conj(), tensor.is_neg()
-    return private.storage_id(tensor), tensor.storage_offset(), *layout_of(tensor), *marks
+    return private.storage_id(tensor), tensor.storage_offset(), *layout_of(tensor)
 
 
 def _weak(leaf: Any) -> Any:

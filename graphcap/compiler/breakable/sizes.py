@@ -103,12 +103,14 @@ def sized_layout(tensor: torch.Tensor, dims: Mapping[int, Size]) -> SizedLayout:
 
 
 def layout_key(tensor: torch.Tensor, dims: Mapping[int, Size]) -> Hashable:
-    """What tells one :class:`SizedLayout` from another, for less."""
+    """What tells one :class:`SizedLayout` from another, for less, and whether the memory is shown negated or
+    conjugated."""
     sizes: list[Hashable] = list(tensor.shape)
     for dim, size in dims.items():
         sizes[dim] = size.symbol  # a name stands for one size, whatever is added to it
-    strided = tensor.layout is torch.strided
-    return tuple(sizes), strided and (tensor.is_contiguous() or tensor.stride()), tensor.dtype, tensor.device
+    strided = tensor.layout is torch.strided and (tensor.is_contiguous() or tensor.stride())
+    dtype = tensor.dtype
+    return tuple(sizes), strided, dtype, tensor.device, tensor.is_neg(), dtype.is_complex and tensor.is_conj()
 
 
 def _dense_strides(sizes: tuple[DimSize, ...]) -> tuple[DimSize, ...]:

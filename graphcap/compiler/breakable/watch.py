@@ -12,7 +12,7 @@ from torch import nn
 from graphcap import native
 from graphcap.compiler.breakable.hooked import Hooks
 from graphcap.compiler.breakable.key import PLAIN, layout_of
-from graphcap.compiler.breakable.state import Found, cell_of, equal_plain, follow
+from graphcap.compiler.breakable.state import Found, cell_of, equal_plain, follow, is_tensor
 
 
 class Watch:
@@ -29,11 +29,11 @@ class Watch:
 
         Args:
             roots: gives the roots; they are not kept alive.
-            tensors: the tensors to find again. One that was replaced by another of the same layout is taken.
+            tensors: the tensors to find again. One that was replaced by another of the same class and layout is taken.
             facts: what must stay equal (plain values), keep its keys (dicts) or stay the same object.
         """
         self._roots = roots
-        self._tensors = [(found.root, found.path, layout_of(found.value)) for found in tensors]
+        self._tensors = [(found.root, found.path, _form(found.value)) for found in tensors]
         self._facts = [(found.root, found.path, _fact(found.value)) for found in facts]
         self.tensors: list[torch.Tensor] = [found.value for found in tensors]
         modules = [each for each in (*roots(), *(found.value for found in facts)) if isinstance(each, nn.Module)]
@@ -57,8 +57,8 @@ class Watch:
             ]
         except (LookupError, AttributeError, TypeError):
             return False
-        for tensor, (_, _, layout) in zip(tensors, self._tensors, strict=True):
-            if not isinstance(tensor, torch.Tensor) or layout_of(tensor) != layout:
+        for tensor, (_, _, form) in zip(tensors, self._tensors, strict=True):
+            if not is_tensor(tensor) or _form(tensor) != form:
                 return False
         self.tensors = tensors
         self._prove = self._proof()
@@ -102,6 +102,10 @@ class Watch:
             )
 
         return prove
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return type(tensor), *layout_of(tensor)
 
 
 def _fact(value: Any) -> Callable[[Any], bool]:

@@ -6,6 +6,7 @@ the modules (``training``, which submodules there are). What an entry does not f
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import logging
@@ -57,6 +58,7 @@ class BreakableTarget(CompiledTarget):
         self._entries: dict[Hashable, list[Entry]] = {}
         self._given_up: set[Hashable] = set()
         self._watched: dict[int, weakref.ref[Any]] = {}
+        self._forgotten: list[Region] = []  # what reports still know though it serves no call any more
         self._lock = threading.RLock()
         self._step_names: frozenset[str] = frozenset()
         self._largest = {dim.name: dim.max for dim in (*dims.dims, *dims.step_dims) if dim.max is not None}
@@ -74,6 +76,8 @@ class BreakableTarget(CompiledTarget):
         if current.recording() is not None or private.operators_are_watched():
             # Part of what is being recorded, or of what somebody else does with it.
             return self.entry(*bound, *args, **kwargs)
+        if self._forgotten:
+            self._close_forgotten()
         self._check(args, kwargs)
         call = self._incoming(bound, args, kwargs)
         key = call.arguments.key
@@ -192,12 +196,18 @@ class BreakableTarget(CompiledTarget):
         def forget(_: Any) -> None:
             target = itself()
             if target is not None:
-                target._entries.pop(key, None)
+                # An object may die in the midst of anything, where no lock can be taken: reports hear of it later.
+                target._forgotten += [entry.region for entry in target._entries.pop(key, ())]
                 target._given_up.discard(key)
                 target._watched.pop(number, None)
 
         number = next(_numbers)
         self._watched[number] = weakref.ref(leaf, forget)
+
+    def _close_forgotten(self) -> None:
+        with contextlib.suppress(IndexError):  # another thread may do the same
+            while True:
+                close_region(self._forgotten.pop())
 
     def _names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """What a user would call each leaf of the arguments."""

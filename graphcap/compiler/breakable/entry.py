@@ -85,9 +85,13 @@ class Entry:
         return self._recordings.watch.hooks.are_lost
 
     def fits(self, call: Incoming) -> bool:
-        """Whether the Python state is what it was when this entry was made."""
-        if not self._recordings.watch.holds():
+        """Whether the Python state is what it was when this entry was made; the call has the tensors from outside
+        then."""
+        watch = self._recordings.watch
+        found = watch.find()
+        if found is None:
             return False
+        call.outside, call.watch = found, watch
         outside = self._recordings.outside
         return not outside.shared or outside.fits(self._viewpoint.roots(), call.arguments.tensors)
 
@@ -145,7 +149,7 @@ class Entry:
         self._recordings.first(look, call, around)
         outside = self._recordings.outside
         region.notes += filter(None, [outside.note(look.recording)])
-        region.watch_tensors([each.value for each in outside.tensors])
+        region.watch_tensors([tensor for tensor in self._recordings.watch.tensors if tensor is not None])
         self._start()
         region.seconds = time.perf_counter() - started
 
@@ -176,6 +180,8 @@ class Entry:
     # -- serving by the program ----------------------------------------------------------------------------------------
 
     def _serve(self, call: Incoming) -> Any:
+        if call.watch is not self._recordings.watch and not self.fits(call):
+            return call.run()  # another thread has made the program since, or refused
         said = current()
         kind = call.at, None if said is None else said.token
         ready = self._get_ready(call, kind) if call.at else EXACT
@@ -253,7 +259,7 @@ class Entry:
         if built is None or reference is None or runner is None:
             return call.run()  # another thread has refused meanwhile
         outside = (value for value in reference.recording.values if value.kind is Kind.OUTSIDE)
-        for value, tensor in zip(outside, recordings.watch.tensors, strict=True):
+        for value, tensor in zip(outside, call.outside, strict=True):
             value.tensor = weakref.ref(tensor)  # a parameter may have been replaced
         same_size = call.at == next(iter(built.at))
         is_padded = not isinstance(outlook, PlanStats) or outlook.key != call.at

@@ -12,6 +12,7 @@ import torch
 
 from graphcap.compiler import private
 from graphcap.compiler.breakable.key import Arguments
+from graphcap.compiler.breakable.watch import Watch
 from graphcap.cudagraph.dispatch.step import current, step
 
 
@@ -22,6 +23,8 @@ class Incoming:
         arguments: what it was given, flat.
         at: the declared sizes.
         step_names: the inputs of a step that are among them, where the step brings them.
+        outside: the tensors from outside, found for it.
+        watch: what has found them.
         has_run: whether the function itself has run.
         result: what that returned.
         redo: while the effects of the function are taken back, puts them there again.
@@ -42,6 +45,8 @@ class Incoming:
         self.at = tuple(arguments.sizes.values.values())
         self.step_names = step_names
         self.names = names
+        self.outside: list[torch.Tensor] = []
+        self.watch: Watch | None = None
         self.has_run = False
         self.result: Any = None
         self.redo: Callable[[], None] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,11 @@ class Outside:
             f"{len(held)} tensors are reached from no argument, attribute, closure or global that graphcap can see, "
             f"and are taken to be the same ones on every call; first used at {', '.join(held[:3])}"
         )
+
+    def without_values(self) -> Outside:
+        """The same, keeping none of the tensors alive."""
+        tensors = [dataclasses.replace(each, value=None) for each in self.tensors]
+        return Outside(tensors, [(number, dataclasses.replace(each, value=None)) for number, each in self.shared])
 
     def fits(self, roots: Sequence[Any], tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the shared arguments of a call are still those on the path."""

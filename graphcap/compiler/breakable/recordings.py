@@ -37,7 +37,7 @@ class Recordings:
         num_built: how many programs there were.
         refusal: why such calls can never be repeated, ``""`` where they may.
         result: how to make a call's result from the outputs of the program.
-        outside: the tensors from outside, as they were found.
+        outside: where the tensors from outside were found.
         watch: whether what the program relies on is still there, and where the tensors from outside are now.
         reference: the look that the program is made from.
         odd: the sizes at which there is none, each with the reason.
@@ -91,8 +91,9 @@ class Recordings:
         """Make the program from a look that agrees with an earlier one."""
         assert self.built is None
         arguments, names, viewpoint = call.arguments, call.names(), self._viewpoint
-        self.outside = find_outside(look.recording, viewpoint.roots(), arguments.tensors)
-        self.watch = Watch(viewpoint.roots, self.outside.tensors, viewpoint.facts())
+        found = find_outside(look.recording, viewpoint.roots(), arguments.tensors)
+        self.watch = Watch(viewpoint.roots, found.tensors, viewpoint.facts())
+        self.outside = found.without_values()
         tensors = arguments.tensor_names(names)
         held = self.outside.names(arguments, names, viewpoint.num_own_roots)
         indices, bounds = write_indices(look.recording), value_bounds(look.recording)
@@ -152,7 +153,7 @@ class Recordings:
 
     def inputs(self, call: Incoming) -> list[Any]:
         """Of the program, for a call."""
-        return [*call.arguments.tensors, *call.at, *self.watch.tensors]
+        return [*call.arguments.tensors, *call.at, *call.outside]
 
     def disagreed(self, at: At, why: str) -> None:
         """A look at a size stood alone; after some of them nothing is recorded there."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,9 +20,10 @@ class Watch:
     """Whether what a recording relied on is still there, and no more than that: modules with their ``training`` and
     all that they have, plain values, tensors.
 
+    Keeps no tensor alive to which a path leads: a model that goes to sleep gives its weights back.
+
     Attributes:
         hooks: of the modules.
-        tensors: what the paths to the tensors lead to, in order; one without a path is kept alive and stays.
     """
 
     def __init__(self, roots: Callable[[], Sequence[Any]], tensors: Sequence[Found], facts: Sequence[Found]) -> None:
@@ -35,37 +37,42 @@ class Watch:
         self._roots = roots
         self._tensors = [(found.root, found.path, _form(found.value)) for found in tensors]
         self._facts = [(found.root, found.path, _fact(found.value)) for found in facts]
-        self.tensors: list[torch.Tensor] = [found.value for found in tensors]
+        self._kept = [found.value if found.path is None else None for found in tensors]
         modules = [each for each in (*roots(), *(found.value for found in facts)) if isinstance(each, nn.Module)]
         self.hooks = Hooks(modules)
-        self._prove = self._proof()
+        self._prove = self._proof([found.value for found in tensors])
 
-    def holds(self) -> bool:
-        """Whether the recording may serve a call now; ``tensors`` are up to date then."""
+    @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """What they led to when :meth:`find` last looked, ``None`` for what is gone."""
+        return [each() for each in self._latest]
+
+    def find(self) -> list[torch.Tensor] | None:
+        """What the paths to the tensors lead to now, in order; ``None`` where the recording may not serve a call. It is
+        for the caller to keep them for as long as the call takes."""
         if not self.hooks.hold():
-            return False
+            return None
         try:
-            if self._prove():
-                return True
+            if (proven := self._prove()) is not None:
+                return proven
             roots = self._roots()
             for number, path, expected in self._facts:
                 if path is not None and not expected(follow(roots[number], path)):
-                    return False
-            tensors = [
-                follow(roots[number], path) if path is not None else held
-                for (number, path, _), held in zip(self._tensors, self.tensors, strict=True)
+                    return None
+            tensors: list[Any] = [
+                follow(roots[number], path) if path is not None else kept
+                for (number, path, _), kept in zip(self._tensors, self._kept, strict=True)
             ]
         except (LookupError, AttributeError, TypeError):
-            return False
+            return None
         for tensor, (_, _, form) in zip(tensors, self._tensors, strict=True):
             if not is_tensor(tensor) or _form(tensor) != form:
-                return False
-        self.tensors = tensors
-        self._prove = self._proof()
-        return True
+                return None
+        self._prove = self._proof(tensors)
+        return tensors
 
-    def _proof(self) -> Callable[[], bool]:
-        """A quick look that nothing on any path has changed, without keeping the roots alive."""
+    def _proof(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor] | None]:
+        """A quick look that nothing on any path has changed, without keeping the roots and the tensors alive."""
         roots = self._roots()
         entries: dict[tuple[int, Any], tuple[dict[Any, Any] | int, Any, Any]] = {}
         others: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
@@ -89,17 +96,19 @@ class Watch:
             if isinstance(holder, dict):
                 sized[id(holder)] = holder
         proven = native.identity_check(list(entries.values()), list(sized.values()))
-        moved = native.address_check(range(len(self.tensors)), [tensor.data_ptr() for tensor in self.tensors])
-        at_roots, elsewhere, tensors = list(places), list(others.values()), self.tensors
+        moved = native.address_check(range(len(tensors)), [tensor.data_ptr() for tensor in tensors])
+        at_roots, elsewhere = list(places), list(others.values())
+        latest = self._latest = [weakref.ref(tensor) for tensor in tensors]
         current_roots = self._roots  # and not self, or both would live until the next collection
 
-        def prove() -> bool:
+        def prove() -> list[torch.Tensor] | None:
             now = current_roots()
-            return (
-                proven(*[vars(now[number]) for number in at_roots])
-                and all((h.cell_contents if k == "cell_contents" else h[k]) is v for h, k, v in elsewhere)
-                and moved(tensors)
-            )
+            if not proven(*[vars(now[number]) for number in at_roots]):
+                return None
+            if not all((h.cell_contents if k == "cell_contents" else h[k]) is v for h, k, v in elsewhere):
+                return None
+            found = cast(list[torch.Tensor], [*map(operator.call, latest)])  # alive, as they are where they were
+            return found if moved(found) else None
 
         return prove
 

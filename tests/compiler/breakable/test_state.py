@@ -261,15 +261,15 @@ def test_watch_takes_a_tensor_of_the_same_layout_and_nothing_else() -> None:
     found = [each for each in walk(roots) if isinstance(each.value, Tensor)]
     watch = Watch(lambda: roots, found, ())
     assert [each.name for each in found] == ["a.0"]
-    assert watch.holds()
+    assert [each is holder["a"][0] for each in watch.find() or []] == [True]
     new = torch.zeros(2)
     holder["a"] = [new]
-    assert watch.holds()
-    assert watch.tensors[0] is new
+    (now,) = watch.find() or []
+    assert now is new
     holder["a"][0] = torch.zeros(3)
-    assert not watch.holds()
+    assert watch.find() is None
     del holder["a"]
-    assert not watch.holds()
+    assert watch.find() is None
 
 
 def test_an_argument_that_is_also_an_attribute_is_not_mistaken_for_it() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import graphcap
 from graphcap.compiler.breakable.hooked import Hooks
 from graphcap.compiler.breakable.target import MAX_STATES
-from tests.compiler.breakable.like_original import CALLS, breakable, num_replays, rows
+from tests.compiler.breakable.like_original import CALLS, Mlp, breakable, num_replays, rows
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +169,56 @@ def test_of_two_modules_with_a_copied_hook_one_may_lose_it() -> None:
     assert hooks.hold()
     second._forward_hooks.clear()
     assert not hooks.hold()
+
+
+def weights(model: nn.Module) -> list[weakref.ref[Tensor]]:
+    return [weakref.ref(each) for each in (*model.parameters(), *model.buffers())]
+
+
+def alive(tensors: list[weakref.ref[Tensor]]) -> list[Tensor]:
+    gc.collect()
+    return [tensor for each in tensors if (tensor := each()) is not None]
+
+
+def test_replaced_parameters_are_not_kept() -> None:
+    model = breakable(Mlp().eval())
+    x = rows()
+    for _ in range(2):
+        for _ in range(CALLS):
+            model(x)
+        old = weights(model)
+        model.load_state_dict({name: each.clone() for name, each in model.state_dict().items()}, assign=True)
+        assert not alive(old)
+    expected = torch.relu(model.fc(x))
+    for _ in range(CALLS):
+        assert torch.equal(model(x), expected)
+    assert len(graphcap.explain(model).regions) == 1
+
+
+def test_a_model_that_sleeps_gives_its_weights_back() -> None:
+    model = breakable(nn.Linear(4, 4, bias=False))
+    x = rows()
+    for _ in range(CALLS):
+        expected = model(x)
+    weight = model.weight.detach().clone()
+    old = weights(model)
+    graphcap.release(model)
+    model.weight = None
+    assert not alive(old)
+    model.weight = nn.Parameter(weight)
+    for _ in range(CALLS):
+        assert torch.equal(model(x), expected)
+
+
+def test_a_tensor_without_a_path_is_kept() -> None:
+    def hidden(make: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+        @functools.cache
+        def table() -> Tensor:
+            return make()
+
+        return lambda x: x + table()
+
+    captured = breakable(hidden(lambda: torch.ones(4)))
+    for _ in range(CALLS):
+        assert torch.equal(captured(torch.zeros(4)), torch.ones(4))
+    assert num_replays(captured) >= 2

@@ -38,6 +38,7 @@ MAX_STATES = 8  #: Python states that one key is recorded in
 MAX_GIVEN_UP = 4096  #: keys; with more of them a target records nothing new
 
 _numbers = itertools.count()
+_targets: weakref.WeakSet[BreakableTarget] = weakref.WeakSet()
 
 
 class BreakableTarget(CompiledTarget):
@@ -63,6 +64,7 @@ class BreakableTarget(CompiledTarget):
         self._step_names: frozenset[str] = frozenset()
         self._largest = {dim.name: dim.max for dim in (*dims.dims, *dims.step_dims) if dim.max is not None}
         self._exact = self._why_exact()
+        _targets.add(self)
         self._signature = inspect.signature(original.forward if isinstance(original, nn.Module) else original)
 
     def call(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -90,6 +92,11 @@ class BreakableTarget(CompiledTarget):
             new = self._new_entry(call.arguments)
             return call.run() if new is None else new.call(call)
 
+    def forget(self) -> None:
+        """Record everything anew from the next call on."""
+        self._entries.clear()
+        self._given_up.clear()
+
     def _incoming(self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Incoming:
         said, names = current_step(), self._step_names
         inputs = {}
@@ -110,8 +117,7 @@ class BreakableTarget(CompiledTarget):
         """These inputs of the step are read: they are arguments like others from now on."""
         self._step_names |= names
         _close(entry for entries in self._entries.values() for entry in entries)
-        self._entries.clear()
-        self._given_up.clear()
+        self.forget()
 
     def _new_entry(self, arguments: Arguments) -> Entry | None:
         """An entry for these arguments in the present Python state, ``None`` where there are too many."""
@@ -226,6 +232,12 @@ class BreakableTarget(CompiledTarget):
         kind = note.partition(": ")[2]
         if not any(kind in each for each in self.notes):
             self._note(note)
+
+
+def forget_recordings() -> None:
+    """Have all targets of the process record everything anew; their regions are the caller's to forget."""
+    for target in list(_targets):
+        target.forget()
 
 
 def _asker(target: weakref.ref[BreakableTarget]) -> Callable[[set[str]], None]:

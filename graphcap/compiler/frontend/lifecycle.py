@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+from graphcap.compiler.breakable.target import forget_recordings
 from graphcap.compiler.frontend import dynamo
 from graphcap.compiler.frontend.subject import regions_of
 from graphcap.compiler.region import all_regions, forget_regions
@@ -43,13 +44,15 @@ def release(target: Any) -> None:
 def reset() -> None:
     """Drop everything: the graphs of all models with their pools, and the compiled code of every region.
 
-    The next call of a model traces and captures again (compiled pieces come from the cache). Settings, registered ops
-    and hooks stay. Call it before ``torch.distributed.destroy_process_group()`` when graphs contain collectives.
+    The next call of a model traces or records, and captures again (compiled pieces come from the cache). Settings,
+    registered ops and hooks stay. Call it before ``torch.distributed.destroy_process_group()`` when graphs contain
+    collectives.
     """
     for region in all_regions():
         for runner in region.runners:
             runner.release()
         if region.code is not None:
             dynamo.forget(region.code)
+    forget_recordings()
     forget_regions()
     gc.collect()

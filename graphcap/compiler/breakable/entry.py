@@ -81,8 +81,8 @@ class Entry:
 
     @property
     def is_over(self) -> bool:
-        """Whether no call will ever fit again, as of the last one that was asked about."""
-        return self._recordings.watch.hooks.are_lost
+        """Whether no call will ever fit again."""
+        return self._recordings.watch.is_over
 
     def fits(self, call: Incoming) -> bool:
         """Whether the Python state is what it was when this entry was made; the call has the tensors from outside

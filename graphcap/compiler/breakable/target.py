@@ -121,9 +121,8 @@ class BreakableTarget(CompiledTarget):
 
     def _new_entry(self, arguments: Arguments) -> Entry | None:
         """An entry for these arguments in the present Python state, ``None`` where there are too many."""
-        before = self._entries.get(arguments.key, [])
-        known = self._entries[arguments.key] = [entry for entry in before if not entry.is_over]
-        _close(entry for entry in before if entry.is_over)
+        self._drop_what_is_over()
+        known = self._entries.setdefault(arguments.key, [])
         total = sum(map(len, self._entries.values()))
         if len(known) >= MAX_STATES or total >= self.config.max_plans + MAX_STATES:
             self._given_up.add(arguments.key)
@@ -144,6 +143,14 @@ class BreakableTarget(CompiledTarget):
         if self._exact:
             self._note_once(self._exact)
         return entry
+
+    def _drop_what_is_over(self) -> None:
+        """Recordings keep what a module has, even if the module is gone."""
+        for key, entries in list(self._entries.items()):
+            if over := [entry for entry in entries if entry.is_over]:
+                # Another thread may be going through the list.
+                self._entries[key] = [entry for entry in entries if entry not in over]
+                _close(over)
 
     def _why_exact(self) -> str:
         """Why sizes are not padded, ``""`` where they are."""

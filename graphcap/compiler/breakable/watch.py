@@ -21,9 +21,6 @@ class Watch:
     all that they have, plain values, tensors.
 
     Keeps no tensor alive to which a path leads: a model that goes to sleep gives its weights back.
-
-    Attributes:
-        hooks: of the modules.
     """
 
     def __init__(self, roots: Callable[[], Sequence[Any]], tensors: Sequence[Found], facts: Sequence[Found]) -> None:
@@ -39,8 +36,14 @@ class Watch:
         self._facts = [(found.root, found.path, _fact(found.value)) for found in facts]
         self._kept = [found.value if found.path is None else None for found in tensors]
         modules = [each for each in (*roots(), *(found.value for found in facts)) if isinstance(each, nn.Module)]
-        self.hooks = Hooks(modules)
+        self._modules = [weakref.ref(module) for module in modules]
+        self._hooks = Hooks(modules)
         self._prove = self._proof([found.value for found in tensors])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no call will ever be served again: a module is gone, or a hook was at the last look."""
+        return self._hooks.are_lost or any(module() is None for module in self._modules)
 
     @property
     def tensors(self) -> list[torch.Tensor | None]:
@@ -50,7 +53,7 @@ class Watch:
     def find(self) -> list[torch.Tensor] | None:
         """What the paths to the tensors lead to now, in order; ``None`` where the recording may not serve a call. It is
         for the caller to keep them for as long as the call takes."""
-        if not self.hooks.hold():
+        if not self._hooks.hold():
             return None
         try:
             if (proven := self._prove()) is not None:

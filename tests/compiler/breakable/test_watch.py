@@ -210,6 +210,20 @@ def test_a_model_that_sleeps_gives_its_weights_back() -> None:
         assert torch.equal(model(x), expected)
 
 
+def test_weights_of_a_replaced_module_go_at_the_next_call() -> None:
+    model = breakable(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    for x in (rows(2), rows(3)):
+        for _ in range(CALLS):
+            model(x)
+    old = weights(model[0])
+    model[0] = nn.Identity()
+    for _ in range(CALLS):
+        assert torch.equal(model(x), model[1](x))
+    assert not alive(old)
+    (region,) = graphcap.explain(model).regions
+    assert region.replays >= 2
+
+
 def test_a_tensor_without_a_path_is_kept() -> None:
     def hidden(make: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
         @functools.cache

@@ -7,8 +7,8 @@ from typing import Any
 
 from graphcap.compiler.frontend.api import target_of
 from graphcap.compiler.frontend.ladder_capture import CaptureSummary, LadderCapture
-from graphcap.compiler.frontend.make_inputs import MakeInputs
 from graphcap.compiler.frontend.like_call import LikeCall
+from graphcap.compiler.frontend.make_inputs import MakeInputs
 from graphcap.compiler.frontend.subject import runners_of
 from graphcap.compiler.frontend.target import CompiledTarget
 from graphcap.config import Config

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 
@@ -22,22 +22,12 @@ from graphcap.cudagraph.made import WARM_UP, Made
 from graphcap.cudagraph.padded.proof import prove
 from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.plan_capture import PlanCapture
-from graphcap.cudagraph.program import InputKind
+from graphcap.cudagraph.proofs import NOTHING_PADDED, Proof, Proofs
 from graphcap.cudagraph.recording.knowledge import Further, Knowledge
 from graphcap.cudagraph.recording.observe import Observation, observe
 from graphcap.cudagraph.replaying.plan import Plan
 
 _log = logging.getLogger("graphcap.cudagraph")
-
-
-class Proof(NamedTuple):
-    """What a proof of padding was about: the symbols that were padded, and which values were 0 or 1."""
-
-    symbols: frozenset[str]
-    special: frozenset[tuple[str, Any]]
-
-
-_NOTHING_PADDED = Proof(frozenset(), frozenset())
 
 
 class PlanMaker:
@@ -60,7 +50,7 @@ class PlanMaker:
         self._step_dims = dims_of_step(parts.config.dynamic_arg_dims)
         self._largest = largest_of_step(parts.config.dynamic_arg_dims)
         self._asked: dict[Hashable, Asked] = {}
-        self._proven: dict[Hashable, list[Proof]] = {}  # per family of plans
+        self._proofs = Proofs(parts)
 
     def reconsider(self) -> None:
         """Try again what was not possible for want of memory."""
@@ -100,7 +90,7 @@ class PlanMaker:
         needed = self._needed_anywhere(plan, route, args, said)
         if not needed.symbols:
             return True
-        may_be_padded = needed.symbols <= plan.route.rung.keys() and self._is_proven(plan.route, needed)
+        may_be_padded = needed.symbols <= plan.route.rung.keys() and self._proofs.hold(plan.route, needed)
         return may_be_padded and not self._padding.why_not_to(plan.route.rung, args)
 
     def way_to(self, plan: Plan, route: Route, args: tuple[Any, ...], said: step | None) -> Route:
@@ -112,10 +102,8 @@ class PlanMaker:
 
     def lacks_proof(self, plan: Plan, route: Route, key: GraphKey) -> bool:
         """Whether a batch on this route, which has the plan's key, would be padded, and that is not proven yet."""
-        scalars = [spec.name for spec in self._program.inputs if spec.kind is InputKind.SCALAR and spec.in_key]
-        values = zip(scalars, self._router.dims.scalars_of(key), strict=True)
-        needed = Proof(frozenset(self._router.is_padded_in(route, key)), _special(values, key))
-        return bool(needed.symbols) and not self._is_proven(plan.route, needed)
+        needed = self._proofs.needed_of(self._router.is_padded_in(route, key), key)
+        return bool(needed.symbols) and not self._proofs.hold(plan.route, needed)
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:
         """Serve a call that leads to the plan of a route, or has just lost it."""
@@ -135,11 +123,11 @@ class PlanMaker:
             return Made(self._program.run(*args), reason)
         if not route.rung:
             return self._at_size(route, args, args, serving)
-        mine = self._needed(route, args, said)
-        everywhere = self._agreement.gather(self._question("what is padded", route), mine, usual=_NOTHING_PADDED)
+        mine = self._proofs.needed(route, args, said)
+        everywhere = self._agreement.gather(self._question("what is padded", route), mine, usual=NOTHING_PADDED)
         symbols = frozenset[str]().union(*(each.symbols for each in everywhere))
         common = mine.special.intersection(*(each.special for each in everywhere))
-        if not self._is_proven(route, Proof(symbols, common)):
+        if not self._proofs.hold(route, Proof(symbols, common)):
             proof = Proof(symbols, mine.special.union(*(each.special for each in everywhere)))
             return Made(self._prove(route, proof, args, said, serving), WARM_UP)
         return self._at_size(route, args, tuple(self._padding.pad(args, route.rung)), serving)
@@ -152,37 +140,11 @@ class PlanMaker:
         """Whether the sizes of this call may be others on other ranks, with one decision for all."""
         return self._agreement.is_group and said is not None and said.dispatch is not None
 
-    def _needed(self, route: Route, args: tuple[Any, ...], said: step | None) -> Proof:
-        """What must be proven for a call on this rank."""
-        return Proof(self._smaller(route, args), self._special_values(args, said))
-
     def _needed_anywhere(self, plan: Plan, route: Route, args: tuple[Any, ...], said: step | None) -> Proof:
-        """The same on any rank: one whose call is not padded may share a decision with one whose call is."""
+        """What must be proven on any rank: one whose call is not padded may share a decision with one whose call is."""
         if self._decided_together(said):
             return Proof(frozenset(plan.route.rung) | frozenset(route.rung), frozenset())
-        return self._needed(route, args, said)
-
-    def _family(self, route: Route) -> Hashable:
-        batch = route.batch  # the number of requests goes with the rung, what is proven does not
-        named = zip(self._router.dims.symbols, route.sizes, strict=True)
-        exact = tuple(size for symbol, size in named if symbol not in route.rung)
-        return batch.uniform_query_len, batch.tags, frozenset(route.rung), exact
-
-    def _is_proven(self, route: Route, needed: Proof) -> bool:
-        """Whether proofs hold for a call. One in which something was 0 or 1 is good for such calls alone: it hides
-        mixing (padded rows are rightly divided among one request; nothing times a mean is nothing)."""
-        proofs = self._proven.get(self._family(route), ())
-        return needed.symbols <= {s for proof in proofs if proof.special <= needed.special for s in proof.symbols}
-
-    def _special_values(self, args: tuple[Any, ...], said: step | None) -> frozenset[tuple[str, Any]]:
-        inputs = zip(self._program.inputs, args, strict=True)
-        values = [(spec.name, value) for spec, value in inputs if spec.kind is InputKind.SCALAR and spec.in_key]
-        return _special(values, None if said is None else said.key)
-
-    def _smaller(self, route: Route, args: tuple[Any, ...]) -> frozenset[str]:
-        """The symbols that a call has to be padded in."""
-        real = self._padding.sizes(args) or {}
-        return frozenset(symbol for symbol, size in route.rung.items() if real.get(symbol) != size)
+        return self._proofs.needed(route, args, said)
 
     def _prove(
         self, route: Route, proof: Proof, args: tuple[Any, ...], said: step | None, serving: Serving | None
@@ -205,7 +167,7 @@ class PlanMaker:
             refuse(route.rung, verdict.reason)
             _log.warning("%s is not padded: %s", self._program.name, verdict.reason)
         else:
-            self._proven.setdefault(self._family(route), []).append(proof)
+            self._proofs.note(route, proof)
             if verdict.seen is not None:
                 self._knowledge.note(route, verdict.seen)
                 self._asked[route.key] = Asked.of(said, verdict.seen.decisive(self._step_dims))
@@ -262,9 +224,3 @@ class PlanMaker:
         with torch.no_grad():
             serving.refresh(said.inputs)
         return serving
-
-
-def _special(scalars: Iterable[tuple[str, Any]], key: GraphKey | None) -> frozenset[tuple[str, Any]]:
-    """Which numbers of a call are 0 or 1, those of its batch included."""
-    values = [*scalars, ("requests of the step", None if key is None else key.num_reqs)]
-    return frozenset((name, value) for name, value in values if value is not None and value in (0, 1))

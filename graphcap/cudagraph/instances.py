@@ -1,9 +1,10 @@
 """One runner per model instance.
 
 Dynamo may serve several instances of a class with one graph: their parameters are arguments of it. Graphs hold
-addresses, so the instances must not share plans, or each would find the other's weights moved. An instance is known by
-two of its parameters, the first and the last (a buffer may be assigned anew on every call); when one of them dies, the
-instance's plans go with it.
+addresses, so the instances must not share plans, or each would find the other's weights moved. An instance is found by
+two of its parameters, the first and the last (a buffer may be assigned anew on every call). Where some parameters were
+replaced it is known by the others, and keeps the plans that do not read them; when most of them are gone, so is the
+instance, and its plans go with it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from graphcap.config import Config
 from graphcap.cudagraph.hardware.device import GraphDevice
@@ -33,10 +36,34 @@ def graph_runner(
     """
     parameters = [index for index, spec in enumerate(program.inputs) if spec.is_parameter]
     if parameters:
-        return InstanceRunners(program, device, config, announce, parameters[0], parameters[-1])
+        return InstanceRunners(program, device, config, announce, parameters)
     runner = GraphRunner(program, device, config)
     announce(runner)
     return runner
+
+
+class _Instance:
+    """A runner and the parameters that it is for.
+
+    Attributes:
+        num_gone: how many of these there are no more.
+    """
+
+    def __init__(
+        self, runner: GraphRunner, parameters: Sequence[torch.Tensor], note_gone: Callable[[Any], None]
+    ) -> None:
+        self.runner, self.num_gone = runner, 0
+        self._parameters = [weakref.ref(each, note_gone) for each in parameters]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether half of its parameters are still there, or more."""
+        return 2 * self.num_gone <= len(self._parameters)
+
+    def has_half_of(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether half of these are its own, or more: the others were replaced."""
+        same = sum(known() is each for known, each in zip(self._parameters, parameters, strict=True))
+        return 2 * same >= len(parameters)
 
 
 class InstanceRunners:
@@ -48,46 +75,53 @@ class InstanceRunners:
         device: GraphDevice,
         config: Config,
         announce: Callable[[GraphRunner], None],
-        first: int,
-        last: int,
+        parameters: Sequence[int],
     ) -> None:
-        """Know instances by the arguments ``first`` and ``last``."""
-        self._first, self._last = first, last
+        """Know instances by these arguments."""
+        self._parameters, self._first, self._last = parameters, parameters[0], parameters[-1]
         self._program, self._device, self._config, self._announce = program, device, config, announce
-        self._runners: dict[Identity, GraphRunner] = {}
-        self._deaths: dict[Identity, list[weakref.ref[Any]]] = {}
+        self._instances: dict[Identity, _Instance] = {}
 
     def __call__(self, *args: Any) -> Any:
         return self.call_with(args)
 
     def call_with(self, args: Sequence[Any]) -> Any:
         """As :meth:`GraphRunner.call_with`."""
-        runner = self._runners.get((id(args[self._first]), id(args[self._last])))
-        if runner is None:
-            runner = self._new_instance(args[self._first], args[self._last])
-        return runner.call_with(args)
+        instance = self._instances.get((id(args[self._first]), id(args[self._last])))
+        if instance is None or instance.num_gone:
+            instance = self._find(args)
+        return instance.runner.call_with(args)
 
-    def _new_instance(self, first: Any, last: Any) -> GraphRunner:
-        runner = GraphRunner(self._program, self._device, self._config)
-        runner.instance = identity = id(first), id(last)
-        forget = _forgetter(weakref.ref(self), identity)
-        self._deaths[identity] = [weakref.ref(each, forget) for each in (first, last)]
-        winner = self._runners.setdefault(identity, runner)  # of several threads the first one wins
-        if winner is runner:
+    def _find(self, args: Sequence[Any]) -> _Instance:
+        """The instance that most of these parameters belong to, or a new one."""
+        parameters = [args[index] for index in self._parameters]
+        identity = id(parameters[0]), id(parameters[-1])
+        changed = [(key, each) for key, each in list(self._instances.items()) if each.num_gone]
+        known = next(((key, each) for key, each in changed if each.has_half_of(parameters)), None)
+        for key in {key for key, _ in changed} & {identity, *(known or ())[:1]}:
+            self._instances.pop(key, None)
+        runner = GraphRunner(self._program, self._device, self._config) if known is None else known[1].runner
+        runner.instance = identity
+        found = _Instance(runner, parameters, _noter(weakref.ref(self), identity))
+        winner = self._instances.setdefault(identity, found)  # of several threads the first one wins
+        if winner is found and known is None:
             self._announce(runner)
         return winner
 
-    def forget(self, identity: Identity) -> None:
-        """Drop the runner of an instance, and its plans."""
-        self._runners.pop(identity, None)
-        self._deaths.pop(identity, None)
+    def note_gone(self, identity: Identity) -> None:
+        """A parameter of an instance is gone: replaced, or the first of all to go."""
+        instance = self._instances.get(identity)
+        if instance is not None:
+            instance.num_gone += 1
+            if not instance.is_alive:
+                self._instances.pop(identity, None)
 
 
-def _forgetter(owner: weakref.ref[InstanceRunners], identity: Identity) -> Callable[[Any], None]:
+def _noter(owner: weakref.ref[InstanceRunners], identity: Identity) -> Callable[[Any], None]:
     # The callback must not keep the runners alive: Dynamo drops them with the code that calls them.
-    def forget(_: Any) -> None:
+    def note(_: Any) -> None:
         runners = owner()
         if runners is not None:
-            runners.forget(identity)
+            runners.note_gone(identity)
 
-    return forget
+    return note

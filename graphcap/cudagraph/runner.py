@@ -283,6 +283,7 @@ class GraphRunner:
         if why is Unfit.MOVED:
             self._moves.note(plan.addresses, args, self._calls(), self.stats)
             self._table.drop(route.key)
+            self._attempts.note_lost(route)
             self.stats.recaptures += 1
             return self._make(route, args, said)
         plan.num_changed += 1

@@ -67,6 +67,58 @@ def test_plans_go_with_their_instance(call: Any, runners: list[GraphRunner]) -> 
     assert runner() is None
 
 
+def sum_of(*args: torch.Tensor) -> tuple[torch.Tensor]:
+    return (sum(args[:-1]) * args[-1],)
+
+
+@pytest.fixture
+def call_with_five(runners: list[GraphRunner]) -> Any:
+    """Of five parameters and x the sum times x."""
+    inputs = tuple(InputSpec(f"weight_{n}", InputKind.STATIC, is_parameter=True) for n in range(5))
+    step = Step("sum", sum_of, tuple(range(6)), (6,))
+    program = Program("five", (*inputs, InputSpec("x", InputKind.TENSOR)), (step,), (6,), sum_of)
+    return graph_runner(program, SimulatedDevice(), Config(simulate=True), runners.append)
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_replaced_parameter_leaves_the_instance_what_it_was(
+    which: int, call_with_five: Any, runners: list[GraphRunner]
+) -> None:
+    """Whichever it is: its plan is captured again, and nothing is forgotten."""
+    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
+    for number in range(4):
+        for _ in range(4):
+            assert torch.equal(call_with_five(*weights, x)[0], sum(weights))
+        weights[which] = torch.full((3,), 10.0 + number)
+    (runner,) = runners
+    assert runner.stats.recaptures == 3
+    assert runner.stats.replays >= 4
+
+
+def test_another_instance_is_no_changed_one(call_with_five: Any, runners: list[GraphRunner]) -> None:
+    """Two models may share a parameter, and one of them may lose another."""
+    shared, x = torch.ones(3), torch.ones(3)
+    first, second = [[shared, *(torch.full((3,), value) for _ in range(4))] for value in (2.0, 3.0)]
+    for _ in range(4):
+        assert torch.equal(call_with_five(*first, x)[0], sum(first))
+    first[2] = torch.full((3,), 7.0)
+    for _ in range(4):
+        assert torch.equal(call_with_five(*second, x)[0], sum(second))
+        assert torch.equal(call_with_five(*first, x)[0], sum(first))
+    assert len(runners) == 2
+
+
+def test_an_instance_is_gone_with_most_of_its_parameters(call_with_five: Any, runners: list[GraphRunner]) -> None:
+    shared = torch.ones(3)
+    weights = [shared, *(torch.ones(3) for _ in range(4))]
+    for _ in range(4):
+        call_with_five(*weights, torch.ones(3))
+    runner = weakref.ref(runners.pop())
+    del weights
+    gc.collect()
+    assert runner() is None
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

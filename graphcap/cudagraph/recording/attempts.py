@@ -37,13 +37,21 @@ class Attempts:
         self._warned_of_memory = False
         self._refused: dict[Hashable, str] = {}
         self._sightings: dict[Hashable, int] = {}
+        self._lost: set[Hashable] = set()
 
     def barred(self, route: Route, num_undeclared: int) -> str:
         """Why a route is not captured, ``""`` when it may be."""
         reason = self._failed or self._refused.get(route.key, "")
         if not reason and not route.is_declared and num_undeclared >= self._config.max_plans:
             reason = f"max_plans={self._config.max_plans} reached"
-        return reason or ("" if captures_allowed() else "captures are not allowed (graphcap.allow_capture(False))")
+        if not reason and not captures_allowed() and route.key not in self._lost:
+            reason = "captures are not allowed (graphcap.allow_capture(False))"
+        return reason
+
+    def note_lost(self, route: Route) -> None:
+        """The plan of a route was given up because a weight has moved. Another one in its place is nothing new, and is
+        captured even where captures are not allowed."""
+        self._lost.add(route.key)
 
     def is_due(self, route: Route) -> bool:
         """Count a sighting; whether this one or the next is to be captured. The first such call is the warm-up."""

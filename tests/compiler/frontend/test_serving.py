@@ -311,6 +311,25 @@ def test_the_capture_proves_padding_for_every_rung(mode: str) -> None:
     assert (after.replays - before.replays, after.live_calls) == (4, before.live_calls)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_replaced_weight_is_captured_again_for_every_rung_where_nothing_new_is(name: str) -> None:
+    """Weights that arrive while an engine serves, with captures sealed: rungs that are padded to come back as well."""
+    model = compiled()
+    with torch.no_grad():
+        graphcap.capture(model, inputs)
+        with graphcap.allow_capture(False):
+            model.linear.load_state_dict(
+                {name: nn.Parameter(torch.randn_like(getattr(model.linear, name)))}, False, True
+            )
+            for num_tokens in (8, 3, 2) * 3:
+                x = torch.randn(num_tokens, 4)
+                assert torch.allclose(model(x), model.linear(x), atol=1e-6)
+    (region,) = graphcap.explain(model).regions
+    assert {plan.key for plan in region.plans} == {(8,), (4,), (2,)}
+    assert min(plan.replays for plan in region.plans) >= 1
+    assert region.recaptures == 3
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_grid_is_captured_with_the_names_of_its_dims() -> None:
     settings = {**SETTINGS, "capture_sizes": {"batch": [2, 4], "seq": [8, 16]}}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from graphcap.compiler.debug.explain import explain
     from graphcap.compiler.debug.profile import profile
     from graphcap.compiler.debug.suggest import suggest_ladder
+    from graphcap.compiler.eager_functions import eager
     from graphcap.compiler.frontend.api import compile
     from graphcap.compiler.frontend.decorator import disabled, support_graph_compile
     from graphcap.compiler.frontend.dims import Dim
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from graphcap.compiler.frontend.ladder_capture import CaptureSummary
     from graphcap.compiler.frontend.lifecycle import release, reset
     from graphcap.compiler.frontend.serving import capture
-    from graphcap.compiler.rules import eager, register_op
+    from graphcap.compiler.rules import register_op
     from graphcap.cudagraph.dispatch.current_step import current_step
     from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
     from graphcap.cudagraph.dispatch.phase import allow_capture
@@ -99,7 +100,7 @@ _LAZY = {
     "Dim": "graphcap.compiler.frontend.dims",
     "compile": "graphcap.compiler.frontend.api",
     "disabled": "graphcap.compiler.frontend.decorator",
-    "eager": "graphcap.compiler.rules",
+    "eager": "graphcap.compiler.eager_functions",
     "explain": "graphcap.compiler.debug.explain",
     "hooks": "graphcap.cudagraph.hardware",
     "memory": "graphcap.cudagraph.hardware.memory",

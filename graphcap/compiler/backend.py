@@ -5,7 +5,7 @@ step                   room
 =====================  ==================================================================================
 who asks, which sizes  ``region.py``, ``symbols.py``
 before the cut         ``inputs.py`` (names), ``attention_masks.py``
-where to cut           ``rules.py`` (which ops), ``partition.py`` (grouping), ``split.py`` (graph modules)
+where to cut           ``rules.py`` (which ops), ``eager_functions.py``, ``partition.py`` (grouping), ``split.py``
 compile each piece     ``pieces.py``, ``canonical.py`` (twins, key), ``inductor.py``, the ``passes`` and ``cache`` rooms
 sew together           ``stitch.py``, ``dims.py`` (what the user declared about sizes)
 capture and replay     the ``cudagraph`` room

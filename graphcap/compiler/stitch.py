@@ -17,11 +17,12 @@ from torch import fx
 
 from graphcap.compiler import nodes, private
 from graphcap.compiler.dims import GraphDims
+from graphcap.compiler.eager_functions import moves_on
 from graphcap.compiler.inputs import input_name
 from graphcap.compiler.limits import within_bounds
 from graphcap.compiler.out_variants import out_function
 from graphcap.compiler.pieces import CompiledPiece
-from graphcap.compiler.rules import moves_on, unproven
+from graphcap.compiler.rules import unproven
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.compiler.value_bounds import value_bounds

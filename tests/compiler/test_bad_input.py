@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphcap.compiler import region
 from graphcap.compiler.backend import graphcap
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from tests.compiler.like_eager import assert_like_eager
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "simulate": True, "capture_after": 2}

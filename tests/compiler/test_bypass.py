@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graphcap.compiler import bypass, private, region
 from graphcap.compiler.backend import graphcap
 from graphcap.compiler.bypass import GRAD_MODE, GRAD_MODE_EAGER
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from graphcap.errors import ConfigError, GraphcapError
 
 

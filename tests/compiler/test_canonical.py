@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphcap.compiler.canonical import canonical_symbols, canonical_text
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from tests.compiler.graphs import in_backend, pieces_of
 
 

@@ -12,7 +12,7 @@ from torch._dynamo import mark_dynamic
 
 import graphcap
 import graphcap.compiler.backend as backend
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from graphcap.cudagraph import InputSpec, Program, Size
 
 

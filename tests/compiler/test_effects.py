@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from graphcap.compiler.eager_functions import eager
 from graphcap.compiler.effects import mutated_inputs, written_overlap
-from graphcap.compiler.rules import eager
 from tests.compiler.graphs import in_backend, pieces_of
 
 

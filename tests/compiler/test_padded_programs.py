@@ -16,7 +16,7 @@ from torch._dynamo.decorators import mark_dynamic, mark_unbacked
 
 import graphcap
 import graphcap.compiler.backend as backend
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from graphcap.cudagraph import Program
 from tests.cudagraph.padded_regions import PaddedCalls, cloned, padding_of, proof_of
 

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from torch._dynamo import mark_dynamic
 
 from graphcap.compiler import nodes
-from graphcap.compiler.rules import eager, op_name
+from graphcap.compiler.eager_functions import eager
+from graphcap.compiler.rules import op_name
 from tests.compiler.graphs import groups_of, kinds, trace
 
 

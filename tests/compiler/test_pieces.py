@@ -16,8 +16,8 @@ from torch import Tensor
 
 from graphcap.compiler import inductor, region
 from graphcap.compiler.backend import graphcap
+from graphcap.compiler.eager_functions import eager
 from graphcap.compiler.region import PieceRecord
-from graphcap.compiler.rules import eager
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -12,7 +12,8 @@ from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mut
 from torch.nn.attention.flex_attention import flex_attention
 
 from graphcap.compiler import rules
-from graphcap.compiler.rules import SplitRules, eager, never_captured, op_name, register_op, undeclared_writes, unproven
+from graphcap.compiler.eager_functions import eager
+from graphcap.compiler.rules import SplitRules, never_captured, op_name, register_op, undeclared_writes, unproven
 from graphcap.cudagraph import Capture
 from graphcap.errors import ConfigError
 from tests.compiler.graphs import call_nodes, groups_of, in_backend, kinds, trace

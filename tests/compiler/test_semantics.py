@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo import mark_dynamic
 
 import graphcap
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from tests.compiler.like_eager import Arguments, assert_like_eager
 from tests.compiler.random_programs import OPERATIONS, Operation, random_program
 

@@ -14,7 +14,7 @@ from torch._dynamo import mark_dynamic
 
 from graphcap.compiler import private, region
 from graphcap.compiler.backend import graphcap
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from graphcap.compiler.shape_guards import ShapeGuards
 from tests.compiler.graphs import in_backend
 

@@ -11,7 +11,7 @@ from torch._dynamo import mark_dynamic
 
 from graphcap.compiler import backend, region
 from graphcap.compiler.backend import graphcap
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from graphcap.compiler.specialise import by_size, example_arguments, position_of, specialisable_symbol
 from graphcap.compiler.symbols import analyse_sizes
 from tests.compiler.graphs import in_backend, pieces_of

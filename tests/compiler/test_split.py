@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._dynamo import mark_dynamic
 
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from tests.compiler.graphs import in_backend, piece_text, pieces_of, stitched
 from tests.compiler.random_programs import OPERATIONS, Operation, random_program
 

@@ -80,7 +80,7 @@ def test_a_match_in_another_graph_with_these_settings_counts() -> None:
         ("aten::add.Tensr", "there is no such operator; did you mean 'aten::add.Tensor'?"),
         ("torch.nn.functional.softmx", "there is no such function; did you mean 'torch.nn.functional.softmax'?"),
         ("nolib.ops.attend", "there is no such function: no module 'nolib' is imported"),
-        ("graphcap.eager", "the function is called 'graphcap.compiler.rules.eager'"),
+        ("graphcap.eager", "the function is called 'graphcap.compiler.eager_functions.eager'"),
         ("higher_order::flex_atention", "there is no such operator; did you mean 'higher_order::flex_attention'?"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import mark_dynamic
 
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from graphcap.compiler.stitch import identifier, live_source
 from graphcap.cudagraph import Constant, InputKind, InputSpec, Program, Step
 from tests.compiler.graphs import in_backend, stitched

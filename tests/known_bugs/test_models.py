@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcap
-from graphcap.compiler.rules import eager
+from graphcap.compiler.eager_functions import eager
 from tests.known_bugs.models import SETTINGS, WIDTH, Beside, Mlp, assert_same, rows
 
 VOCAB = 32

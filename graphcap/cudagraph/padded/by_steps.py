@@ -7,7 +7,7 @@ one, so that it must only ever see the rows of the call. What it did with these 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,13 @@ class Outcome(NamedTuple):
 class ByStep:
     """Runs the steps of one program for one size of a call and one rung."""
 
-    def __init__(self, program: Program, exact: Sequence[Any], padded: Sequence[Any]) -> None:
-        """Run it twice with the rows of the call, at both sizes: arguments for both, that the steps may write into.
+    def __init__(self, program: Program, exact: Mapping[int, torch.Size], padded: Sequence[Any]) -> None:
+        """Run it with the rows of the call.
+
+        Args:
+            program: to be run.
+            exact: what :func:`sizes_of_results` says about the call at its exact size.
+            padded: arguments for the padded one, that the steps may write into.
 
         Raises:
             Exception: what a step raises.
@@ -38,11 +43,7 @@ class ByStep:
         self._program = program
         self._outcomes: dict[int, Outcome] = {}
         self._sizes: dict[int, torch.Size] = {}  # of the results that have other sizes when padded: those with rows
-        slots = self._filled(exact)
-        for step in program.steps:
-            _put(slots, step, _run(step, slots))
-        sizes = {slot: value.shape for slot, value in enumerate(slots) if isinstance(value, torch.Tensor)}
-        slots = self._filled(padded)
+        slots = _slots(program, padded)
         for number, step in enumerate(program.steps):
             results = _run(step, slots)
             if not is_known(step):
@@ -50,7 +51,7 @@ class ByStep:
                 self._outcomes[number] = Outcome(_copies(results), {slot: slots[slot].clone() for slot in made})
             _put(slots, step, results)
         for slot, value in enumerate(slots[len(padded) :], len(padded)):
-            size = sizes.get(slot)
+            size = exact.get(slot)
             if size is not None and isinstance(value, torch.Tensor) and _is_larger(value.shape, size):
                 self._sizes[slot] = size
         first = next((number for number, step in enumerate(program.steps) if not is_known(step)), 0)
@@ -64,7 +65,7 @@ class ByStep:
     def run(self, padded: Sequence[Any]) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
         """The real rows of what each step makes, by the name of the step, and the outputs of the program."""
         rows: dict[str, torch.Tensor] = {}
-        slots = self._filled(padded)
+        slots = _slots(self._program, padded)
         for number, step in enumerate(self._program.steps):
             done = self._outcomes.get(number)
             _put(slots, step, _run(step, slots) if done is None else _repeat(done, slots))
@@ -74,8 +75,17 @@ class ByStep:
         outputs = self._program.outputs
         return rows, tuple(slots[slot] if isinstance(slot, int) else slot.value for slot in outputs)
 
-    def _filled(self, args: Sequence[Any]) -> list[Any]:
-        return [*args, *[None] * (num_slots(self._program) - len(args))]
+
+def sizes_of_results(program: Program, exact: Sequence[Any]) -> dict[int, torch.Size]:
+    """Run a call at its exact size; the size of the tensor in each slot.
+
+    Raises:
+        Exception: what a step raises.
+    """
+    slots = _slots(program, exact)
+    for step in program.steps:
+        _put(slots, step, _run(step, slots))
+    return {slot: value.shape for slot, value in enumerate(slots) if isinstance(value, torch.Tensor)}
 
 
 def is_known(step: Step) -> bool:
@@ -87,6 +97,10 @@ def step_of(name: str) -> str:
     """The step whose rows have this name, ``""`` for what are no rows of a step."""
     step, is_row, _ = name.partition(_RESULT)
     return step if is_row else ""
+
+
+def _slots(program: Program, args: Sequence[Any]) -> list[Any]:
+    return [*args, *[None] * (num_slots(program) - len(args))]
 
 
 def _is_larger(size: torch.Size, other: torch.Size) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from graphcap.cudagraph.hardware.generators import GeneratorStates, same_random_numbers
 from graphcap.cudagraph.padded.blame import first_departure, trace
-from graphcap.cudagraph.padded.by_steps import ByStep, step_of
+from graphcap.cudagraph.padded.by_steps import ByStep, sizes_of_results, step_of
 from graphcap.cudagraph.padded.corner import corner
 from graphcap.cudagraph.padded.form import why_not_alike, why_not_apart
 from graphcap.cudagraph.padded.padding import Padding
@@ -142,7 +142,8 @@ class Trials:
 
     @cached_property
     def _by_step(self) -> ByStep:
-        exact = self._second.arguments(self._args)
+        with same_random_numbers(self._device, self._generators), torch.no_grad():
+            exact = sizes_of_results(self.program, self._second.arguments(self._args))
         with same_random_numbers(self._device, self._generators), torch.no_grad(), self._beside():
             return ByStep(self.program, exact, self._arguments(self._first, None)[1])
 

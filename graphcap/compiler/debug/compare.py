@@ -47,6 +47,12 @@ def tensor(
     return storage.to(device).as_strided(tuple(shape), tuple(stride), offset)
 
 
+def distinct(indices: torch.Tensor) -> torch.Tensor:
+    """A vector of indices with 0, 1, 2... in random order for values: as places to write, each is written once."""
+    order = torch.randperm(len(indices)).to(indices)
+    return indices.copy_(order) if indices.stride(0) else indices
+
+
 def main(
     piece: torch.nn.Module,
     call: Callable[..., Sequence[Any]],
@@ -68,7 +74,7 @@ def main(
 
     Returns:
         The exit status: 0 when every difference is within the tolerance, 1 when one is not, 2 when nothing was
-        compiled.
+        compared.
     """
     arguments = _arguments()
     torch.manual_seed(arguments.seed)
@@ -76,7 +82,12 @@ def main(
     with contextlib.ExitStack() as stack, torch.no_grad():
         for device, dtype in autocast.items():
             stack.enter_context(torch.autocast(device, dtype))
-        expected = _run(call, piece, inputs, arguments.seed)
+        try:
+            expected = _run(call, piece, inputs, arguments.seed)
+        except IndexError as error:
+            hint = "give it other values in make_inputs()"
+            print(f"nothing was compared: an integer input is no index here ({error}); {hint}")  # noqa: T201
+            return 2
         for position, dims in dynamic.items():
             for dim in dims:
                 torch._dynamo.maybe_mark_dynamic(inputs[position], dim)

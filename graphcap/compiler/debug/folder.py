@@ -20,7 +20,7 @@ from torch import fx
 from graphcap.compiler.debug import readable
 from graphcap.compiler.debug.bytecode import write_bytecode_later
 from graphcap.compiler.debug.graph_source import NotReproducible
-from graphcap.compiler.debug.repro import repro_source
+from graphcap.compiler.debug.repro import holds_tensors, repro_source
 from graphcap.compiler.debug.timeline import Timeline
 from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.region import Region
@@ -138,6 +138,8 @@ class RegionFolder:
             self._write(f"{stem}.{label}.after.py", header + each.after)
 
     def _repro(self, piece: Piece) -> None:
+        if not holds_tensors(piece):
+            return
         try:
             text = repro_source(f"{piece.name} of {self.region.name}", piece, self.region.config)
         except NotReproducible as reason:

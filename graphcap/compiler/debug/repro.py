@@ -6,16 +6,15 @@ that calls operators or functions of the user's says what to import.
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphcap.compiler import nodes, private
-from graphcap.compiler.debug.graph_source import NotReproducible, class_sources, tensor_literal
+from graphcap.compiler import nodes
+from graphcap.compiler.debug.graph_source import class_sources
+from graphcap.compiler.debug.repro_inputs import arguments, inputs_of, is_literal, sizes_used
 from graphcap.compiler.rules import op_name
 from graphcap.compiler.split import Piece
 from graphcap.config import Config
@@ -29,14 +28,14 @@ _TEMPLATE = '''"""{title}, eager against compiled on random inputs.
 
 {about}
 Run it with plain Python: --seed and --tolerance are its options, the exit status is 0 when both agree.
-Integers are 0 or 1, so that they are valid as indices.{remarks}
+Integers are 0 or 1, so that they are valid as indices; those that say where something is written are distinct.{remarks}
 """
 
 import sys
 
 {imports}
 
-from graphcap.compiler.debug.compare import main, tensor
+from graphcap.compiler.debug.compare import distinct, main, tensor
 {check}
 
 {classes}
@@ -66,16 +65,6 @@ if __name__ == "__main__":
 '''
 
 
-@dataclass
-class _Input:
-    """One placeholder: how it is made, or, for a size that some tensor has, that tensor and its dim."""
-
-    name: str
-    literal: str
-    dynamic: tuple[int, ...] = ()
-    carrier: tuple[str, int] | None = None
-
-
 def repro_source(title: str, piece: Piece, config: Config) -> str:
     """The program.
 
@@ -88,9 +77,9 @@ def repro_source(title: str, piece: Piece, config: Config) -> str:
         NotReproducible: for an input, attribute or function that cannot be written as Python source.
     """
     imports: dict[str, None] = {"import torch": None}
-    classes = list(class_sources(piece.module, piece.name, imports))
-    inputs = _inputs(piece.module)
-    made = [each for each in inputs if each.carrier is None]
+    classes = list(class_sources(_with_plain_outputs(piece.module), piece.name, imports))
+    inputs = inputs_of(piece.module)
+    made = [each for each in inputs if each.is_made]
     return _TEMPLATE.format(
         title=title,
         about=" | ".join(filter(None, (piece.verdict.kind, piece.reason, piece.module_path, piece.source))),
@@ -99,7 +88,7 @@ def repro_source(title: str, piece: Piece, config: Config) -> str:
         check=_custom_op_check(piece.module),
         classes="\n\n\n".join(classes),
         inputs="\n".join(f"        {each.literal},  # x[{i}]: {each.name}" for i, each in enumerate(made)),
-        arguments=_arguments(inputs, [each.name for each in made]),
+        arguments=arguments(inputs),
         name=piece.name,
         dynamic={index: each.dynamic for index, each in enumerate(made) if each.dynamic},
         options=_options(config),
@@ -107,9 +96,34 @@ def repro_source(title: str, piece: Piece, config: Config) -> str:
     )
 
 
+def holds_tensors(piece: Piece) -> bool:
+    """Whether there is anything to compare; arithmetic on sizes has nothing that Inductor would compile."""
+    return any(nodes.tensors_of(node) for node in piece.module.graph.nodes)
+
+
+def _with_plain_outputs(module: fx.GraphModule) -> fx.GraphModule:
+    """The same module, a ``torch.Size`` among its outputs replaced by its numbers: torch does not compile a program
+    that returns one."""
+    (output,) = [node for node in module.graph.nodes if node.op == "output"]
+    if not any(isinstance(nodes.value_of(each), torch.Size) for each in output.all_input_nodes):
+        return module
+    flat = fx.GraphModule(module, fx.Graph())
+    values: dict[fx.Node, fx.Node] = {}
+    flat.graph.graph_copy(module.graph, values)
+    returned: list[Any] = []
+    for each in output.args[0]:
+        size = nodes.value_of(each) if isinstance(each, fx.Node) else None
+        if isinstance(size, torch.Size):
+            returned += [flat.graph.call_function(operator.getitem, (values[each], i)) for i in range(len(size))]
+        else:
+            returned.append(fx.map_arg(each, values.__getitem__))
+    flat.graph.output(tuple(returned))
+    return flat
+
+
 def _remarks(piece: Piece) -> str:
     lines = []
-    if used := _sizes_used(piece.module):
+    if used := sizes_used(piece.module):
         lines.append(f"Sizes of the first call: {used}. They are read off the tensors, so that they can stay dynamic.")
     if not piece.verdict.compiled:
         lines.append("In the model this piece runs as it is. Here it goes through Inductor all the same.")
@@ -118,15 +132,8 @@ def _remarks(piece: Piece) -> str:
 
 def _options(config: Config) -> dict[str, Any]:
     """The settings that matter to a piece, as far as they can be written down. A piece is not split again."""
-    chosen = {name: value for name, value in config.to_dict().items() if name in OPTIONS and _is_literal(value)}
+    chosen = {name: value for name, value in config.to_dict().items() if name in OPTIONS and is_literal(value)}
     return {**chosen, "compiler": "inductor", "splitting_ops": [], "cache": False, "cudagraph_mode": "NONE"}
-
-
-def _is_literal(value: Any) -> bool:
-    try:
-        return bool(ast.literal_eval(repr(value)) == value)
-    except (ValueError, SyntaxError):
-        return False
 
 
 def _autocast() -> str:
@@ -144,63 +151,3 @@ def _custom_op_check(module: fx.GraphModule) -> str:
     lines += ['    namespace, name = op.split("::")', "    if not hasattr(getattr(torch.ops, namespace), name):"]
     lines += ['        sys.exit(f"{op} is not registered: import its module at the top of {__file__}")']
     return "\n".join(lines) + "\n"
-
-
-# -- the inputs --------------------------------------------------------------------------------------------------------
-
-
-def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if node.op == "placeholder"]
-
-
-def _inputs(module: fx.GraphModule) -> list[_Input]:
-    placeholders = _placeholders(module)
-    carriers = _carriers(placeholders)
-    return [_input(node, carriers) for node in placeholders]
-
-
-def _carriers(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[str, int]]:
-    """For each symbol the name and dim of a tensor that has this size."""
-    found: dict[Any, tuple[str, int]] = {}
-    for node in placeholders:
-        value = nodes.value_of(node)
-        if isinstance(value, torch.Tensor):
-            for dim, size in enumerate(value.shape):
-                expression = private.symbol_expression(size)
-                if expression is not None and expression.is_symbol:
-                    found.setdefault(expression, (str(node.target), dim))
-    return found
-
-
-def _arguments(inputs: Sequence[_Input], made: Sequence[str]) -> str:
-    """What ``call`` hands to the piece: its ``x`` in order, and sizes of them."""
-    if len(made) == len(inputs):
-        return "*x"
-    places = ((each, made.index(each.carrier[0] if each.carrier else each.name)) for each in inputs)
-    return ", ".join(f"x[{index}].size({each.carrier[1]})" if each.carrier else f"x[{index}]" for each, index in places)
-
-
-def _input(node: fx.Node, carriers: dict[Any, tuple[str, int]]) -> _Input:
-    name, value = str(node.target), nodes.value_of(node)
-    if isinstance(value, torch.Tensor):
-        symbolic = tuple(d for d, size in enumerate(value.shape) if private.symbol_expression(size) is not None)
-        return _Input(name, tensor_literal(value), symbolic)
-    if isinstance(value, torch.SymFloat):
-        return _Input(name, "0.5")  # a float that changes between calls has no value that is worth recording
-    expression = private.symbol_expression(value)
-    if expression is not None:
-        return _Input(name, str(private.size_hint(value)), carrier=carriers.get(expression))
-    if _is_literal(value):
-        return _Input(name, repr(value))
-    raise NotReproducible(f"input {name} is a {type(value).__name__}")
-
-
-def _sizes_used(module: fx.GraphModule) -> str:
-    """``"s77 = 7, s21 = 12"``."""
-    found: dict[str, int] = {}
-    for node in _placeholders(module):
-        value = nodes.value_of(node)
-        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
-            if isinstance(size, torch.SymInt):
-                found[str(private.symbol_expression(size))] = private.size_hint(size)
-    return ", ".join(f"{symbol} = {value}" for symbol, value in sorted(found.items()))

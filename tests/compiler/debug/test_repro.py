@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from graphcap.compiler import nodes
-from graphcap.compiler.debug.compare import _report, difference, tensor
+from graphcap.compiler.debug.compare import _report, difference, main, tensor
 from graphcap.compiler.debug.graph_source import NotReproducible
 from graphcap.compiler.debug.repro import repro_source
 from graphcap.compiler.split import Piece
@@ -78,6 +78,68 @@ def test_strides_and_dtypes_are_kept() -> None:
 def test_indices_are_in_range() -> None:
     found, names = program_of(F.embedding, torch.tensor([7, 3]), torch.randn(9, 2))
     assert_same_results(found, names)
+
+
+def sizes_across_a_cut(x: Tensor) -> Tensor:
+    h = x.sin()
+    size, q = h.size(), h.reshape(2, 3, -1, 8)
+    return F.scaled_dot_product_attention(q, q, q).reshape(size) + 1
+
+
+def test_a_size_that_crosses_a_cut_is_its_ints() -> None:
+    x = torch.randn(6, 8)
+    torch._dynamo.mark_dynamic(x, 0)
+    _, first = program_of(sizes_across_a_cut, x)
+    outputs = first["call"](first["piece_0"](), torch.ones(12, 8))
+    assert [each for each in outputs if not isinstance(each, Tensor)] == [12, 8]
+    _, last = program_of(sizes_across_a_cut, x, piece=2)
+    made = last["make_inputs"]()
+    assert not any(isinstance(each, tuple) for each in made)
+    (result,) = last["call"](last["piece_2"](), *made)
+    assert result.shape == (6, 8)
+
+
+def scattered_back(x: Tensor, perm: Tensor) -> Tensor:
+    inverse = torch.empty_like(perm)
+    inverse[perm] = torch.arange(5)
+    return x[inverse]
+
+
+def test_where_something_is_written_by_index_the_indices_are_distinct() -> None:
+    found, names = program_of(scattered_back, torch.randn(5), torch.randperm(5))
+    assert_same_results(found, names)
+    for _ in range(4):
+        (perm,) = [each for each in names["make_inputs"]() if each.dtype == torch.int64]
+        assert sorted(perm.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_an_index_out_of_range_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["repro.py"])
+
+    def call(_piece: Any, x: Tensor, index: Tensor) -> tuple[Tensor]:
+        return (x[index + 7],)
+
+    def make_inputs() -> list[Tensor]:
+        return [torch.randn(3), torch.tensor([0, 1])]
+
+    status = main(torch.nn.Module(), call, make_inputs, dynamic={}, options={}, autocast={})
+    assert status == 2
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("nothing was compared: an integer input is no index here (index 7 is out of bounds")
+
+
+def test_a_piece_without_tensors_has_no_repro(tmp_path: Path) -> None:
+    class Counts(torch.nn.Module):
+        def forward(self, x: Tensor, n: int) -> tuple[Tensor, int]:
+            return x.relu() + 1, n + 1
+
+    model = compiled(Counts(), debug_dir=str(tmp_path), compiler="eager", dynamic=True)
+    with torch.no_grad():
+        model(torch.randn(3), 7)
+    (folder,) = tmp_path.iterdir()
+    files = sorted(path.name for path in (folder / "pieces").iterdir())
+    assert files == ["piece_0.py", "piece_0.repro.py", "piece_1.py"]
 
 
 def test_special_floats_and_devices_import_what_they_need() -> None:

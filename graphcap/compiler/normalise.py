@@ -19,11 +19,14 @@ _SIZE_QUERIES = {"size", "stride", "numel", "dim", "storage_offset", "sym_size",
 
 
 def normalise(graph: fx.Graph, sizes: SizeSymbols) -> None:
-    """Put every ``getitem`` of a tuple right behind the tuple; erase no-ops; read sizes from the inputs, not from
-    tensors.
+    """Take every ``torch.Size`` apart; put every ``getitem`` of a tuple right behind the tuple; erase no-ops; read
+    sizes from the inputs, not from tensors.
 
     Everything that may have an effect stays where it is.
     """
+    for node in list(graph.nodes):
+        if node.op == "call_method" and node.target == "size" and isinstance(nodes.value_of(node), torch.Size):
+            _take_apart(node)
     for node in list(graph.nodes):
         if isinstance(nodes.value_of(node), (tuple, list)):
             for user in reversed(list(node.users)):
@@ -40,6 +43,25 @@ def normalise(graph: fx.Graph, sizes: SizeSymbols) -> None:
         no_op = nodes.is_pure_scalar(node) or _is_size_query(node) or getattr(node.target, "__name__", "") in _NO_OPS
         if not node.users and no_op:
             graph.erase_node(node)
+
+
+def _take_apart(node: fx.Node) -> None:
+    """``x.size()`` becomes ``(x.size(0), x.size(1))``: between pieces numbers may cross, a ``torch.Size`` may not, as
+    Inductor compiles no piece that returns one."""
+    whole, parts = nodes.value_of(node), list[fx.Node]()
+    for dim in reversed(range(len(whole))):
+        with node.graph.inserting_after(node):
+            part = node.graph.call_method("size", (*node.args, dim))
+        part.meta = {**node.meta, "example_value": whole[dim]}
+        parts.insert(0, part)
+    for user in list(node.users):
+        index = user.args[1] if user.target is operator.getitem else None
+        if isinstance(index, int):
+            user.replace_all_uses_with(parts[index])
+            node.graph.erase_node(user)
+        elif user.op != "output" and not (user.op == "call_method" and user.args[0] is node):  # its methods need a Size
+            user.args = fx.map_arg(user.args, lambda each: tuple(parts) if each is node else each)
+            user.kwargs = fx.map_arg(user.kwargs, lambda each: tuple(parts) if each is node else each)
 
 
 def _returned_argument(node: fx.Node) -> fx.Node | None:

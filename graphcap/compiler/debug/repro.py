@@ -6,7 +6,6 @@ that calls operators or functions of the user's says what to import.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def repro_source(title: str, piece: Piece, config: Config) -> str:
         NotReproducible: for an input, attribute or function that cannot be written as Python source.
     """
     imports: dict[str, None] = {"import torch": None}
-    classes = list(class_sources(_with_plain_outputs(piece.module), piece.name, imports))
+    classes = list(class_sources(piece.module, piece.name, imports))
     inputs = inputs_of(piece.module)
     made = [each for each in inputs if each.is_made]
     return _TEMPLATE.format(
@@ -99,26 +98,6 @@ def repro_source(title: str, piece: Piece, config: Config) -> str:
 def holds_tensors(piece: Piece) -> bool:
     """Whether there is anything to compare; arithmetic on sizes has nothing that Inductor would compile."""
     return any(nodes.tensors_of(node) for node in piece.module.graph.nodes)
-
-
-def _with_plain_outputs(module: fx.GraphModule) -> fx.GraphModule:
-    """The same module, a ``torch.Size`` among its outputs replaced by its numbers: torch does not compile a program
-    that returns one."""
-    (output,) = [node for node in module.graph.nodes if node.op == "output"]
-    if not any(isinstance(nodes.value_of(each), torch.Size) for each in output.all_input_nodes):
-        return module
-    flat = fx.GraphModule(module, fx.Graph())
-    values: dict[fx.Node, fx.Node] = {}
-    flat.graph.graph_copy(module.graph, values)
-    returned: list[Any] = []
-    for each in output.args[0]:
-        size = nodes.value_of(each) if isinstance(each, fx.Node) else None
-        if isinstance(size, torch.Size):
-            returned += [flat.graph.call_function(operator.getitem, (values[each], i)) for i in range(len(size))]
-        else:
-            returned.append(fx.map_arg(each, values.__getitem__))
-    flat.graph.output(tuple(returned))
-    return flat
 
 
 def _remarks(piece: Piece) -> str:

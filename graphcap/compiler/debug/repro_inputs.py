@@ -20,26 +20,24 @@ _INDEX_DTYPES = (torch.int64, torch.int32)
 
 @dataclass
 class Input:
-    """One placeholder, or one number of a placeholder that holds several.
+    """One placeholder.
 
     Attributes:
-        name: of the placeholder, ``""`` for a part of one.
+        name: of the placeholder.
         literal: how it is made.
         dynamic: its dims that were symbolic.
         carrier: for a size that some tensor has, that tensor and its dim.
-        parts: the numbers of a ``torch.Size``.
     """
 
     name: str
     literal: str
     dynamic: tuple[int, ...] = ()
     carrier: tuple[str, int] | None = None
-    parts: tuple[Input, ...] | None = None
 
     @property
     def is_made(self) -> bool:
         """Whether ``make_inputs`` makes it; others are read off those that are made."""
-        return self.carrier is None and self.parts is None
+        return self.carrier is None
 
 
 def inputs_of(module: fx.GraphModule) -> list[Input]:
@@ -64,8 +62,7 @@ def sizes_used(module: fx.GraphModule) -> str:
     found: dict[str, int] = {}
     for node in _placeholders(module):
         value = nodes.value_of(node)
-        held = value.shape if isinstance(value, torch.Tensor) else value
-        for size in held if isinstance(held, torch.Size) else (held,):
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
             if isinstance(size, torch.SymInt):
                 found[str(private.symbol_expression(size))] = private.size_hint(size)
     return ", ".join(f"{symbol} = {value}" for symbol, value in sorted(found.items()))
@@ -97,22 +94,18 @@ def _carriers(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[str, int]]:
 
 
 def _argument(each: Input, made: Sequence[str]) -> str:
-    if each.parts is not None:
-        return "(" + "".join(f"{_argument(part, made)}, " for part in each.parts) + ")"
     if each.carrier is not None:
         name, dim = each.carrier
         return f"x[{made.index(name)}].size({dim})"
-    return f"x[{made.index(each.name)}]" if each.name else each.literal
+    return f"x[{made.index(each.name)}]"
 
 
-def _input(name: str, value: Any, carriers: dict[Any, tuple[str, int]], is_write_index: bool = False) -> Input:
+def _input(name: str, value: Any, carriers: dict[Any, tuple[str, int]], is_write_index: bool) -> Input:
     if isinstance(value, torch.Tensor):
         symbolic = tuple(d for d, size in enumerate(value.shape) if private.symbol_expression(size) is not None)
         is_order = is_write_index and value.dim() == 1 and value.dtype in _INDEX_DTYPES
         literal = tensor_literal(value)
         return Input(name, f"distinct({literal})" if is_order else literal, symbolic)
-    if isinstance(value, torch.Size):
-        return Input(name, "", parts=tuple(_input("", size, carriers) for size in value))
     if isinstance(value, torch.SymFloat):
         return Input(name, "0.5")  # a float that changes between calls has no value that is worth recording
     expression = private.symbol_expression(value)

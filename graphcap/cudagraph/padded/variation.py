@@ -31,7 +31,7 @@ def can_be_drawn(tensor: torch.Tensor, bound: int | None) -> bool:
         return True
     if tensor.is_complex() or bound is None or tensor.numel() == 0:
         return False
-    return tensor.dtype is torch.bool or bound < ANY or int(tensor.detach().max()) > 0
+    return tensor.dtype is torch.bool or bound < ANY or int(tensor.detach().cpu().max()) > 0
 
 
 def varied(seed: int) -> Content:
@@ -92,7 +92,7 @@ def _range(given: torch.Tensor, bound: int | None) -> tuple[int, int]:
     assert bound is not None
     if given.dtype is torch.bool:
         return 0, 2
-    good = bound if bound < ANY else int(given.detach().max()) + 1
+    good = bound if bound < ANY else int(given.detach().cpu().max()) + 1
     return 0, max(1, min(good, torch.iinfo(given.dtype).max))
 
 

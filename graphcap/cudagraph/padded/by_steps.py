@@ -50,17 +50,22 @@ class ByStep:
                 made = [slot for slot in step.mutates if slot >= len(program.inputs)]
                 self._outcomes[number] = Outcome(_copies(results), {slot: slots[slot].clone() for slot in made})
             _put(slots, step, results)
+        written = {
+            slot for step in program.steps for slot in step.mutates
+        }  # until then it may hold anything: empty_like
         for slot, value in enumerate(slots[len(padded) :], len(padded)):
-            size = exact.get(slot)
+            size = exact.get(slot) if slot not in written else None
             if size is not None and isinstance(value, torch.Tensor) and _is_larger(value.shape, size):
                 self._sizes[slot] = size
-        first = next((number for number, step in enumerate(program.steps) if not is_known(step)), 0)
-        self._before = {step.name for step in program.steps[:first]}
+        first = next((step for step in program.steps if not is_known(step)), None)
+        read = self._sizes.keys() & set(() if first is None else first.reads)
+        self._names = {slot: f"{step.name}{_RESULT}{i}" for step in program.steps for i, slot in enumerate(step.writes)}
+        self._decisive = {self._names[slot] for slot in read}
 
     def is_decisive(self, name: str) -> bool:
-        """Whether a difference in the rows of this name speaks against padding, whatever the outputs say: it would go
-        into a step that does not take part. Further steps may order their rows as they like."""
-        return step_of(name) in self._before
+        """Whether a difference in the rows of this name speaks against padding, whatever the outputs say: the first
+        step that does not take part would read them. Further ones may be given rows in any order."""
+        return name in self._decisive
 
     def run(self, padded: Sequence[Any]) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
         """The real rows of what each step makes, by the name of the step, and the outputs of the program."""
@@ -69,9 +74,9 @@ class ByStep:
         for number, step in enumerate(self._program.steps):
             done = self._outcomes.get(number)
             _put(slots, step, _run(step, slots) if done is None else _repeat(done, slots))
-            for place, slot in enumerate(step.writes):
+            for slot in step.writes:
                 if slot in self._sizes and isinstance(slots[slot], torch.Tensor):
-                    rows[f"{step.name}{_RESULT}{place}"] = corner(slots[slot].detach(), self._sizes[slot]).cpu().clone()
+                    rows[self._names[slot]] = corner(slots[slot].detach(), self._sizes[slot]).cpu().clone()
         outputs = self._program.outputs
         return rows, tuple(slots[slot] if isinstance(slot, int) else slot.value for slot in outputs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -202,6 +203,22 @@ def test_rows_that_mix_before_a_step_of_unknown_meaning_are_seen_where_it_would_
     attended = region.step(lambda x: x * 0, scaled, capture=Capture.NEVER)
     verdict = proof_of(region.program(attended, sizes=[(N, WIDTH)]), [5, extreme_ids(5)], 8)
     assert verdict.reason.startswith("step_1 mixes rows"), verdict.reason
+
+
+def test_memory_that_a_step_of_unknown_meaning_fills_may_hold_anything_before() -> None:
+    """``out = torch.empty_like(x)`` in a piece, which the attention after it writes."""
+    leftovers = itertools.count()
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    doubled, out = region.step(lambda x: (x * 2, torch.full_like(x, next(leftovers))), x, writes=2)
+
+    def attend(x: Tensor, out: Tensor) -> tuple[()]:
+        out.copy_(x + 1)
+        return ()
+
+    region.step(attend, doubled, out, writes=0, mutates=[out], capture=Capture.NEVER)
+    program = region.program(region.step(lambda out: out * 3, out), sizes=[(N, WIDTH)])
+    assert proof_of(program, [5, rows(5)], 8).reason == ""
 
 
 def test_rows_may_be_sorted_for_a_step_of_unknown_meaning() -> None:

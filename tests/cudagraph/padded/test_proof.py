@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -207,10 +206,10 @@ def test_rows_that_mix_before_a_step_of_unknown_meaning_are_seen_where_it_would_
 
 def test_memory_that_a_step_of_unknown_meaning_fills_may_hold_anything_before() -> None:
     """``out = torch.empty_like(x)`` in a piece, which the attention after it writes."""
-    leftovers = itertools.count()
     region = PaddedRegion()
     x = region.rows("x", WIDTH)
-    doubled, out = region.step(lambda x: (x * 2, torch.full_like(x, next(leftovers))), x, writes=2)
+    # What is left in memory, for one that a padded row held.
+    doubled, out = region.step(lambda x: (x * 2, torch.full_like(x, float(x[-1, 0]))), x, writes=2)
 
     def attend(x: Tensor, out: Tensor) -> tuple[()]:
         out.copy_(x + 1)

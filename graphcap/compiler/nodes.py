@@ -35,6 +35,12 @@ def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     return [leaf for leaf in leaves(value_of(node)) if isinstance(leaf, torch.Tensor)]
 
 
+def is_integer(node: fx.Node) -> bool:
+    """Whether it produces tensors, and all of them hold integers or bools."""
+    tensors = tensors_of(node)
+    return bool(tensors) and all(not t.is_floating_point() and not t.is_complex() for t in tensors)
+
+
 def is_scalar(node: fx.Node) -> bool:
     """Whether a node produces sizes or plain numbers only: no tensor comes out."""
     found = [leaf for leaf in leaves(value_of(node)) if leaf is not None]

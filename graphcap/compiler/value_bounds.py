@@ -53,7 +53,7 @@ def value_bounds(graph: fx.Graph) -> dict[fx.Node, int]:
     Args:
         graph: a Dynamo graph.
     """
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and _is_integer(node)]
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and nodes.is_integer(node)]
     return {node: bound for node in inputs if (bound := _bound(node)) is not None}
 
 
@@ -75,7 +75,7 @@ def _bound(given: fx.Node) -> int | None:
                 return None
             is_calculated |= name in ARITHMETIC and name not in EQUALITY and not is_flag
             further = user, is_same and name in SAME, is_flag or name in EQUALITY
-            if further not in seen and _is_integer(user):
+            if further not in seen and nodes.is_integer(user):
                 seen.add(further)
                 queue.append(further)
     return ANY if is_calculated else bound
@@ -124,8 +124,3 @@ def rows_of(table: Any, dim: int) -> int:
 
 def _is_flags(index: fx.Node) -> bool:
     return any(each.dtype is torch.bool for each in nodes.tensors_of(index))
-
-
-def _is_integer(node: fx.Node) -> bool:
-    tensors = nodes.tensors_of(node)
-    return bool(tensors) and all(not t.is_floating_point() and not t.is_complex() for t in tensors)

@@ -29,7 +29,7 @@ def write_index_inputs(graph: fx.Graph, writing: Collection[fx.Node]) -> set[fx.
     seen: set[fx.Node] = set()
     while queue:
         node = queue.pop()
-        if node not in seen and _is_integer(node):
+        if node not in seen and nodes.is_integer(node):
             seen.add(node)
             queue += node.all_input_nodes
     return {node for node in seen if node.op == "placeholder"}
@@ -55,8 +55,3 @@ def _writes_somewhere(target: Any, in_writing_piece: bool) -> bool:
     if not isinstance(op, torch._ops.OpOverload) or op.namespace in ("aten", "prims", "prim"):
         return False
     return any(each.alias_info is not None and each.alias_info.is_write for each in op._schema.arguments)
-
-
-def _is_integer(node: fx.Node) -> bool:
-    tensors = nodes.tensors_of(node)
-    return bool(tensors) and all(not t.is_floating_point() and not t.is_complex() for t in tensors)

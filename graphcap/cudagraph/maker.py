@@ -102,7 +102,7 @@ class PlanMaker:
 
     def lacks_proof(self, plan: Plan, route: Route, key: GraphKey) -> bool:
         """Whether a batch on this route, which has the plan's key, would be padded, and that is not proven yet."""
-        needed = self._proofs.needed_of(self._router.is_padded_in(route, key), key)
+        needed = self._proofs.needed_of(route, key)
         return bool(needed.symbols) and not self._proofs.hold(plan.route, needed)
 
     def serve(self, route: Route, args: tuple[Any, ...], said: step | None) -> Made:

@@ -33,15 +33,15 @@ class Proofs:
 
     def needed(self, route: Route, args: tuple[Any, ...], said: step | None) -> Proof:
         """What must be proven for a call: of what it has to be padded in."""
-        real = self._padding.sizes(args) or {}
-        smaller = frozenset(symbol for symbol, size in route.rung.items() if real.get(symbol) != size)
         values = [(name, args[index]) for index, name in self._scalars.items()]
-        return Proof(smaller, _special(values, None if said is None else said.key))
+        return Proof(
+            route.padded_in(self._padding.sizes(args) or {}), _special(values, None if said is None else said.key)
+        )
 
-    def needed_of(self, symbols: Iterable[str], key: GraphKey) -> Proof:
-        """The same for a batch that is padded in these symbols."""
+    def needed_of(self, route: Route, key: GraphKey) -> Proof:
+        """The same for a batch."""
         values = zip(self._scalars.values(), self._dims.scalars_of(key), strict=True)
-        return Proof(frozenset(symbols), _special(values, key))
+        return Proof(route.padded_in(self._dims.sizes_of(key)), _special(values, key))
 
     def hold(self, route: Route, needed: Proof) -> bool:
         """Whether there are proofs for a call on a route. One in which something was 0 or 1 is good for such calls

@@ -120,7 +120,7 @@ class GraphRunner:
         reasons, lasts = [routes] if isinstance(routes, str) else [], True
         for route in () if isinstance(routes, str) else routes:
             plan = self._table.plans.get(route.key)
-            if plan is not None and self.router.is_padded_in(route, key) <= plan.route.rung.keys():
+            if plan is not None and route.padded_in(self.router.dims.sizes_of(key)) <= plan.route.rung.keys():
                 return self.router.dispatch(route, key), lasts
             barred = self._attempts.barred(route, self._table.num_undeclared)
             no_room = "" if barred else self._maker.no_room(route)

@@ -78,6 +78,10 @@ class Route:
         rung = {symbol: size for symbol, size in {**other.rung, **self.rung}.items() if symbol in allowed}
         return replace(self, rung=rung, is_declared=self.is_declared or other.is_declared)
 
+    def padded_in(self, real: Mapping[str, int]) -> frozenset[str]:
+        """The symbols that a batch of these sizes has to be padded in."""
+        return frozenset(symbol for symbol, size in self.rung.items() if real.get(symbol) != size)
+
     def computed(self, real: tuple[int, ...]) -> tuple[int, ...]:
         """The sizes that a batch of these is computed at: padded where the plan depends on them."""
         return tuple(size if at is None else at for size, at in zip(real, self.sizes, strict=True))
@@ -130,11 +134,6 @@ class Router:
         """The routes of a batch that nobody has called with yet."""
         real = self.dims.sizes_of(key)
         return self._routes(real, self._batch(real, key), max_mode, None)
-
-    def is_padded_in(self, route: Route, key: GraphKey) -> set[str]:
-        """The symbols that a batch has to be padded in for a route."""
-        real = self.dims.sizes_of(key)
-        return {symbol for symbol, size in route.rung.items() if real.get(symbol) != size}
 
     def dispatch(self, route: Route, key: GraphKey) -> Dispatch:
         """How a batch runs on a route; requests follow the tokens where the plan does not fix them."""

@@ -82,7 +82,7 @@ def _kept(value: Any, like: torch.Tensor | None, reference: Trace | None) -> tor
     if not isinstance(value, torch.Tensor):
         return None
     if reference is None:
-        return value.detach().cpu().clone()
+        return value.detach().to("cpu", copy=True)
     if like is None or like.dim() != value.dim() or any(a > b for a, b in zip(like.shape, value.shape, strict=True)):
         return None
-    return corner(value.detach(), like.shape).cpu().clone()
+    return corner(value.detach(), like.shape).to("cpu", copy=True)

@@ -7,8 +7,8 @@ one, so that it must only ever see the rows of the call. What it did with these 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,7 +16,10 @@ from graphcap.cudagraph.padded.corner import corner
 from graphcap.cudagraph.program import Capture, Program, Step
 from graphcap.cudagraph.recording.liveness import num_slots
 
-_RESULT = " result "
+#: The sizes of tensors by the number of their slot.
+Sizes = Mapping[int, torch.Size]
+
+_Kept = TypeVar("_Kept")
 
 
 class Outcome(NamedTuple):
@@ -29,20 +32,18 @@ class Outcome(NamedTuple):
 class ByStep:
     """Runs the steps of one program for one size of a call and one rung."""
 
-    def __init__(self, program: Program, exact: Mapping[int, torch.Size], padded: Sequence[Any]) -> None:
+    def __init__(self, program: Program, padded: Sequence[Any]) -> None:
         """Run it with the rows of the call.
 
         Args:
             program: to be run.
-            exact: what :func:`sizes_of_results` says about the call at its exact size.
-            padded: arguments for the padded one, that the steps may write into.
+            padded: arguments for the padded call, that the steps may write into.
 
         Raises:
             Exception: what a step raises.
         """
         self._program = program
         self._outcomes: dict[int, Outcome] = {}
-        self._sizes: dict[int, torch.Size] = {}  # of the results that have other sizes when padded: those with rows
         slots = _slots(program, padded)
         for number, step in enumerate(program.steps):
             results = _run(step, slots)
@@ -50,58 +51,70 @@ class ByStep:
                 made = [slot for slot in step.mutates if slot >= len(program.inputs)]
                 self._outcomes[number] = Outcome(_copies(results), {slot: slots[slot].clone() for slot in made})
             _put(slots, step, results)
-        written = {
-            slot for step in program.steps for slot in step.mutates
-        }  # until then it may hold anything: empty_like
-        for slot, value in enumerate(slots[len(padded) :], len(padded)):
-            size = exact.get(slot) if slot not in written else None
-            if size is not None and isinstance(value, torch.Tensor) and _is_larger(value.shape, size):
-                self._sizes[slot] = size
-        first = next((step for step in program.steps if not is_known(step)), None)
-        read = self._sizes.keys() & set(() if first is None else first.reads)
-        self._names = {slot: f"{step.name}{_RESULT}{i}" for step in program.steps for i, slot in enumerate(step.writes)}
-        self._decisive = {self._names[slot] for slot in read}
 
-    def is_decisive(self, name: str) -> bool:
-        """Whether a difference in the rows of this name speaks against padding, whatever the outputs say: the first
-        step that does not take part would read them. Further ones may be given rows in any order."""
-        return name in self._decisive
+    def run(
+        self, padded: Sequence[Any], exact: Sizes, keep: Callable[[torch.Tensor], _Kept]
+    ) -> tuple[dict[int, _Kept], tuple[Any, ...]]:
+        """Run it with other rows.
 
-    def run(self, padded: Sequence[Any]) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
-        """The real rows of what each step makes, by the name of the step, and the outputs of the program."""
-        rows: dict[str, torch.Tensor] = {}
+        Args:
+            padded: as above.
+            exact: the results whose real rows are looked at, with the sizes that they have without padding. Those that
+                padding makes no larger have no rows.
+            keep: called with the real rows of each, as soon as they are there.
+
+        Returns:
+            What ``keep`` made, by slot in the order of the steps, and the outputs of the program.
+
+        Raises:
+            Exception: what a step raises.
+        """
+        kept: dict[int, _Kept] = {}
         slots = _slots(self._program, padded)
         for number, step in enumerate(self._program.steps):
             done = self._outcomes.get(number)
             _put(slots, step, _run(step, slots) if done is None else _repeat(done, slots))
             for slot in step.writes:
-                if slot in self._sizes and isinstance(slots[slot], torch.Tensor):
-                    rows[self._names[slot]] = corner(slots[slot].detach(), self._sizes[slot]).cpu().clone()
+                value = slots[slot]
+                if slot in exact and isinstance(value, torch.Tensor) and _is_larger(value.shape, exact[slot]):
+                    kept[slot] = keep(corner(value.detach(), exact[slot]))
         outputs = self._program.outputs
-        return rows, tuple(slots[slot] if isinstance(slot, int) else slot.value for slot in outputs)
+        return kept, tuple(slots[slot] if isinstance(slot, int) else slot.value for slot in outputs)
 
 
-def sizes_of_results(program: Program, exact: Sequence[Any]) -> dict[int, torch.Size]:
-    """Run a call at its exact size; the size of the tensor in each slot.
+def exact_sizes(program: Program, exact: Sequence[Any], wanted: Collection[int]) -> Sizes:
+    """Run a call at its exact size, as far as that is needed; the sizes of the tensors in the wanted slots.
 
     Raises:
         Exception: what a step raises.
     """
     slots = _slots(program, exact)
+    missing = set(wanted)
     for step in program.steps:
+        if not missing:
+            break
         _put(slots, step, _run(step, slots))
-    return {slot: value.shape for slot, value in enumerate(slots) if isinstance(value, torch.Tensor)}
+        missing -= set(step.writes)
+    return {slot: slots[slot].shape for slot in wanted if isinstance(slots[slot], torch.Tensor)}
+
+
+def results(program: Program) -> frozenset[int]:
+    """The slots of all results that are whole once they are made. What a later step writes (``out = empty_like(x)``)
+    may hold anything until then."""
+    made = {slot for step in program.steps for slot in step.writes}
+    return frozenset(made - {slot for step in program.steps for slot in step.mutates})
+
+
+def first_given_away(program: Program) -> frozenset[int]:
+    """Those that the first step reads which takes no part. A difference in their rows speaks against padding, whatever
+    the outputs say. Further such steps may be given rows in any order: what the first one made is of other rows."""
+    first = next((step for step in program.steps if not is_known(step)), None)
+    return frozenset() if first is None else results(program) & set(first.reads)
 
 
 def is_known(step: Step) -> bool:
     """Whether a step consists of operations of torch, which write nothing but what they are given."""
     return step.capture in (Capture.ALWAYS, Capture.FULL) and not step.unproven
-
-
-def step_of(name: str) -> str:
-    """The step whose rows have this name, ``""`` for what are no rows of a step."""
-    step, is_row, _ = name.partition(_RESULT)
-    return step if is_row else ""
 
 
 def _slots(program: Program, args: Sequence[Any]) -> list[Any]:

@@ -25,7 +25,6 @@ import torch
 
 from graphcap.cudagraph.agreement import Agreement, alone
 from graphcap.cudagraph.hardware.generators import generator_states
-from graphcap.cudagraph.padded.by_steps import step_of
 from graphcap.cudagraph.padded.compare import departs, distance, is_finite
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.padded.scratch import Scratch, Undecided
@@ -148,12 +147,12 @@ class _Proof:
         trials, outputs = self._trials, self._outputs
         for content in _VARIED:
             other, again = partial(trials.other, content, outputs), partial(trials.other, None, outputs)
-            if reason := self._mixes(other, again, partial(self._blame, content, _is_apart)):
+            if reason := self._mixes(other, again, partial(trials.first_departure, content, _is_apart)):
                 return reason
         for base, content in _ALIKE:
             if self._is_possible(base):
                 other, again = partial(trials.alike_other, content), partial(trials.alike_other, base)
-                if reason := self._mixes(other, again, lambda: step_of(next(iter(self._found)))):
+                if reason := self._mixes(other, again, partial(trials.first_apart, base, content)):
                     return reason
         return ""
 
@@ -200,7 +199,7 @@ class _Proof:
             return misfit
         for name, value in self._padded.items():
             if _differs(value, self._truth[name]):
-                step = self._blame(None, departs)
+                step = self._blame(partial(self._trials.first_departure, None, departs))
                 return f"{step or name} depends on the padded size: {name} is not what it is without padding"
         self._truth = {}
         return ""
@@ -220,12 +219,8 @@ class _Proof:
 
     def _compare(self, run: _Run) -> str:
         other, base = run(), self._padded
-        found = {name: far for name, value in other.items() if (far := _distance(value, base[name])) > 0}
-        self._found = self._if_decisive(found)
+        self._found = {name: far for name, value in other.items() if (far := _distance(value, base[name])) > 0}
         return ""
-
-    def _if_decisive(self, found: dict[str, float]) -> dict[str, float]:
-        return found if any(map(self._trials.is_decisive, found)) else {}
 
     def _anywhere_found(self) -> bool:
         question = f"{self._name}: is there a difference"
@@ -235,22 +230,21 @@ class _Proof:
         """What an identical run explains is no finding."""
         again = run()
         noise = {name: _distance(again[name], self._padded[name]) for name in self._found}
-        found = {name: far for name, far in self._found.items() if far > _NOISE * noise[name]}
-        self._found = self._if_decisive(found)
+        self._found = {name: far for name, far in self._found.items() if far > _NOISE * noise[name]}
         return ""
 
     def _told(self, name: Callable[[], str]) -> str:
         if not self._found:
             return ""  # another rank's has
-        seen = next(filter(self._trials.is_decisive, self._found))
-        return f"{name() or seen} mixes rows: {seen} depends on what padded rows hold"
+        seen = next(iter(self._found))
+        return f"{self._blame(name) or seen} mixes rows: {seen} depends on what padded rows hold"
 
-    def _blame(self, content: Content | None, apart: Callable[[torch.Tensor, torch.Tensor], bool]) -> str:
-        """The first step whose real rows are apart; ``""`` where that cannot be told."""
+    def _blame(self, name: Callable[[], str]) -> str:
+        """The step that is to blame; ``""`` where that cannot be told."""
         if self._agreement.is_group:  # more runs, that other ranks know nothing of
             return ""
         try:
-            return self._trials.first_departure(content, apart)
+            return name()
         except Exception:  # out of memory, most likely: the name is a help, the refusal stands without it
             return ""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 
 from graphcap.cudagraph.hardware.generators import GeneratorStates, same_random_numbers
 from graphcap.cudagraph.padded.blame import first_departure, trace
-from graphcap.cudagraph.padded.by_steps import ByStep, sizes_of_results, step_of
+from graphcap.cudagraph.padded.by_steps import ByStep, Sizes, exact_sizes, first_given_away, results
 from graphcap.cudagraph.padded.corner import corner
+from graphcap.cudagraph.padded.digest import digest
 from graphcap.cudagraph.padded.form import why_not_alike, why_not_apart
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.padded.scratch import Scratch, Stage
@@ -75,7 +76,7 @@ class Trials:
     def exact(self) -> Result:
         """A run at the exact size. It is good until the next one of :meth:`other`."""
         args = self._first.arguments(self._args)
-        with same_random_numbers(self._device, self._generators), torch.no_grad():
+        with self._as_found():
             return self._result(args, self.program.run(*args))
 
     @property
@@ -95,16 +96,22 @@ class Trials:
 
     def alike_base(self, content: Content) -> Result:
         """A padded run with rows of this content, in which steps of unknown meaning do not take part."""
-        return self._run_by_step(self._second, content)
+        return self._result_by_step(self._second, content)
 
     def alike_other(self, content: Content) -> Result:
         """A run to compare with it. Good until the next one."""
-        return self._run_by_step(self._first, content)
+        return self._result_by_step(self._first, content)
 
-    def is_decisive(self, name: str) -> bool:
-        """Whether a difference under this name, between two of these, speaks against padding: one in what the call
-        returns or leaves, or that a step would have seen which takes no part."""
-        return not step_of(name) or self._by_step.is_decisive(name)
+    def first_apart(self, base: Content, content: Content) -> str:
+        """The first step whose real rows are other ones in two such runs; ``""`` where there is none. Ends what earlier
+        runs left.
+
+        Raises:
+            Exception: what torch raises, such as for want of memory.
+        """
+        sizes = self._exact_sizes(results(self.program))
+        one, other = (self._run_by_step(self._first, each, sizes, digest)[1] for each in (base, content))
+        return next((self._makers[slot] for slot, content in one.items() if other[slot] != content), "")
 
     def first_departure(
         self,
@@ -117,44 +124,60 @@ class Trials:
         Raises:
             Exception: what torch raises, such as for want of memory.
         """
-        with torch.no_grad():
-            with same_random_numbers(self._device, self._generators):
-                exact = trace(self.program, self._first.arguments(self._args), None)
-            with same_random_numbers(self._device, self._generators), self._beside():
-                padded = trace(self.program, self._arguments(self._first, None)[1], exact)
-            if content is None:
-                step = first_departure(self.program, padded, exact, apart, with_state=False)
-                return step or first_departure(self.program, padded, exact, apart, with_state=True)
-            with same_random_numbers(self._device, self._generators), self._beside():
-                varied = trace(self.program, self._arguments(self._first, content)[1], exact)
-            return first_departure(self.program, varied, padded, apart, with_state=True)
+        with self._as_found():
+            exact = trace(self.program, self._first.arguments(self._args), None)
+        with self._as_found(), self._beside():
+            padded = trace(self.program, self._arguments(self._first, None)[1], exact)
+        if content is None:
+            step = first_departure(self.program, padded, exact, apart, with_state=False)
+            return step or first_departure(self.program, padded, exact, apart, with_state=True)
+        with self._as_found(), self._beside():
+            varied = trace(self.program, self._arguments(self._first, content)[1], exact)
+        return first_departure(self.program, varied, padded, apart, with_state=True)
 
     def _run(self, stage: Stage, content: Content | None, outputs: Sequence[Any]) -> tuple[Result, str]:
         exact, padded = self._arguments(stage, content)
-        with same_random_numbers(self._device, self._generators), torch.no_grad(), self._beside():
+        with self._as_found(), self._beside():
             self.seen, found = observe(self.program, padded, self._device, self._captured)
         cut = self._padding.cut(exact, found)
         misfit = why_not_apart(self.program, self._padding.inputs, padded, found)
         misfit = misfit or why_not_alike(cut, exact, outputs, self._args)
-        for index in self._padding.inputs & set(self._scratch.written):
-            exact[index] = corner(padded[index], self._args[index].shape)
+        self._take_written(exact, padded)
         return self._result(exact, self._padding.cut(exact, found)), misfit
 
     @cached_property
     def _by_step(self) -> ByStep:
-        with same_random_numbers(self._device, self._generators), torch.no_grad():
-            exact = sizes_of_results(self.program, self._second.arguments(self._args))
-        with same_random_numbers(self._device, self._generators), torch.no_grad(), self._beside():
-            return ByStep(self.program, exact, self._arguments(self._first, None)[1])
+        with self._as_found(), self._beside():
+            return ByStep(self.program, self._arguments(self._first, None)[1])
 
-    def _run_by_step(self, stage: Stage, content: Content) -> Result:
+    @cached_property
+    def _makers(self) -> dict[int, str]:
+        """By slot, the step that makes what is in it."""
+        return {slot: step.name for step in self.program.steps for slot in step.writes}
+
+    @cached_property
+    def _given_away(self) -> Sizes:
+        return self._exact_sizes(first_given_away(self.program))
+
+    def _exact_sizes(self, wanted: Collection[int]) -> Sizes:
+        with self._as_found():
+            return exact_sizes(self.program, self._first.arguments(self._args), wanted)
+
+    def _result_by_step(self, stage: Stage, content: Content) -> Result:
+        exact, rows, cut = self._run_by_step(stage, content, self._given_away, torch.clone)
+        named = {f"result {slot} of {self._makers[slot]}": value for slot, value in rows.items()}
+        return named | self._result(exact, cut)
+
+    def _run_by_step(
+        self, stage: Stage, content: Content, sizes: Sizes, keep: Callable[[torch.Tensor], Any]
+    ) -> tuple[list[Any], dict[int, Any], tuple[Any, ...]]:
+        """The arguments as they are left, what was kept of the rows in between by slot, and the outputs."""
         by_step = self._by_step
         exact, padded = self._arguments(stage, content)
-        with same_random_numbers(self._device, self._generators), torch.no_grad(), self._beside():
-            rows, found = by_step.run(padded)
-        for index in self._padding.inputs & set(self._scratch.written):
-            exact[index] = corner(padded[index], self._args[index].shape)
-        return rows | self._result(exact, self._padding.cut(exact, found))
+        with self._as_found(), self._beside():
+            rows, found = by_step.run(padded, sizes, keep)
+        self._take_written(exact, padded)
+        return exact, rows, self._padding.cut(exact, found)
 
     def _arguments(self, stage: Stage, content: Content | None) -> tuple[list[Any], list[Any]]:
         """Arguments for one run, at their exact and at the padded size."""
@@ -164,6 +187,17 @@ class Trials:
             for index in filter(self._varies, sorted(self._padding.inputs)):
                 content(padded[index], self._args[index].shape, self.program.inputs[index].value_bound, index)
         return exact, padded
+
+    @contextmanager
+    def _as_found(self) -> Iterator[None]:
+        """Every run finds the same random numbers, and leaves them as they were."""
+        with same_random_numbers(self._device, self._generators), torch.no_grad():
+            yield
+
+    def _take_written(self, exact: list[Any], padded: Sequence[Any]) -> None:
+        """What a padded run wrote into copies of arguments is what it left in these."""
+        for index in self._padding.inputs & set(self._scratch.written):
+            exact[index] = corner(padded[index], self._args[index].shape)
 
     def _varies(self, index: int) -> bool:
         fill = self._padding.fill(index)

@@ -222,6 +222,11 @@ class Config:
                 f"require_passes ({', '.join(self.require_passes)}) and compiler='eager' contradict each other: passes "
                 "run inside Inductor. Drop one of them"
             )
+        if self.require_passes and self.compilation_mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE):
+            raise ConfigError(
+                f"require_passes ({', '.join(self.require_passes)}) cannot be met with compilation_mode="
+                f"{self.compilation_mode.name}, in which no pass runs. Drop one of them"
+            )
 
     @classmethod
     def resolve(

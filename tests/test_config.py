@@ -141,6 +141,7 @@ def test_frozen() -> None:
         ({"inductor_compile_config": {1: 2}}, "inductor_compile_config: expected a mapping with string keys"),
         ({"disable_passes": ["a", "b"], "require_passes": ["b"]}, "both name b"),
         ({"compiler": "eager", "require_passes": ["a"]}, "require_passes (a) and compiler='eager'"),
+        ({"compilation_mode": "STOCK_TORCH_COMPILE", "require_passes": ["a"]}, "compilation_mode=STOCK_TORCH_COMPILE"),
         ({"capture_sizes": [1], "cudagraph_capture_sizes": [1]}, "'cudagraph_capture_sizes' is another name of"),
     ],
 )

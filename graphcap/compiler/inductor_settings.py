@@ -10,8 +10,14 @@ import typing
 from typing import Any
 
 from graphcap.compiler import private
-from graphcap.config import Config
+from graphcap.config import CompilationMode, Config
 from graphcap.errors import ConfigError, nearest
+
+#: What pieces are compiled with in any case, and what to use instead.
+_OURS = {
+    "post_grad_custom_pre_pass": "its own passes run there; disable_passes switches them off",
+    "triton.cudagraphs": "pieces are captured by graphcap; cudagraph_mode chooses how",
+}
 
 
 def check_inductor_settings(config: Config) -> None:
@@ -21,7 +27,8 @@ def check_inductor_settings(config: Config) -> None:
     import.
 
     Raises:
-        ConfigError: a name that ``torch._inductor.config`` does not have, or a value of another type.
+        ConfigError: a name that ``torch._inductor.config`` does not have, a value of another type, or one that would
+            take away what graphcap does with the pieces itself.
     """
     if not config.inductor_compile_config or config.compiler == "eager":
         return
@@ -33,6 +40,8 @@ def check_inductor_settings(config: Config) -> None:
             raise ConfigError(f"inductor_compile_config: torch._inductor.config has no setting {name!r}: {hint}")
         if not _fits(value, known[name]):
             raise ConfigError(f"inductor_compile_config: {name}: expected {_words(known[name])}, got {value!r}")
+        if name in _OURS and value and config.compilation_mode is not CompilationMode.STOCK_TORCH_COMPILE:
+            raise ConfigError(f"inductor_compile_config: {name} is set by graphcap itself: {_OURS[name]}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

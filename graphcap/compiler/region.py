@@ -26,7 +26,7 @@ from graphcap.compiler.pieces import CompiledPiece
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.config import CompilationMode, Config
-from graphcap.cudagraph import GraphRunner, PlanStats
+from graphcap.cudagraph import GraphRunner, PlanStats, RunnerStats
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.errors import RecompileError
 
@@ -104,6 +104,8 @@ class Region:
     _owner: Callable[[], Any] = field(default=lambda: None, repr=False)
     _tensors: list[weakref.ref[torch.Tensor]] = field(default_factory=list, repr=False)
     _runners: list[weakref.ref[GraphRunner]] = field(default_factory=list, repr=False)
+    _gone: list[RunnerStats] = field(default_factory=list, repr=False)
+    _retired: RunnerStats = field(default_factory=RunnerStats, repr=False)
 
     @property
     def owner(self) -> Any:
@@ -121,15 +123,31 @@ class Region:
         alive = self.owner is not None or any(ref() is not None for ref in self._tensors) or bool(self.runners)
         return not alive and bool(self._tensors)
 
+    @property
+    def retired(self) -> RunnerStats:
+        """What runners have counted that are gone, together."""
+        with _lock:
+            while self._gone:
+                self._retired.absorb(self._gone.pop())
+        return self._retired
+
     def attach(self, runner: GraphRunner) -> None:
         """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
-        self._runners.append(weakref.ref(runner, lambda _: revise()))
-        runner.stats.on_plan = self.on_plan
+        stats, gone = runner.stats, self._gone
+
+        def note_gone(_: Any) -> None:  # anywhere, also while a lock is held: no more than this
+            gone.append(stats)
+            revise()
+
+        self._runners = [ref for ref in self._runners if ref() is not None]
+        self._runners.append(weakref.ref(runner, note_gone))
+        stats.on_plan = self.on_plan
         revise()
 
     def detach(self, runner: GraphRunner) -> None:
-        """Forget a runner that another one replaces."""
+        """Forget a runner that another one replaces, but not what it has counted."""
         self._runners = [ref for ref in self._runners if ref() is not runner]
+        self._gone.append(runner.stats)
         revise()
 
     def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -139,3 +139,29 @@ def test_two_models_of_one_class_under_torch_compile() -> None:
     regions = graphcap.explain(fast[0]).regions
     assert sum(region.replays for region in regions) >= 6
     assert all(region.recaptures == 0 for region in regions)
+
+
+def test_counters_of_a_region_only_grow_whatever_becomes_of_its_instances() -> None:
+    torch.compiler.reset()
+    graphcap.reset()
+    models = [Layer().eval() for _ in range(2)]
+    for model in models:
+        model.compile(backend=backend, options={"compiler": "eager", "simulate": True})
+
+    def counted() -> dict[str, float]:
+        found = graphcap.explain().metrics()
+        return {name: value for name, value in found.items() if "_total" in name and "seconds" not in name}
+
+    with torch.no_grad():
+        for _ in range(6):
+            for model in models:
+                model(torch.randn(2, 4))
+        before, plans = counted(), graphcap.explain().metrics()["graphcap_plans"]
+        assert before["graphcap_replays_total"] >= 6
+        del model
+        models.pop()
+        gc.collect()
+        assert graphcap.explain().metrics()["graphcap_plans"] < plans, "the plans are gone with the model"
+        assert counted() == before
+        models[0](torch.randn(2, 4))
+    assert counted()["graphcap_replays_total"] == before["graphcap_replays_total"] + 1

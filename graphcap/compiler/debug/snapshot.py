@@ -19,7 +19,8 @@ MIB = 2**20
 
 def snapshot(region: Region) -> RegionReport:
     """What is known about a region now, and what its runners have counted so far."""
-    all_stats = [runner.stats for runner in region.runners]
+    alive = [runner.stats for runner in region.runners]
+    all_stats = [region.retired, *alive]  # counters only grow, whatever becomes of an instance
     return RegionReport(
         name=region.name,
         function=region.function,
@@ -33,7 +34,7 @@ def snapshot(region: Region) -> RegionReport:
         pieces=_pieces(region.pieces),
         key_sizes=dict(region.key_sizes),
         live_sizes=dict(region.live_sizes),
-        plans=tuple(_plan(plan) for stats in all_stats for plan in stats.plans),
+        plans=tuple(_plan(plan) for stats in alive for plan in stats.plans),
         replays=sum(stats.replays for stats in all_stats),
         failures=tuple(failure for stats in all_stats for failure in stats.failures),
         divergences=tuple(text for stats in all_stats for text in stats.divergences),
@@ -46,7 +47,7 @@ def snapshot(region: Region) -> RegionReport:
         traffic=traffic_of(all_stats),
         captures=sum(stats.captures for stats in all_stats),
         capture_seconds=sum(stats.capture_seconds for stats in all_stats),
-        alerts=tuple(dict.fromkeys(alert.message for stats in all_stats for alert in alerts(stats))),
+        alerts=tuple(dict.fromkeys(alert.message for stats in alive for alert in alerts(stats))),
         **_merged(all_stats),
     )
 
@@ -102,7 +103,7 @@ def _plan(plan: PlanStats) -> PlanReport:
 
 
 def _merged(all_stats: Sequence[RunnerStats]) -> dict[str, dict[str, Any]]:
-    """The counters by name, added up over a region's runners (one, and one per specialised size)."""
+    """The counters by name, added up over a region's runners."""
     live_calls: Counter[str] = Counter()
     moves: Counter[str] = Counter()
     bindings: dict[str, str] = {}

@@ -137,6 +137,25 @@ class RunnerStats:
         """Calls served by a plan, those that captured it not included."""
         return self.retired_replays + sum(plan.replays for plan in self.plans)
 
+    def absorb(self, gone: RunnerStats) -> None:
+        """Go on counting where a runner that is gone has ended, whose plans went with it."""
+        self.live_calls.update(gone.live_calls)
+        self.moves.update(gone.moves)
+        self.failures += gone.failures
+        self.divergences += gone.divergences
+        self.unchecked |= gone.unchecked
+        self.recaptures += gone.recaptures
+        self.evictions += gone.evictions
+        self.captures += gone.captures
+        self.capture_seconds += gone.capture_seconds
+        self.retired_replays += gone.replays
+        self.dim_names = self.dim_names or gone.dim_names
+        if self.dim_names == gone.dim_names:
+            for each in gone.sizes.values():
+                counted = self.of_size(each.size, each.rung)
+                counted.replays += each.replays
+                counted.live += each.live
+
     def retire(self, plan: PlanStats) -> None:
         """Take a dropped plan out of the list, keeping its replays in the total."""
         self.plans = [each for each in self.plans if each is not plan]

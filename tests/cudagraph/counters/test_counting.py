@@ -11,6 +11,7 @@ import torch
 from graphcap.config import CUDAGraphMode
 from graphcap.cudagraph import Dispatch, GraphKey, InputKind, InputSpec, Program, Size, Step, step
 from graphcap.cudagraph.counters.alerts import forget_warnings
+from graphcap.cudagraph.counters.stats import RunnerStats
 from graphcap.cudagraph.counters.traffic import traffic_of
 from graphcap.cudagraph.runner import GraphRunner
 from tests.cudagraph.dispatch.test_routes import serving_program
@@ -96,3 +97,19 @@ def test_calls_that_were_asked_to_run_live_are_no_alarm(caplog: pytest.LogCaptur
                     runner(x, lens, 6, 6)
     assert runner.stats.live_calls.total() == 600
     assert caplog.messages == []
+
+
+def test_what_is_gone_is_counted_on() -> None:
+    """Replays of plans that went, sizes and reasons; not the plans."""
+    first, second = (runner_of(rows_program(), capture_sizes=[4], capture_after=2, max_padding_ratio=0.9) for _ in "ab")
+    call(first, 4, 4, 4, 3, 3, 9)
+    call(second, 4, 4, 4)
+    total = RunnerStats()
+    total.absorb(first.stats)
+    total.absorb(second.stats)
+    assert total.plans == []
+    assert total.captures == first.stats.captures + second.stats.captures > 0
+    assert total.replays == first.stats.replays + second.stats.replays > 0
+    assert total.live_calls.total() == first.stats.live_calls.total() + second.stats.live_calls.total()
+    assert traffic_of([total]) == traffic_of([first.stats, second.stats])
+    assert traffic_of([total]).histogram() == {(3,): 2, (4,): 4, (9,): 1}, "calls that captured are in neither"

@@ -4,18 +4,20 @@ Dynamo may serve several instances of a class with one graph: their parameters a
 addresses, so the instances must not share plans, or each would find the other's weights moved. An instance is found by
 two of its parameters, the first and the last (a buffer may be assigned anew on every call). Where some parameters were
 replaced it is known by the others, and keeps the plans that do not read them; when most of them are gone, so is the
-instance, and its plans go with it.
+instance, and its plans go with it. Where captures are not allowed, the next new one is taken for it with other weights,
+and may have as many plans.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
 from graphcap.config import Config
+from graphcap.cudagraph.dispatch.phase import captures_allowed
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.runner import GraphRunner
@@ -81,6 +83,7 @@ class InstanceRunners:
         self._parameters, self._first, self._last = parameters, parameters[0], parameters[-1]
         self._program, self._device, self._config, self._announce = program, device, config, announce
         self._instances: dict[Identity, _Instance] = {}
+        self._gone: list[frozenset[Hashable]] = []  # what those had captured that nobody has replaced
 
     def __call__(self, *args: Any) -> Any:
         return self.call_with(args)
@@ -100,7 +103,7 @@ class InstanceRunners:
         known = next(((key, each) for key, each in changed if each.has_half_of(parameters)), None)
         for key in {key for key, _ in changed} & {identity, *(known or ())[:1]}:
             self._instances.pop(key, None)
-        runner = GraphRunner(self._program, self._device, self._config) if known is None else known[1].runner
+        runner = self._new_runner() if known is None else known[1].runner
         runner.instance = identity
         found = _Instance(runner, parameters, _noter(weakref.ref(self), identity))
         winner = self._instances.setdefault(identity, found)  # of several threads the first one wins
@@ -108,13 +111,21 @@ class InstanceRunners:
             self._announce(runner)
         return winner
 
+    def _new_runner(self) -> GraphRunner:
+        runner = GraphRunner(self._program, self._device, self._config)
+        if captures_allowed():
+            self._gone.clear()  # it comes by its plans itself
+        elif self._gone:
+            runner.replaces(self._gone.pop(0))
+        return runner
+
     def note_gone(self, identity: Identity) -> None:
         """A parameter of an instance is gone: replaced, or the first of all to go."""
         instance = self._instances.get(identity)
         if instance is not None:
             instance.num_gone += 1
-            if not instance.is_alive:
-                self._instances.pop(identity, None)
+            if not instance.is_alive and self._instances.pop(identity, None) is not None:
+                self._gone.append(instance.runner.captured)
 
 
 def _noter(owner: weakref.ref[InstanceRunners], identity: Identity) -> Callable[[Any], None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,16 @@ class GraphRunner:
                 return self.router.dispatch(route, key), lasts
             reasons.append(barred or no_room)
         return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0], key.sizes), lasts
+
+    @property
+    def captured(self) -> frozenset[Hashable]:
+        """The routes that have a plan, by their keys."""
+        return frozenset(self._table.plans)
+
+    def replaces(self, captured: Collection[Hashable]) -> None:
+        """Serve in the place of a runner that is gone, with its weights, and had these plans: they are captured again
+        even where captures are not allowed."""
+        self._attempts.note_lost(captured)
 
     def has_plan(self, key: GraphKey) -> bool:
         """Whether a batch finds a plan."""
@@ -283,7 +293,7 @@ class GraphRunner:
         if why is Unfit.MOVED:
             self._moves.note(plan.addresses, args, self._calls(), self.stats)
             self._table.drop(route.key)
-            self._attempts.note_lost(route)
+            self._attempts.note_lost([route.key])
             self.stats.recaptures += 1
             return self._make(route, args, said)
         plan.num_changed += 1

@@ -14,6 +14,7 @@ import graphcap
 from graphcap.compiler.backend import graphcap as backend
 from graphcap.config import Config
 from graphcap.cudagraph import GraphRunner, InputKind, InputSpec, Program, Step, graph_runner
+from graphcap.cudagraph.dispatch.phase import allow_capture
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 
 
@@ -117,6 +118,26 @@ def test_an_instance_is_gone_with_most_of_its_parameters(call_with_five: Any, ru
     del weights
     gc.collect()
     assert runner() is None
+
+
+def test_an_instance_all_of_whose_parameters_were_replaced_has_its_plans_again_where_captures_are_sealed(
+    call_with_five: Any, runners: list[GraphRunner]
+) -> None:
+    """``load_state_dict(assign=True)`` between two requests. No shape gets a plan that had none."""
+    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
+    for _ in range(4):
+        call_with_five(*weights, x)
+    assert runners.pop().stats.replays == 1
+    with allow_capture(False):
+        del weights
+        weights = [torch.full((3,), 10.0 + n) for n in range(5)]
+        for _ in range(4):
+            assert torch.equal(call_with_five(*weights, x)[0], torch.full((3,), 60.0))
+        assert runners[0].stats.replays == 1
+        others = [torch.full((3,), 20.0 + n) for n in range(5)]
+        for _ in range(4):
+            assert torch.equal(call_with_five(*others, x)[0], torch.full((3,), 110.0))
+        assert runners[1].stats.captures == 0, "one more model is not what was replaced"
 
 
 class Layer(nn.Module):

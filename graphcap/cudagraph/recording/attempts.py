@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 from graphcap.config import Config
 from graphcap.cudagraph.counters.stats import RunnerStats
@@ -37,7 +37,7 @@ class Attempts:
         self._warned_of_memory = False
         self._refused: dict[Hashable, str] = {}
         self._sightings: dict[Hashable, int] = {}
-        self._lost: set[Hashable] = set()
+        self._lost = set[Hashable]()
 
     def barred(self, route: Route, num_undeclared: int) -> str:
         """Why a route is not captured, ``""`` when it may be."""
@@ -48,10 +48,10 @@ class Attempts:
             reason = "captures are not allowed (graphcap.allow_capture(False))"
         return reason
 
-    def note_lost(self, route: Route) -> None:
-        """The plan of a route was given up because a weight has moved. Another one in its place is nothing new, and is
+    def note_lost(self, keys: Iterable[Hashable]) -> None:
+        """The plans of routes were given up because weights have moved. Others in their place are nothing new, and are
         captured even where captures are not allowed."""
-        self._lost.add(route.key)
+        self._lost.update(keys)
 
     def is_due(self, route: Route) -> bool:
         """Count a sighting; whether this one or the next is to be captured. The first such call is the warm-up."""

@@ -78,6 +78,7 @@ class Region:
         notes: one-line remarks for the report.
         on_plan: told of each captured plan.
         is_captured_ahead: whether :func:`graphcap.capture` has captured its ladder.
+        is_shared: whether it has served several instances at once.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Region:
     source: str = ""
     dump_dir: str = ""
     is_captured_ahead: bool = False
+    is_shared: bool = False
     notes: list[str] = field(default_factory=list)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
     code: CodeType | None = field(default=None, repr=False)
@@ -140,6 +142,7 @@ class Region:
             revise()
 
         self._runners = [ref for ref in self._runners if ref() is not None]
+        self.is_shared |= bool(self._runners and runner.instance)
         self._runners.append(weakref.ref(runner, note_gone))
         stats.on_plan = self.on_plan
         revise()

@@ -16,7 +16,8 @@ def explain(target: Any = None) -> Report:
 
     Args:
         target: a module, what ``torch.compile`` or ``graphcap.compile`` returned, an instance of a decorated class, a
-            function or a bound method. Without it, everything in this process.
+            function or a bound method. Without it, everything in this process. Where Dynamo serves several instances
+            with one graph, what is counted is counted for this one.
 
     Returns:
         A snapshot: ``print(report)`` is a table, ``report.to_dict()`` is JSON-ready. For something that was never
@@ -28,9 +29,9 @@ def explain(target: Any = None) -> Report:
     regions = all_regions()
     if target is None:
         message = "" if regions else "nothing was compiled through graphcap in this process yet."
-        return Report("this process", tuple(map(snapshot, regions)), message)
+        return Report("this process", tuple(snapshot(region, region.runners) for region in regions), message)
     subject = subject_of(target)
-    found = tuple(snapshot(region) for region in regions if subject.owns(region))
+    found = tuple(snapshot(region, subject.runners_in(region)) for region in regions if subject.owns(region))
     record = subject.record
     notes = tuple(record.notes) if record is not None else ()
     message = "" if found else _served_by_a_sibling(subject, regions) or _never_called(subject)

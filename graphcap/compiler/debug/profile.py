@@ -14,7 +14,7 @@ import torch
 from graphcap.compiler import private
 from graphcap.compiler.debug.profile_table import table
 from graphcap.compiler.debug.state import SavedState
-from graphcap.compiler.frontend.subject import regions_of
+from graphcap.compiler.frontend.subject import regions_of, subject_of
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.cudagraph import GraphRunner
 from graphcap.cudagraph.checks.profile import Timers, timed
@@ -135,7 +135,8 @@ def _until_replayed(call: Callable[[], None], model: Any, state: SavedState) -> 
 
 
 def _runners(model: Any) -> _Active:
-    return [(region, runner) for region in regions_of(model) for runner in region.runners]
+    subject = subject_of(model)
+    return [(region, runner) for region in subject.regions() for runner in subject.runners_in(region)]
 
 
 def _measure(name: str, call: Callable[[], None], state: SavedState, active: _Active) -> Profile:

@@ -10,17 +10,18 @@ from graphcap.compiler.debug.report import FusionReport, PieceReport, PlanReport
 from graphcap.compiler.region import PieceRecord, Region
 from graphcap.compiler.split_names import remarks
 from graphcap.config import Config
-from graphcap.cudagraph import PlanStats, RunnerStats
+from graphcap.cudagraph import GraphRunner, PlanStats, RunnerStats
 from graphcap.cudagraph.counters.alerts import alerts
 from graphcap.cudagraph.counters.traffic import traffic_of
 
 MIB = 2**20
 
 
-def snapshot(region: Region) -> RegionReport:
-    """What is known about a region now, and what its runners have counted so far."""
-    alive = [runner.stats for runner in region.runners]
-    all_stats = [region.retired, *alive]  # counters only grow, whatever becomes of an instance
+def snapshot(region: Region, runners: Sequence[GraphRunner]) -> RegionReport:
+    """What is known about a region now, and what these of its runners have counted so far."""
+    alive = [runner.stats for runner in runners]
+    is_whole = len(alive) == len(region.runners)  # then counters only grow, whatever becomes of an instance
+    all_stats = [region.retired, *alive] if is_whole else alive
     return RegionReport(
         name=region.name,
         function=region.function,
@@ -43,7 +44,7 @@ def snapshot(region: Region) -> RegionReport:
         evictions=sum(stats.evictions for stats in all_stats),
         settings=_settings(region.config),
         dump_dir=region.dump_dir,
-        notes=_notes(region),
+        notes=_notes(region, runners),
         traffic=traffic_of(all_stats),
         captures=sum(stats.captures for stats in all_stats),
         capture_seconds=sum(stats.capture_seconds for stats in all_stats),
@@ -52,9 +53,9 @@ def snapshot(region: Region) -> RegionReport:
     )
 
 
-def _notes(region: Region) -> tuple[str, ...]:
+def _notes(region: Region, runners: Sequence[GraphRunner]) -> tuple[str, ...]:
     """Remarks on the region, on what it was to be split at, and on the sizes that its runners pad or do not."""
-    of_runners = [note for each in region.runners for note in (*each.router.dims.notes, *each.padding.notes)]
+    of_runners = [note for each in runners for note in (*each.router.dims.notes, *each.padding.notes)]
     return tuple(dict.fromkeys([*region.notes, *remarks(region), *of_runners]))
 
 

@@ -149,7 +149,7 @@ class LadderCapture:
         return [replace(key, tags=self._tags) for key in keys]
 
     def _runners(self) -> list[GraphRunner]:
-        return [runner for region in self._subject.regions() for runner in region.runners]
+        return self._subject.runners()
 
     def _capture(self, key: GraphKey) -> None:
         """Warm up and record."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from graphcap.compiler.breakable.target import forget_recordings
 from graphcap.compiler.frontend import dynamo
-from graphcap.compiler.frontend.subject import regions_of
+from graphcap.compiler.frontend.subject import runners_of
 from graphcap.compiler.region import all_regions, forget_regions
 
 
@@ -27,14 +27,14 @@ def release(target: Any) -> None:
     were. In a process group every rank calls it, and waits for the others.
 
     Args:
-        target: a module, what ``torch.compile`` or ``graphcap.compile`` returned, a function or a bound method. Other
-            instances that share a compiled graph with it lose their plans as well, and capture again.
+        target: a module, what ``torch.compile`` or ``graphcap.compile`` returned, a function or a bound method.
+            Other instances that share a compiled graph with it keep theirs.
 
     Raises:
         TypeError: ``target`` is nothing that could have been compiled.
         RankError: another rank of the model's process group does something else. Nothing has been dropped.
     """
-    runners = [runner for region in regions_of(target) for runner in region.runners]
+    runners = runners_of(target)
     for agreement in dict.fromkeys(runner.agreement for runner in runners):
         agreement.gather("graphcap.release()", None, usual=None)
     for runner in runners:

@@ -64,6 +64,17 @@ class Subject:
         """The regions that it owns now."""
         return [region for region in all_regions() if self.owns(region)]
 
+    def runners_in(self, region: Region) -> list[GraphRunner]:
+        """The runners of a region that serve it: of several instances that share one, its own. (Those of which it is a
+        part cannot be told apart by its tensors.)"""
+        runners = region.runners
+        is_one_of_them = region.is_shared and type(region.owner) is type(self.module)
+        return [each for each in runners if not is_one_of_them or self.tensors.issuperset(each.instance)]
+
+    def runners(self) -> list[GraphRunner]:
+        """The runners of all of them, in the order of compilation."""
+        return [runner for region in self.regions() for runner in self.runners_in(region)]
+
 
 def subject_of(target: Any) -> Subject:
     """Recognise a module, a compiled module, a function, a bound method, or an instance of a decorated class.
@@ -127,4 +138,4 @@ def runners_of(target: Any) -> list[GraphRunner]:
     Raises:
         TypeError: as for :func:`regions_of`.
     """
-    return [runner for region in regions_of(target) for runner in region.runners]
+    return subject_of(target).runners()

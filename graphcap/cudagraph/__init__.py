@@ -4,6 +4,7 @@ The way of a call, in reading order:
 
 ``program.py``        the contract with the compiler: a flat list of steps over numbered slots
 ``runner.py``         what happens on a call: one look-up, one replay; ``instances.py`` has one for each model instance
+``outlook.py``        what is going to happen to a call or a batch, asked before it
 ``maker.py``          the calls that lead to a plan: warm-up, proof of padding (``proofs.py``: for which calls it is
                       good); ``plan_capture.py`` captures it and ``plan_writer.py`` writes it
 ``agreement.py``      what several ranks decide together

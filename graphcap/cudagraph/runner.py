@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from graphcap.config import Config, CUDAGraphMode
+from graphcap.config import Config
 from graphcap.cudagraph.agreement import agreement_of
 from graphcap.cudagraph.checks.verify import Inspector
 from graphcap.cudagraph.counters.alerts import warn_once
 from graphcap.cudagraph.counters.stats import PlanStats, RunnerStats, SizeStats
-from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.routes import Route, Router
@@ -27,6 +26,7 @@ from graphcap.cudagraph.dispatch.step import current, step
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.made import ELSEWHERE
 from graphcap.cudagraph.maker import PlanMaker
+from graphcap.cudagraph.outlook import Outlook
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.program import InputKind, Program
@@ -51,6 +51,7 @@ class GraphRunner:
         stats: counters and the list of plans.
         padding: which sizes may be padded.
         router: finds the mode and the sizes for a call.
+        outlook: says what is going to happen.
         agreement: with whom it decides.
         instance: the ids of the parameters by which the model's instance is known, while it lives.
     """
@@ -68,12 +69,12 @@ class GraphRunner:
         self._attempts = Attempts(program, config, self.stats)
         self._moves = MoveRecord(program, config)
         self.agreement = agreement_of(config.process_group)
-        self._maker = PlanMaker(
-            Parts(
-                program, device, config, self.padding, self.router, self._table, self._attempts, self._moves,
-                self.stats, self.agreement,
-            )
+        parts = Parts(
+            program, device, config, self.padding, self.router, self._table, self._attempts, self._moves,
+            self.stats, self.agreement,
         )  # fmt: skip
+        self._maker = PlanMaker(parts)
+        self.outlook = Outlook(parts, self._maker)
         self._replaced: dict[Hashable, int] = {}
         self._tick = device.account.tick
         self._written = sorted({slot for each in program.steps for slot in each.mutates if slot < len(program.inputs)})
@@ -109,26 +110,9 @@ class GraphRunner:
             return result
         return self._unfit(served.plan, result, tuple(args), said)
 
-    def dispatch(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> Dispatch:
-        """How a batch is going to run: by the first of its routes that has a plan or may get one."""
-        return self.decide(key, max_mode)[0]
-
-    def decide(self, key: GraphKey, max_mode: CUDAGraphMode | None) -> tuple[Dispatch, bool]:
-        """:meth:`dispatch`, and whether that holds until the next ``revise``. It does
-        not where the device has no room: that is asked about again after some calls, so calls are counted."""
-        routes = self.router.routes_of(key, max_mode)
-        reasons, lasts = [routes] if isinstance(routes, str) else [], True
-        for route in () if isinstance(routes, str) else routes:
-            plan = self._table.plans.get(route.key)
-            if plan is not None and route.padded_in(self.router.dims.sizes_of(key)) <= plan.route.rung.keys():
-                return self.router.dispatch(route, key), lasts
-            barred = self._attempts.barred(route, self._table.num_undeclared)
-            no_room = "" if barred else self._maker.no_room(route)
-            lasts = lasts and not no_room
-            if not barred and not no_room:
-                return self.router.dispatch(route, key), lasts
-            reasons.append(barred or no_room)
-        return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reasons[0], key.sizes), lasts
+    def foresee(self, *args: Any) -> PlanStats | str:
+        """What is going to happen to a call with these arguments: see :meth:`Outlook.of_call`."""
+        return self.outlook.of_call(self._sizes(args), args)
 
     @property
     def captured(self) -> frozenset[Hashable]:
@@ -139,48 +123,6 @@ class GraphRunner:
         """Serve in the place of a runner that is gone, with its weights, and had these plans: they are captured again
         even where captures are not allowed."""
         self._attempts.note_lost(captured)
-
-    def has_plan(self, key: GraphKey) -> bool:
-        """Whether a batch finds a plan."""
-        routes = self.router.routes_of(key, None)
-        return not isinstance(routes, str) and any(each.key in self._table.plans for each in routes)
-
-    def lacks_proof(self, key: GraphKey) -> bool:
-        """Whether a batch finds a plan that it has to be padded for, and that is not proven yet."""
-        routes = self.router.routes_of(key, None)
-        for route in () if isinstance(routes, str) else routes:
-            if (plan := self._table.plans.get(route.key)) is not None:
-                return self._maker.lacks_proof(plan, route, key)
-        return False
-
-    def is_told_by_others(self, key: GraphKey) -> bool:
-        """Whether other batches of its kind show all there is to know of a batch: one more warm-up would show nothing.
-        In a group ranks need not know the same."""
-        routes = self.router.routes_of(key, None)
-        if isinstance(routes, str) or self.agreement.is_group:
-            return False
-        return any(self._maker.is_told_by_others(route) for route in routes if route.key not in self._table.plans)
-
-    def outlook(self, *args: Any) -> PlanStats | str:
-        """How a call with these arguments is going to be served, as far as can be told before: the plan that it finds,
-        why it runs without one, or ``""`` where it leads to one. Runs nothing."""
-        said = current()
-        sizes = self._sizes(args)
-        served = self._table.served.get(sizes if said is None else (sizes, said.token))
-        if served is not None:
-            return served.stats
-        routes = self.router.routes(sizes, said)
-        if isinstance(routes, str):
-            return routes
-        reasons = []
-        for route in routes:
-            plan, _, reason = self._look_up(route, args, said)
-            if plan is not None:
-                return plan.stats
-            if not reason:
-                return ""
-            reasons.append(reason)
-        return reasons[0]
 
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""
@@ -235,26 +177,13 @@ class GraphRunner:
             return self._live(args, routes)
         reasons = []
         for route in routes:
-            plan, way, reason = self._look_up(route, args, said)
+            plan, way, reason = self.outlook.on_route(route, args, said)
             if plan is not None:
                 return self._serve(key, plan, args)
             if not reason:
                 return self._approach(way, args, said)
             reasons.append(reason)
         return self._live(args, reasons[0])
-
-    def _look_up(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Plan | None, Route, str]:
-        """The plan that serves a call on a route; or ``None``, the route on which the call comes to one, and why it
-        does not, ``""`` where it does."""
-        plan = self._table.plans.get(route.key)
-        if plan is None:
-            return None, route, self._barred(route, said)
-        if reason := plan.why_not_for(said):
-            return None, route, reason
-        if self._maker.may_serve(plan, route, args, said):
-            return plan, route, ""
-        way = self._maker.way_to(plan, route, args, said)
-        return None, way, "" if plan.route.covers(way) else self._barred(way, said)
 
     def _serve(self, key: Hashable, plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep the way from this kind of call to its plan, and go it."""
@@ -306,13 +235,6 @@ class GraphRunner:
         """The counter of a call: at the sizes of the route that serves it, or else of the rung that would."""
         sizes = tuple(self.router.dims.sizes(self._sizes(args)).values())
         return self.stats.of_size(sizes, self.router.dims.rung_of(sizes) if route is None else route.computed(sizes))
-
-    def _barred(self, route: Route, said: step | None = None) -> str:
-        return (
-            self._attempts.barred(route, self._table.num_undeclared)
-            or self._maker.why_not_together(route, said)
-            or self._maker.no_room(route)
-        )
 
     def _calls(self) -> int:
         return self.stats.replays + self.stats.live_calls.total()

@@ -436,10 +436,10 @@ def test_the_outlook_of_a_call_is_what_comes_of_it():
     x = randn(4)
     outlooks = []
     for _ in range(4):
-        outlooks.append(runner.outlook(4, x))
+        outlooks.append(runner.foresee(4, x))
         runner(4, x)
     assert outlooks == ["", "", runner.stats.plans[0], runner.stats.plans[0]]
     assert runner.stats.plans[0].replays == 2
-    assert runner.outlook(9, randn(9)) == "above max_capture_size=8"
+    assert runner.foresee(9, randn(9)) == "above max_capture_size=8"
     runner.release()
-    assert runner.outlook(4, x) == ""
+    assert runner.foresee(4, x) == ""

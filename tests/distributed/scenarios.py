@@ -259,7 +259,7 @@ def padded_call(runner: GraphRunner, rank: Rank, sizes: tuple[int, int], seed: i
     """One call at a size of its own for each rank, with the larger of their decisions."""
     n = sizes[rank.rank]
     x = same_inputs(n, seed)[0]
-    with step(dispatch=_largest(rank, runner.dispatch(GraphKey(n), None))):
+    with step(dispatch=_largest(rank, runner.outlook.dispatch(GraphKey(n), None))):
         (result,) = runner(n, x)
     expected = x * 2 + 1
     return torch.allclose(result, expected - expected.mean(0) if mixes and rank.rank == 1 else expected, atol=1e-5)

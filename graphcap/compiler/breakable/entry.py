@@ -194,7 +194,7 @@ class Entry:
         if runner is None:
             return call.run()
         inputs = self._recordings.inputs(call)
-        outlook = runner.outlook(*inputs)
+        outlook = runner.foresee(*inputs)
         when = self._due.when(kind, outlook, call.at, ready.is_padded)
         if when is not When.NEVER:
             with self._lock:

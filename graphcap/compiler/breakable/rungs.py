@@ -62,7 +62,7 @@ class Rungs:
                 ready = PADDED if has_room else EXACT
                 if why := self._rung(call, inputs, runner, route.rung, has_room):
                     return Ready(why)
-            elif not route.rung and self._lacks(call.at) and runner.outlook(*inputs) == "":
+            elif not route.rung and self._lacks(call.at) and runner.foresee(*inputs) == "":
                 self._here(call)
             if call.has_run:
                 break

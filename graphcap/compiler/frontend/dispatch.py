@@ -79,7 +79,7 @@ class _Known:
         if not runners:
             reason = "nothing is compiled yet: call or capture it"
             return Dispatch(CUDAGraphMode.NONE, key.num_tokens, key.num_reqs, key, reason, key.sizes), True
-        decided = [runner.decide(key, limit) for runner in runners]
+        decided = [runner.outlook.decide(key, limit) for runner in runners]
         best = max(decided, key=lambda each: RUNTIME_MODES.index(each[0].mode))
         return best[0], all(lasts for _, lasts in decided)
 

@@ -159,10 +159,10 @@ class LadderCapture:
             # Where there are several graphs, what one of them leaves may decide where the others are called.
             self._call(key, Phase.RECORD, is_unread=len(self._runners()) == 1)
             runners = self._runners()
-            if any(runner.has_plan(key) for runner in runners):
+            if any(runner.outlook.has_plan(key) for runner in runners):
                 summary.captured = (*summary.captured, key)
                 return
-            reasons = [reason for runner in runners if (reason := runner.dispatch(key, None).reason)]
+            reasons = [reason for runner in runners if (reason := runner.outlook.dispatch(key, None).reason)]
             if reasons:
                 break
         summary.skipped = {**summary.skipped, key: reasons[0] if reasons else "not captured"}
@@ -170,7 +170,7 @@ class LadderCapture:
     def _warm_up(self, key: GraphKey) -> None:
         wanted = self._config.num_warmups
         for _ in range(_WARMUPS if wanted is None else wanted):
-            if wanted is None and all(runner.is_told_by_others(key) for runner in self._runners()):
+            if wanted is None and all(runner.outlook.is_told_by_others(key) for runner in self._runners()):
                 return
             self._call(key, Phase.WARM_UP)
 
@@ -179,7 +179,7 @@ class LadderCapture:
         to, and of those for which that proof does not hold."""
         for runner in self._runners():
             short = runner.router.ladder.short_of(key)
-            if short is not None and (is_first or runner.lacks_proof(short)):
+            if short is not None and (is_first or runner.outlook.lacks_proof(short)):
                 self._call(short, Phase.WARM_UP)
                 is_first = False
 

@@ -14,7 +14,7 @@ import graphcap
 from graphcap import GraphKey
 from graphcap.compiler.frontend import dispatch as dispatching
 from graphcap.compiler.frontend.subject import runners_of
-from graphcap.cudagraph.runner import GraphRunner
+from graphcap.cudagraph.outlook import Outlook
 from graphcap.errors import StepError
 from tests.compiler.frontend.test_serving import compiled, inputs
 
@@ -23,8 +23,8 @@ from tests.compiler.frontend.test_serving import compiled, inputs
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
     """The batches that a runner was asked about, not those whose answer was remembered."""
     found: list[GraphKey] = []
-    decide = GraphRunner.decide
-    monkeypatch.setattr(GraphRunner, "decide", lambda self, key, mode: found.append(key) or decide(self, key, mode))
+    decide = Outlook.decide
+    monkeypatch.setattr(Outlook, "decide", lambda self, key, mode: found.append(key) or decide(self, key, mode))
     return found
 
 

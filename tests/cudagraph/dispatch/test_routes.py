@@ -181,11 +181,11 @@ def test_sealed_calls_run_live_and_are_counted() -> None:
 
 def test_dispatch_says_what_the_call_will_do() -> None:
     runner = runner_of(serving_program(), cudagraph_mode="FULL_AND_PIECEWISE", capture_after=2, max_padding_ratio=0)
-    assert runner.dispatch(GraphKey(6, 6, 1), None).mode is FULL
-    assert runner.dispatch(GraphKey(6, 6, 1), PIECEWISE).mode is PIECEWISE
-    assert runner.dispatch(GraphKey(6, 2), None).mode is PIECEWISE
+    assert runner.outlook.dispatch(GraphKey(6, 6, 1), None).mode is FULL
+    assert runner.outlook.dispatch(GraphKey(6, 6, 1), PIECEWISE).mode is PIECEWISE
+    assert runner.outlook.dispatch(GraphKey(6, 2), None).mode is PIECEWISE
     with allow_capture(False):
-        decision = runner.dispatch(GraphKey(6, 6, 1), None)
+        decision = runner.outlook.dispatch(GraphKey(6, 6, 1), None)
     assert (decision.mode, decision.num_tokens, decision.num_reqs) == (NONE, 6, 6)
     assert "not allowed" in decision.reason
 
@@ -321,9 +321,9 @@ def test_no_batch_is_short_of_a_rung_right_above_another() -> None:
 
 def test_dispatch_pads_named_dims() -> None:
     runner = runner_of(grid_program(), capture_sizes={"batch": [1, 4], "seq": [8, 16]})
-    decision = runner.dispatch(GraphKey.of_sizes({"batch": 3, "seq": 11}), None)
+    decision = runner.outlook.dispatch(GraphKey.of_sizes({"batch": 3, "seq": 11}), None)
     assert (decision.mode, decision.num_tokens, decision.sizes) == (FULL, 64, (("batch", 4), ("seq", 16)))
-    beyond = runner.dispatch(GraphKey.of_sizes({"batch": 5, "seq": 11}), None)
+    beyond = runner.outlook.dispatch(GraphKey.of_sizes({"batch": 5, "seq": 11}), None)
     assert (beyond.mode, beyond.sizes) == (NONE, (("batch", 5), ("seq", 11)))
     assert "above the ladder" in beyond.reason
 

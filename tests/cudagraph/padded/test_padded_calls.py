@@ -158,15 +158,15 @@ def test_any_traffic_is_what_it_is_live(sizes: list[int], live: bool) -> None:
 def test_dispatch_tells_the_padded_size_before_the_call() -> None:
     """Field notes row 15: padding is decided after the metadata was built."""
     runner = runner_of(row_wise(), capture_sizes=[4, 8])
-    decision = runner.dispatch(GraphKey(5), None)
+    decision = runner.outlook.dispatch(GraphKey(5), None)
     assert (decision.mode.name, decision.num_tokens) == ("FULL", 8)
-    assert runner.dispatch(GraphKey(9), None).reason == "above the ladder, which ends at 8"
+    assert runner.outlook.dispatch(GraphKey(9), None).reason == "above the ladder, which ends at 8"
 
 
 def test_a_decision_may_ask_for_a_larger_rung() -> None:
     """Data-parallel ranks agree on the largest of their sizes."""
     runner = runner_of(row_wise(), capture_sizes=[4, 8])
-    decision = runner.dispatch(GraphKey(7), None)
+    decision = runner.outlook.dispatch(GraphKey(7), None)
     for _ in range(4):
         x = rows(3)
         with step(num_tokens=3, dispatch=decision):

@@ -11,7 +11,8 @@ The way of a call, in reading order:
 
 and the folders, each with one theme:
 
-``dispatch/``         what batch a call is (``step.py``), which mode and size it gets (``routes.py``), the ladder
+``dispatch/``         what batch a call is (``step.py``), which mode and size it gets (``routes.py``: a
+                      ``route.py`` each), the ladder
 ``recording/``        what a warm-up shows (``observe.py``), of one size and of others (``knowledge.py``), what is
                       captured and how inputs get in (``layout.py``, ``bindings.py``), the segmented capture
                       (``capture.py``) with its slot table (``values.py``), static memory (``arena.py``)

@@ -16,7 +16,7 @@ import torch
 from graphcap.cudagraph.dispatch.asked import Asked
 from graphcap.cudagraph.dispatch.key import GraphKey
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step, largest_of_step
-from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.dispatch.step import current, step
 from graphcap.cudagraph.made import WARM_UP, Made
 from graphcap.cudagraph.padded.proof import prove

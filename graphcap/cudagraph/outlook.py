@@ -11,7 +11,7 @@ from typing import Any
 from graphcap.config import CUDAGraphMode
 from graphcap.cudagraph.counters.stats import PlanStats
 from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
-from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.dispatch.step import current, step
 from graphcap.cudagraph.maker import PlanMaker
 from graphcap.cudagraph.parts import Parts

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from graphcap.config import Config
 from graphcap.cudagraph.agreement import Agreement
 from graphcap.cudagraph.counters.stats import RunnerStats
-from graphcap.cudagraph.dispatch.routes import Route, Router
+from graphcap.cudagraph.dispatch.route import Route
+from graphcap.cudagraph.dispatch.routes import Router
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.padded.padding import Padding
 from graphcap.cudagraph.program import Program

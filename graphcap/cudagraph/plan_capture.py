@@ -20,7 +20,8 @@ from graphcap.cudagraph.checks.worth import Worth
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
 from graphcap.cudagraph.dispatch.revision import revise
-from graphcap.cudagraph.dispatch.routes import FULL, Route
+from graphcap.cudagraph.dispatch.route import Route
+from graphcap.cudagraph.dispatch.routes import FULL
 from graphcap.cudagraph.hardware.account import Usage
 from graphcap.cudagraph.hardware.needs import Needs
 from graphcap.cudagraph.hardware.room import Room

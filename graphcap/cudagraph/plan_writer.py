@@ -13,7 +13,7 @@ from graphcap.cudagraph.checks.verify import Inspector
 from graphcap.cudagraph.counters.stats import PlanStats
 from graphcap.cudagraph.dispatch.asked import Asked
 from graphcap.cudagraph.dispatch.metadata import Serving, dims_of_step
-from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.dispatch.step import current
 from graphcap.cudagraph.hardware.account import Holding, Usage
 from graphcap.cudagraph.padded.fitted import Fitter

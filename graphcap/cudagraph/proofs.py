@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 from graphcap.cudagraph.dispatch.key import GraphKey
-from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.dispatch.step import step
 from graphcap.cudagraph.parts import Parts
 from graphcap.cudagraph.program import InputKind

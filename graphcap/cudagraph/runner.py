@@ -21,7 +21,8 @@ from graphcap.cudagraph.counters.alerts import warn_once
 from graphcap.cudagraph.counters.stats import PlanStats, RunnerStats, SizeStats
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
-from graphcap.cudagraph.dispatch.routes import Route, Router
+from graphcap.cudagraph.dispatch.route import Route
+from graphcap.cudagraph.dispatch.routes import Router
 from graphcap.cudagraph.dispatch.step import current, step
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.made import ELSEWHERE

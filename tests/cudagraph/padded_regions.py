@@ -11,7 +11,8 @@ import torch
 from graphcap.config import Config
 from graphcap.cudagraph import Capture, Constant, GraphDevice, InputKind, InputSpec, Program, Size
 from graphcap.cudagraph.counters.stats import PlanStats
-from graphcap.cudagraph.dispatch.routes import FULL, Batch, Route
+from graphcap.cudagraph.dispatch.route import Batch, Route
+from graphcap.cudagraph.dispatch.routes import FULL
 from graphcap.cudagraph.hardware.simulated import SimulatedDevice
 from graphcap.cudagraph.padded.fitted import Fitter
 from graphcap.cudagraph.padded.padding import Padding

@@ -429,17 +429,3 @@ def test_ways_to_plans_are_forgotten_together(monkeypatch):
     kept = [key for plan in runner._table.plans.values() for key in plan.served]
     assert sorted(kept) == sorted(runner._table.served)
     assert len(kept) <= 2
-
-
-def test_the_outlook_of_a_call_is_what_comes_of_it():
-    runner = runner_of(sized(), capture_sizes=[4], max_capture_size=8)
-    x = randn(4)
-    outlooks = []
-    for _ in range(4):
-        outlooks.append(runner.foresee(4, x))
-        runner(4, x)
-    assert outlooks == ["", "", runner.stats.plans[0], runner.stats.plans[0]]
-    assert runner.stats.plans[0].replays == 2
-    assert runner.foresee(9, randn(9)) == "above max_capture_size=8"
-    runner.release()
-    assert runner.foresee(4, x) == ""

@@ -16,7 +16,7 @@ import torch
 
 from graphcap.cudagraph.checks.scales import Scales, Weighed
 from graphcap.cudagraph.counters.cost import worth_a_graph
-from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.hardware.device import GraphDevice
 from graphcap.cudagraph.recording.layout import Layout
 

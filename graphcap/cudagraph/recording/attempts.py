@@ -10,7 +10,7 @@ from graphcap.config import Config
 from graphcap.cudagraph.counters.stats import RunnerStats
 from graphcap.cudagraph.dispatch.phase import captures_allowed
 from graphcap.cudagraph.dispatch.revision import revise
-from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.program import Program
 from graphcap.cudagraph.recording.recorded import Failure
 

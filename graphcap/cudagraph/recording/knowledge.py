@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
-from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.dispatch.step import current
 from graphcap.cudagraph.program import Capture, Program
 from graphcap.cudagraph.recording.observe import Observation, layouts_of, observe, signature_of

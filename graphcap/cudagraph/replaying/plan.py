@@ -10,7 +10,7 @@ from typing import Any
 from graphcap.cudagraph.counters.stats import PlanStats, SizeStats
 from graphcap.cudagraph.dispatch.asked import Asked
 from graphcap.cudagraph.dispatch.metadata import Serving
-from graphcap.cudagraph.dispatch.routes import Route
+from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.dispatch.step import step
 from graphcap.cudagraph.hardware.account import Holding
 from graphcap.cudagraph.padded.fitted import Fitter

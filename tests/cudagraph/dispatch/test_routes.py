@@ -11,7 +11,8 @@ import torch
 from graphcap.config import Config, CUDAGraphMode
 from graphcap.cudagraph import Capture, Dispatch, GraphKey, InputKind, InputSpec, Program, Size, Step, step
 from graphcap.cudagraph.dispatch.phase import Keeper, Phase, allow_capture, in_phase
-from graphcap.cudagraph.dispatch.routes import Batch, Route, Router
+from graphcap.cudagraph.dispatch.route import Batch, Route
+from graphcap.cudagraph.dispatch.routes import Router
 from graphcap.cudagraph.padded.padding import Padding
 from tests.cudagraph.regions import Region, randn, runner_of
 

@@ -222,10 +222,10 @@ class Config:
                 f"require_passes ({', '.join(self.require_passes)}) and compiler='eager' contradict each other: passes "
                 "run inside Inductor. Drop one of them"
             )
-        if self.require_passes and self.compilation_mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE):
+        if self.require_passes and self.compilation_mode is CompilationMode.STOCK_TORCH_COMPILE:
             raise ConfigError(
-                f"require_passes ({', '.join(self.require_passes)}) cannot be met with compilation_mode="
-                f"{self.compilation_mode.name}, in which no pass runs. Drop one of them"
+                f"require_passes ({', '.join(self.require_passes)}) cannot be met with "
+                "compilation_mode=STOCK_TORCH_COMPILE, in which no pass runs. Drop one of them"
             )
 
     @classmethod

@@ -16,8 +16,9 @@ from graphcap.errors import ConfigError, nearest
 #: What pieces are compiled with in any case, and what to use instead.
 _OURS = {
     "post_grad_custom_pre_pass": "its own passes run there; disable_passes switches them off",
-    "triton.cudagraphs": "pieces are captured by graphcap; cudagraph_mode chooses how",
+    "triton.cudagraphs": "graphcap captures the pieces; cudagraph_mode says how, or that nothing is",
 }
+_WITHOUT_PIECES = (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
 
 
 def check_inductor_settings(config: Config) -> None:
@@ -40,7 +41,7 @@ def check_inductor_settings(config: Config) -> None:
             raise ConfigError(f"inductor_compile_config: torch._inductor.config has no setting {name!r}: {hint}")
         if not _fits(value, known[name]):
             raise ConfigError(f"inductor_compile_config: {name}: expected {_words(known[name])}, got {value!r}")
-        if name in _OURS and value and config.compilation_mode is not CompilationMode.STOCK_TORCH_COMPILE:
+        if name in _OURS and value and config.compilation_mode not in _WITHOUT_PIECES:
             raise ConfigError(f"inductor_compile_config: {name} is set by graphcap itself: {_OURS[name]}")
 
 

@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -78,7 +78,7 @@ class Region:
         notes: one-line remarks for the report.
         on_plan: told of each captured plan.
         is_captured_ahead: whether :func:`graphcap.capture` has captured its ladder.
-        is_shared: whether it has served several instances at once.
+        is_shared: whether it serves, or has served, several instances.
     """
 
     name: str
@@ -125,13 +125,13 @@ class Region:
         alive = self.owner is not None or any(ref() is not None for ref in self._tensors) or bool(self.runners)
         return not alive and bool(self._tensors)
 
-    @property
-    def retired(self) -> RunnerStats:
+    def counted_by_gone(self) -> RunnerStats:
         """What runners have counted that are gone, together."""
         with _lock:
-            while self._gone:
-                self._retired.absorb(self._gone.pop())
-        return self._retired
+            self._absorb_gone()
+            total = RunnerStats()
+            total.absorb(self._retired)
+            return total
 
     def attach(self, runner: GraphRunner) -> None:
         """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
@@ -141,17 +141,24 @@ class Region:
             gone.append(stats)
             revise()
 
-        self._runners = [ref for ref in self._runners if ref() is not None]
-        self.is_shared |= bool(self._runners and runner.instance)
-        self._runners.append(weakref.ref(runner, note_gone))
         stats.on_plan = self.on_plan
+        with _lock:
+            self._absorb_gone()
+            self._runners = [ref for ref in self._runners if ref() is not None]
+            self.is_shared |= any(_are_of_two_instances(each, runner) for each in self.runners)
+            self._runners.append(weakref.ref(runner, note_gone))
         revise()
 
     def detach(self, runner: GraphRunner) -> None:
         """Forget a runner that another one replaces, but not what it has counted."""
-        self._runners = [ref for ref in self._runners if ref() is not runner]
-        self._gone.append(runner.stats)
+        with _lock:
+            self._runners = [ref for ref in self._runners if ref() is not runner]
+            self._gone.append(runner.stats)
         revise()
+
+    def _absorb_gone(self) -> None:
+        while self._gone:
+            self._retired.absorb(self._gone.pop(0))
 
     def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let reports find the region by the parameters and buffers that it uses."""
@@ -160,9 +167,9 @@ class Region:
     def shares_tensor_with(self, tensors: set[int]) -> bool:
         """Whether one of the region's parameters or buffers is among these (by ``id``): of the call that was traced, or
         of an instance that is served now (its weights may have been replaced since)."""
-        if any(not tensors.isdisjoint(runner.instance) for runner in self.runners):
+        if any(not tensors.isdisjoint(ids_of(runner.parameters)) for runner in self.runners):
             return True
-        return any((tensor := ref()) is not None and id(tensor) in tensors for ref in self._tensors)
+        return not tensors.isdisjoint(ids_of(self._tensors))
 
     def record_pieces(self, pieces: Sequence[Piece], compiled: Sequence[CompiledPiece], sizes: SizeSymbols) -> None:
         """Keep what a report needs of the pieces."""
@@ -187,6 +194,16 @@ class Region:
             )
         self.key_sizes = {str(s): _bound_by(sizes.bound_by[s]) for s in sorted(sizes.key, key=str)}
         self.live_sizes = {str(s): reason for s, reason in sizes.live.items()}
+
+
+def ids_of(tensors: Iterable[weakref.ref[torch.Tensor]]) -> set[int]:
+    """The ids of those that are still there."""
+    return {id(tensor) for ref in tensors if (tensor := ref()) is not None}
+
+
+def _are_of_two_instances(one: GraphRunner, other: GraphRunner) -> bool:
+    parameters = ids_of(one.parameters), ids_of(other.parameters)
+    return all(parameters) and parameters[0].isdisjoint(parameters[1])
 
 
 def _bound_by(node: fx.Node) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from graphcap.cudagraph.counters.alerts import warn_once
 from graphcap.cudagraph.counters.stats import PlanStats, RunnerStats, SizeStats
 from graphcap.cudagraph.dispatch.metadata import Serving
 from graphcap.cudagraph.dispatch.phase import Phase, current_purpose
+from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.cudagraph.dispatch.route import Route
 from graphcap.cudagraph.dispatch.routes import Router
 from graphcap.cudagraph.dispatch.step import current, step
@@ -54,13 +56,13 @@ class GraphRunner:
         router: finds the mode and the sizes for a call.
         outlook: says what is going to happen.
         agreement: with whom it decides.
-        instance: the ids of the parameters by which the model's instance is known, while it lives.
+        parameters: of the model's instance that it is for; none where it is for any.
     """
 
     def __init__(self, program: Program, device: GraphDevice, config: Config) -> None:
         self.program = program
         self.device = device
-        self.instance: tuple[int, ...] = ()
+        self.parameters: Sequence[weakref.ref[torch.Tensor]] = ()
         self.stats = RunnerStats()
         self.padding = Padding(program, config)
         self.router = Router(program, config, self.padding)
@@ -117,13 +119,14 @@ class GraphRunner:
 
     @property
     def captured(self) -> frozenset[Hashable]:
-        """The routes that have a plan, by their keys."""
-        return frozenset(self._table.plans)
+        """The routes that have a plan, or have lost it to weights that moved, by their keys."""
+        return frozenset(self._table.plans) | self._attempts.lost
 
     def replaces(self, captured: Collection[Hashable]) -> None:
-        """Serve in the place of a runner that is gone, with its weights, and had these plans: they are captured again
-        even where captures are not allowed."""
+        """Serve in the place of a runner that is gone, with its weights, and had captured these: they are captured
+        again even where captures are not allowed."""
         self._attempts.note_lost(captured)
+        revise()
 
     def release(self) -> None:
         """Drop every plan; the pool goes with the last plan on the device. Later calls capture again."""

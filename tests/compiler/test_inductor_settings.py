@@ -29,7 +29,7 @@ def check(settings: dict[str, Any], **others: Any) -> None:
         ({"max_autotune": 1}, "max_autotune: expected bool, got 1"),
         ({"cpp.threads": "2"}, "cpp.threads: expected int, got '2'"),
         ({"max_autotune_gemm_search_space": "SOME"}, "expected one of 'DEFAULT', 'EXHAUSTIVE', got 'SOME'"),
-        ({"triton.cudagraphs": True}, "triton.cudagraphs is set by graphcap itself: pieces are captured by graphcap"),
+        ({"triton.cudagraphs": True}, "triton.cudagraphs is set by graphcap itself: graphcap captures the pieces"),
         ({"post_grad_custom_pre_pass": print}, "post_grad_custom_pre_pass is set by graphcap itself: its own passes"),
     ],
 )
@@ -43,8 +43,9 @@ def test_taken() -> None:
     check(dict(torch._inductor.config.get_config_copy()))  # the defaults, whatever torch says of their types
 
 
-def test_torch_compile_as_it_is_may_have_what_graphcap_sets_otherwise() -> None:
-    check({"triton.cudagraphs": True, "post_grad_custom_pre_pass": print}, compilation_mode="STOCK_TORCH_COMPILE")
+@pytest.mark.parametrize("mode", ["NONE", "STOCK_TORCH_COMPILE"])
+def test_without_pieces_there_may_be_what_graphcap_sets_for_them(mode: str) -> None:
+    check({"triton.cudagraphs": True, "post_grad_custom_pre_pass": print}, compilation_mode=mode)
 
 
 def test_without_inductor_nothing_is_looked_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -140,6 +141,67 @@ def test_an_instance_all_of_whose_parameters_were_replaced_has_its_plans_again_w
         assert runners[1].stats.captures == 0, "one more model is not what was replaced"
 
 
+def test_where_the_old_weights_outlive_the_first_call_with_new_ones_plans_come_when_they_go(
+    call_with_five: Any, runners: list[GraphRunner]
+) -> None:
+    """Somebody keeps a copy of the state until the new one is seen to work."""
+    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
+    for _ in range(4):
+        call_with_five(*weights, x)
+    del runners[0]
+    with allow_capture(False):
+        before, weights = weights, [torch.full((3,), 10.0 + n) for n in range(5)]
+        for _ in range(4):
+            call_with_five(*weights, x)
+        assert runners[0].stats.captures == 0
+        del before
+        for _ in range(4):
+            assert torch.equal(call_with_five(*weights, x)[0], torch.full((3,), 60.0))
+        assert runners[0].stats.replays >= 1
+
+
+def test_a_model_that_went_before_the_seal_leaves_nothing_to_one_that_comes_after_it(
+    call_with_five: Any, runners: list[GraphRunner]
+) -> None:
+    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
+    for _ in range(4):
+        call_with_five(*weights, x)
+    del runners[0], weights
+    with allow_capture(False):
+        others = [torch.full((3,), 20.0 + n) for n in range(5)]
+        for _ in range(4):
+            call_with_five(*others, x)
+        assert runners[0].stats.captures == 0
+
+
+def test_of_threads_that_make_the_first_call_with_new_weights_the_winner_has_the_plans(
+    call_with_five: Any, runners: list[GraphRunner]
+) -> None:
+    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
+    for _ in range(4):
+        call_with_five(*weights, x)
+    with allow_capture(False):
+        for trial in range(10):
+            runners.clear()
+            del weights
+            weights = [torch.full((3,), 10.0 * trial + n) for n in range(5)]
+            together = threading.Barrier(4)
+
+            def first_call(*args: Any, together: threading.Barrier = together) -> None:
+                together.wait()
+                with torch.no_grad():
+                    call_with_five(*args)
+
+            threads = [threading.Thread(target=first_call, args=(*weights, x)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for _ in range(4):
+                call_with_five(*weights, x)
+            assert [runner.stats.captures for runner in runners] == [1]
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -187,39 +249,3 @@ def test_counters_of_a_region_only_grow_whatever_becomes_of_its_instances() -> N
         assert counted() == before
         models[0](torch.randn(2, 4))
     assert counted()["graphcap_replays_total"] == before["graphcap_replays_total"] + 1
-
-
-def test_what_is_asked_of_one_of_two_models_that_share_a_graph_is_answered_for_it_alone() -> None:
-    """``explain``, ``dispatch`` and ``release``."""
-    torch.compiler.reset()
-    graphcap.reset()
-    options = {
-        "compiler": "eager",
-        "simulate": True,
-        "dynamic_arg_dims": {"x": {0: "num_tokens"}},
-        "capture_sizes": [4],
-    }
-    first, second = (Layer().eval() for _ in range(2))
-    for model in (first, second):
-        model.compile(backend=backend, options=options, dynamic=True)
-
-    def counted() -> list[tuple[int, int]]:
-        reports = [graphcap.explain(model).regions for model in (first, second)]
-        assert [len(regions) for regions in reports] == [1, 1]
-        assert reports[0][0].name == reports[1][0].name, "they share one"
-        return [(len(region.plans), region.replays) for (region,) in reports]
-
-    with torch.no_grad():
-        for _ in range(6):
-            first(torch.randn(4, 4))
-        second(torch.randn(4, 4))
-        (of_first, of_second) = counted()
-        assert of_first[0] == 1
-        assert of_first[1] >= 2
-        assert of_second == (0, 0)
-        for _ in range(5):
-            second(torch.randn(4, 4))
-        assert counted() == [of_first, of_first], "as many calls, as many replays"
-        graphcap.release(second)
-        assert counted() == [of_first, (0, of_first[1])]
-    assert graphcap.explain().metrics()["graphcap_replays_total"] == 2 * of_first[1]

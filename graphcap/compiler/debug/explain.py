@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from graphcap.compiler.debug.report import Report
+from graphcap.compiler.debug.report import RegionReport, Report
 from graphcap.compiler.debug.snapshot import snapshot
 from graphcap.compiler.frontend.subject import Subject, subject_of
 from graphcap.compiler.region import Region, all_regions
@@ -29,14 +29,27 @@ def explain(target: Any = None) -> Report:
     regions = all_regions()
     if target is None:
         message = "" if regions else "nothing was compiled through graphcap in this process yet."
-        return Report("this process", tuple(snapshot(region, region.runners) for region in regions), message)
+        return Report("this process", tuple(map(_whole, regions)), message)
     subject = subject_of(target)
-    found = tuple(snapshot(region, subject.runners_in(region)) for region in regions if subject.owns(region))
+    found = tuple(_part(region, subject) for region in regions if subject.owns(region))
     record = subject.record
     notes = tuple(record.notes) if record is not None else ()
     message = "" if found else _served_by_a_sibling(subject, regions) or _never_called(subject)
     unchecked = tuple(record.unchecked_guards()) if record is not None else ()
     return Report(subject.name, found, message, notes, unchecked)
+
+
+def _whole(region: Region) -> RegionReport:
+    """All that was counted in a region, whatever has become of the instances: such counters only grow."""
+    runners = region.runners  # before those that are gone: one that goes now is in one of the two
+    return snapshot(region, runners, region.counted_by_gone())
+
+
+def _part(region: Region, subject: Subject) -> RegionReport:
+    """What was counted for one instance, as far as that can be told."""
+    if subject.tensors and region.is_shared:
+        return snapshot(region, subject.runners_in(region))
+    return _whole(region)
 
 
 def _served_by_a_sibling(subject: Subject, regions: Sequence[Region]) -> str:

@@ -17,11 +17,16 @@ from graphcap.cudagraph.counters.traffic import traffic_of
 MIB = 2**20
 
 
-def snapshot(region: Region, runners: Sequence[GraphRunner]) -> RegionReport:
-    """What is known about a region now, and what these of its runners have counted so far."""
+def snapshot(region: Region, runners: Sequence[GraphRunner], gone: RunnerStats | None = None) -> RegionReport:
+    """What is known about a region now, and what these of its runners have counted so far.
+
+    Args:
+        region: the region.
+        runners: those that are still there.
+        gone: what others have counted.
+    """
     alive = [runner.stats for runner in runners]
-    is_whole = len(alive) == len(region.runners)  # then counters only grow, whatever becomes of an instance
-    all_stats = [region.retired, *alive] if is_whole else alive
+    all_stats = [*alive, *filter(None, [gone])]
     return RegionReport(
         name=region.name,
         function=region.function,

@@ -13,7 +13,7 @@ import torch
 from graphcap.compiler import private
 from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.target import CompiledTarget
-from graphcap.compiler.region import Region, all_regions
+from graphcap.compiler.region import Region, all_regions, ids_of
 from graphcap.cudagraph import GraphRunner
 
 
@@ -25,7 +25,7 @@ class Subject:
         name: for the report.
         module: a module.
         modules: ids of it and its submodules.
-        tensors: ids of their parameters and buffers.
+        tensors: ids of their parameters and buffers, or of those of the owner.
         codes: code objects of a function.
         owner: for a bound method of a module, that module.
         record: what ``graphcap.compile`` knows about it.
@@ -44,32 +44,42 @@ class Subject:
     def owns(self, region: Region) -> bool:
         """Whether a region was traced from this target, or serves it."""
         if self.codes:
-            same_owner = self.owner is None or region.owner is None or region.owner is self.owner
-            return same_owner and any(private.is_frame_of(region.code, code) for code in self.codes)
+            return self._is_of_owner(region) and any(private.is_frame_of(region.code, code) for code in self.codes)
         if id(region.owner) in self.modules:
             return True
         return self._may_be_served_by(region.owner) and region.shares_tensor_with(self.tensors)
 
+    def _is_of_owner(self, region: Region) -> bool:
+        if self.owner is None or region.owner is None or region.owner is self.owner:
+            return True
+        return type(region.owner) is type(self.owner) and region.shares_tensor_with(self.tensors)
+
     def _may_be_served_by(self, owner: Any) -> bool:
         """Whether what was traced for ``owner`` serves the module where it computes with its parameters: what the
-        module is a part of, and another one of its class, with whom Dynamo shares a graph. A model of another kind may
-        have an embedding in common with it, and no more."""
+        module is a part of, and another one of its class or of that of a part of it, with whom Dynamo shares a graph. A
+        model of another kind may have an embedding in common with it, and no more."""
         if not isinstance(owner, torch.nn.Module):
             return True
         if any(each is self.module for each in owner.modules()):
             return True
-        return record_of(owner) is None and type(owner) is type(self.module)
+        kinds = () if self.module is None else map(type, self.module.modules())
+        return record_of(owner) is None and type(owner) in kinds
 
     def regions(self) -> list[Region]:
         """The regions that it owns now."""
         return [region for region in all_regions() if self.owns(region)]
 
     def runners_in(self, region: Region) -> list[GraphRunner]:
-        """The runners of a region that serve it: of several instances that share one, its own. (Those of which it is a
-        part cannot be told apart by its tensors.)"""
+        """The runners of a region that serve it. Of those that are for instances of their own, these compute with its
+        parameters, or it with theirs; one that it has in common with another model does not count. Where none does, as
+        all of its weights have been replaced since, nobody can say which."""
         runners = region.runners
-        is_one_of_them = region.is_shared and type(region.owner) is type(self.module)
-        return [each for each in runners if not is_one_of_them or self.tensors.issuperset(each.instance)]
+        parameters = [ids_of(runner.parameters) for runner in runners]
+        common = [len(each & self.tensors) for each in parameters]
+        if not any(common):
+            return runners
+        pairs = zip(runners, parameters, common, strict=True)
+        return [runner for runner, known, number in pairs if not known or 2 * number >= max(common)]
 
     def runners(self) -> list[GraphRunner]:
         """The runners of all of them, in the order of compilation."""
@@ -99,7 +109,7 @@ def subject_of(target: Any) -> Subject:
     owner = original.__self__ if isinstance(original, MethodType) else None
     name = getattr(original, "__qualname__", type(original).__qualname__)
     module = owner if isinstance(owner, torch.nn.Module) else None
-    return Subject(name, codes=codes, owner=module, compiled_by_torch=compiled)
+    return Subject(name, codes=codes, owner=module, tensors=_tensors_of(module), compiled_by_torch=compiled)
 
 
 def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, compiled: bool) -> Subject:
@@ -107,10 +117,14 @@ def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, comp
         type(module).__name__,
         module=module,
         modules={id(each) for each in module.modules()},
-        tensors={id(tensor) for tensor in (*module.parameters(), *module.buffers())},
+        tensors=_tensors_of(module),
         record=record,
         compiled_by_torch=compiled,
     )
+
+
+def _tensors_of(module: torch.nn.Module | None) -> set[int]:
+    return set() if module is None else {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
 
 def _codes(function: Any) -> Iterator[CodeType]:

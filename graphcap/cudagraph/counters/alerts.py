@@ -42,7 +42,9 @@ def alerts(stats: RunnerStats) -> list[Alert]:
 
 
 def _live(stats: RunnerStats) -> Iterator[Alert]:
-    reasons = [(calls, reason) for reason, calls in stats.live_calls.items() if not reason.startswith(_AS_INTENDED)]
+    reasons = [
+        (calls, reason) for reason, calls in list(stats.live_calls.items()) if not reason.startswith(_AS_INTENDED)
+    ]
     live = sum(calls for calls, _ in reasons)
     total = live + stats.replays
     if total >= _ENOUGH_CALLS and live > _MANY_LIVE * total:
@@ -56,7 +58,7 @@ def _live(stats: RunnerStats) -> Iterator[Alert]:
 
 def _first(stats: RunnerStats) -> Iterator[Alert]:
     total = stats.live_calls.total() + stats.replays
-    first = sum(calls for reason, calls in stats.live_calls.items() if reason.startswith("warm-up"))
+    first = sum(calls for reason, calls in list(stats.live_calls.items()) if reason.startswith("warm-up"))
     if total >= _ENOUGH_CALLS and first > _MANY_LIVE * total:
         yield Alert(
             "first",

@@ -120,8 +120,9 @@ class allow_capture:
     """Allow or forbid new captures, in the whole process.
 
     ``graphcap.allow_capture(False)`` seals it, for a server that has captured its ladder and wants no pause in traffic:
-    what has a graph is replayed, and a call that would be captured runs live and is counted as such. As a context
-    manager it puts back what was before.
+    what has a graph is replayed, and a call that would be captured runs live and is counted as such. A graph that goes
+    because weights were replaced may still be captured again; that of a model in a process group only where single
+    weights were. As a context manager it puts back what was before.
 
     Args:
         allowed: whether captures are allowed from now on.

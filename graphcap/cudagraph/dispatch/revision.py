@@ -1,7 +1,7 @@
 """Whether what was decided about calls that nobody has made yet still holds.
 
-A decision looks at the plans that there are, at what was refused, at the room on the device and at the seal of
-``allow_capture``. All of these change rarely, and whoever changes one says so here. So a
+A decision looks at the plans that there are, at what was refused, at the room on the device, at the seal of
+``allow_capture`` and at which runner is whose. All of these change rarely, and whoever changes one says so here. So a
 decision that was made after a look at :func:`revision` holds for as long as that still returns the same object.
 """
 

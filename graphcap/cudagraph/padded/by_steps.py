@@ -44,6 +44,7 @@ class ByStep:
         """
         self._program = program
         self._outcomes: dict[int, Outcome] = {}
+        self._sizes: dict[int, torch.Size] = {}  # of results
         slots = _slots(program, padded)
         for number, step in enumerate(program.steps):
             results = _run(step, slots)
@@ -51,6 +52,7 @@ class ByStep:
                 made = [slot for slot in step.mutates if slot >= len(program.inputs)]
                 self._outcomes[number] = Outcome(_copies(results), {slot: slots[slot].clone() for slot in made})
             _put(slots, step, results)
+            self._sizes |= {slot: slots[slot].shape for slot in step.writes if isinstance(slots[slot], torch.Tensor)}
 
     def run(
         self, padded: Sequence[Any], exact: Sizes, keep: Callable[[torch.Tensor], _Kept]
@@ -60,7 +62,7 @@ class ByStep:
         Args:
             padded: as above.
             exact: the results whose real rows are looked at, with the sizes that they have without padding. Those that
-                padding makes no larger have no rows.
+                padding makes no larger have no rows, nor have those whose size is another one from run to run.
             keep: called with the real rows of each, as soon as they are there.
 
         Returns:
@@ -75,8 +77,8 @@ class ByStep:
             done = self._outcomes.get(number)
             _put(slots, step, _run(step, slots) if done is None else _repeat(done, slots))
             for slot in step.writes:
-                value = slots[slot]
-                if slot in exact and isinstance(value, torch.Tensor) and _is_larger(value.shape, exact[slot]):
+                value, size = slots[slot], self._sizes.get(slot)
+                if slot in exact and size is not None and value.shape == size and _is_larger(size, exact[slot]):
                     kept[slot] = keep(corner(value.detach(), exact[slot]))
         outputs = self._program.outputs
         return kept, tuple(slots[slot] if isinstance(slot, int) else slot.value for slot in outputs)

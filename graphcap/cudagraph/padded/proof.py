@@ -219,7 +219,8 @@ class _Proof:
 
     def _compare(self, run: _Run) -> str:
         other, base = run(), self._padded
-        self._found = {name: far for name, value in other.items() if (far := _distance(value, base[name])) > 0}
+        common = [name for name in other if name in base]
+        self._found = {name: far for name in common if (far := _distance(other[name], base[name])) > 0}
         return ""
 
     def _anywhere_found(self) -> bool:
@@ -229,15 +230,15 @@ class _Proof:
     def _repeat(self, run: _Run) -> str:
         """What an identical run explains is no finding."""
         again = run()
-        noise = {name: _distance(again[name], self._padded[name]) for name in self._found}
-        self._found = {name: far for name, far in self._found.items() if far > _NOISE * noise[name]}
+        noise = {name: _distance(again[name], self._padded[name]) for name in self._found if name in again}
+        self._found = {name: far for name, far in self._found.items() if far > _NOISE * noise.get(name, 0.0)}
         return ""
 
     def _told(self, name: Callable[[], str]) -> str:
         if not self._found:
             return ""  # another rank's has
         seen = next(iter(self._found))
-        return f"{self._blame(name) or seen} mixes rows: {seen} depends on what padded rows hold"
+        return f"{self._blame(name) or 'some step'} mixes rows: {seen} depends on what padded rows hold"
 
     def _blame(self, name: Callable[[], str]) -> str:
         """The step that is to blame; ``""`` where that cannot be told."""

@@ -25,6 +25,7 @@ class Attempts:
 
     Attributes:
         demoted: steps that failed in a capture, each with the reason.
+        lost: the keys of routes whose plans were given up because weights have moved.
     """
 
     def __init__(self, program: Program, config: Config, stats: RunnerStats) -> None:
@@ -37,21 +38,21 @@ class Attempts:
         self._warned_of_memory = False
         self._refused: dict[Hashable, str] = {}
         self._sightings: dict[Hashable, int] = {}
-        self._lost = set[Hashable]()
+        self.lost: frozenset[Hashable] = frozenset()
 
     def barred(self, route: Route, num_undeclared: int) -> str:
         """Why a route is not captured, ``""`` when it may be."""
         reason = self._failed or self._refused.get(route.key, "")
         if not reason and not route.is_declared and num_undeclared >= self._config.max_plans:
             reason = f"max_plans={self._config.max_plans} reached"
-        if not reason and not captures_allowed() and route.key not in self._lost:
+        if not reason and not captures_allowed() and route.key not in self.lost:
             reason = "captures are not allowed (graphcap.allow_capture(False))"
         return reason
 
     def note_lost(self, keys: Iterable[Hashable]) -> None:
         """The plans of routes were given up because weights have moved. Others in their place are nothing new, and are
         captured even where captures are not allowed."""
-        self._lost.update(keys)
+        self.lost |= frozenset(keys)
 
     def is_due(self, route: Route) -> bool:
         """Count a sighting; whether this one or the next is to be captured. The first such call is the warm-up."""

@@ -43,6 +43,20 @@ def test_what_the_first_step_of_unknown_meaning_reads_is_looked_at_and_nothing_e
     assert torch.equal(kept[rows], torch.full((3, WIDTH), 2.0))
 
 
+def test_a_result_whose_size_follows_what_rows_hold_has_no_rows_to_look_at() -> None:
+    region = PaddedRegion()
+    x = region.rows("x", WIDTH)
+    some = region.step(lambda x: x[x[:, 0] > 0], x)
+    region.step(lambda some: some.sum() and (), some, writes=0, capture=Capture.NEVER)
+    program = region.program(region.step(lambda x: x * 2, x), sizes=[(N, WIDTH)])
+    by_step = ByStep(program, [5, torch.ones(5, WIDTH)])
+    others = torch.ones(5, WIDTH)
+    others[0] = -1
+    for rows, found in ((torch.ones(5, WIDTH), {some}), (others, set())):
+        kept, _ = by_step.run([5, rows], {some: torch.Size([3, WIDTH])}, torch.clone)
+        assert kept.keys() == found
+
+
 def test_the_exact_size_is_run_no_further_than_needed() -> None:
     calls: list[int] = []
     program = layers(calls)

@@ -55,7 +55,8 @@ def test_code_parses_and_names_exist(guide: Path) -> None:
         indent = len(block) - len(block.lstrip(" "))
         ast.parse("\n".join(line[indent:] for line in block.splitlines()))
     names = set(re.findall(r"\bgraphcap\.([A-Za-z_]\w*)", guide.read_text()))
-    assert names <= set(graphcap.__all__), names - set(graphcap.__all__)
+    known = {*graphcap.__all__, "cudagraph"}  # the part that stands on its own
+    assert names <= known, names - known
 
 
 def test_settings_exist(guide: Path) -> None:

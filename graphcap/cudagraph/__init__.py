@@ -25,6 +25,7 @@ and the folders, each with one theme:
 ``private.py`` holds what is private to torch.
 """
 
+from graphcap.cudagraph.counters import cost
 from graphcap.cudagraph.counters.stats import PlanStats, RunnerStats, plans_made
 from graphcap.cudagraph.dispatch.key import Dispatch, GraphKey
 from graphcap.cudagraph.dispatch.step import step
@@ -54,6 +55,7 @@ __all__ = [
     "SimulatedCaptureError",
     "Size",
     "Step",
+    "cost",
     "device_for",
     "graph_runner",
     "step",

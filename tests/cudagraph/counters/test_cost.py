@@ -134,3 +134,10 @@ def test_the_document_says_where_graphs_stop_to_matter(name, step) -> None:
     busy = measured.BUSY_US
     at = over_batches(step("0.6b", 1), (1, busy["0.6b", 1]), (64, busy["0.6b", 64]))
     assert f"{crossover(at, range(1, 4097))} ({name})" in DOCUMENT
+
+
+def test_the_example_of_the_document_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    (said,) = re.findall(r"print\(step\)  # (.*)", code)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == said

@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -23,10 +23,11 @@ from graphcap.compiler import private
 from graphcap.compiler.frontend.step_source import named_as_argument
 from graphcap.compiler.inputs import input_name
 from graphcap.compiler.pieces import CompiledPiece
+from graphcap.compiler.runners import Runners, ids_of, is_mostly
 from graphcap.compiler.split import Piece
 from graphcap.compiler.symbols import SizeSymbols
 from graphcap.config import CompilationMode, Config
-from graphcap.cudagraph import GraphRunner, PlanStats, RunnerStats
+from graphcap.cudagraph import GraphRunner, PlanStats
 from graphcap.cudagraph.dispatch.revision import revise
 from graphcap.errors import RecompileError
 
@@ -78,7 +79,7 @@ class Region:
         notes: one-line remarks for the report.
         on_plan: told of each captured plan.
         is_captured_ahead: whether :func:`graphcap.capture` has captured its ladder.
-        is_shared: whether it serves, or has served, several instances.
+        crew: its graph runners.
     """
 
     name: str
@@ -99,15 +100,12 @@ class Region:
     source: str = ""
     dump_dir: str = ""
     is_captured_ahead: bool = False
-    is_shared: bool = False
+    crew: Runners = field(default_factory=Runners, repr=False)
     notes: list[str] = field(default_factory=list)
     on_plan: Callable[[PlanStats], None] | None = field(default=None, repr=False)
     code: CodeType | None = field(default=None, repr=False)
     _owner: Callable[[], Any] = field(default=lambda: None, repr=False)
     _tensors: list[weakref.ref[torch.Tensor]] = field(default_factory=list, repr=False)
-    _runners: list[weakref.ref[GraphRunner]] = field(default_factory=list, repr=False)
-    _gone: list[RunnerStats] = field(default_factory=list, repr=False)
-    _retired: RunnerStats = field(default_factory=RunnerStats, repr=False)
 
     @property
     def owner(self) -> Any:
@@ -116,8 +114,8 @@ class Region:
 
     @property
     def runners(self) -> list[GraphRunner]:
-        """The graph runners of this region that are still alive: one per model instance and specialised size."""
-        return [runner for ref in self._runners if (runner := ref()) is not None]
+        """Those that are still alive: one per model instance and specialised size."""
+        return self.crew.alive
 
     @property
     def is_over(self) -> bool:
@@ -125,40 +123,16 @@ class Region:
         alive = self.owner is not None or any(ref() is not None for ref in self._tensors) or bool(self.runners)
         return not alive and bool(self._tensors)
 
-    def counted_by_gone(self) -> RunnerStats:
-        """What runners have counted that are gone, together."""
-        with _lock:
-            self._absorb_gone()
-            total = RunnerStats()
-            total.absorb(self._retired)
-            return total
-
     def attach(self, runner: GraphRunner) -> None:
         """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
-        stats, gone = runner.stats, self._gone
-
-        def note_gone(_: Any) -> None:  # anywhere, also while a lock is held: no more than this
-            gone.append(stats)
-            revise()
-
-        stats.on_plan = self.on_plan
-        with _lock:
-            self._absorb_gone()
-            self._runners = [ref for ref in self._runners if ref() is not None]
-            self.is_shared |= any(_are_of_two_instances(each, runner) for each in self.runners)
-            self._runners.append(weakref.ref(runner, note_gone))
+        runner.stats.on_plan = self.on_plan
+        self.crew.attach(runner)
         revise()
 
     def detach(self, runner: GraphRunner) -> None:
-        """Forget a runner that another one replaces, but not what it has counted."""
-        with _lock:
-            self._runners = [ref for ref in self._runners if ref() is not runner]
-            self._gone.append(runner.stats)
+        """Forget a runner that another one replaces."""
+        self.crew.detach(runner)
         revise()
-
-    def _absorb_gone(self) -> None:
-        while self._gone:
-            self._retired.absorb(self._gone.pop(0))
 
     def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let reports find the region by the parameters and buffers that it uses."""
@@ -167,9 +141,11 @@ class Region:
     def shares_tensor_with(self, tensors: set[int]) -> bool:
         """Whether one of the region's parameters or buffers is among these (by ``id``): of the call that was traced, or
         of an instance that is served now (its weights may have been replaced since)."""
-        if any(not tensors.isdisjoint(ids_of(runner.parameters)) for runner in self.runners):
-            return True
-        return not tensors.isdisjoint(ids_of(self._tensors))
+        return self.crew.have(tensors) or not tensors.isdisjoint(ids_of(self._tensors))
+
+    def is_mostly_of(self, tensors: set[int]) -> bool:
+        """Whether that is so of most of them."""
+        return self.crew.have_most_of(tensors) or is_mostly(ids_of(self._tensors), tensors)
 
     def record_pieces(self, pieces: Sequence[Piece], compiled: Sequence[CompiledPiece], sizes: SizeSymbols) -> None:
         """Keep what a report needs of the pieces."""
@@ -194,16 +170,6 @@ class Region:
             )
         self.key_sizes = {str(s): _bound_by(sizes.bound_by[s]) for s in sorted(sizes.key, key=str)}
         self.live_sizes = {str(s): reason for s, reason in sizes.live.items()}
-
-
-def ids_of(tensors: Iterable[weakref.ref[torch.Tensor]]) -> set[int]:
-    """The ids of those that are still there."""
-    return {id(tensor) for ref in tensors if (tensor := ref()) is not None}
-
-
-def _are_of_two_instances(one: GraphRunner, other: GraphRunner) -> bool:
-    parameters = ids_of(one.parameters), ids_of(other.parameters)
-    return all(parameters) and parameters[0].isdisjoint(parameters[1])
 
 
 def _bound_by(node: fx.Node) -> str:

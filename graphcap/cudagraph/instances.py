@@ -103,7 +103,8 @@ class InstanceRunners:
         """The instance that most of these parameters belong to, or a new one."""
         parameters = [args[index] for index in self._parameters]
         identity = id(parameters[0]), id(parameters[-1])
-        changed = [(key, each) for key, each in list(self._instances.items()) if each.num_gone]
+        keys = list(self._instances)  # a collection may take one out at any moment
+        changed = [(key, each) for key in keys if (each := self._instances.get(key)) is not None and each.num_gone]
         known = next(((key, each) for key, each in changed if each.has_half_of(parameters)), None)
         for key in {key for key, _ in changed} & {identity, *(known or ())[:1]}:
             self._instances.pop(key, None)
@@ -138,12 +139,13 @@ class InstanceRunners:
                 self._pass_on(instance.runner.captured)
 
     def _pass_on(self, captured: frozenset[Hashable]) -> None:
-        while self._newcomers:
+        while captured and self._newcomers:
             newcomer = self._newcomers.pop(0)()
             if newcomer is not None:
                 newcomer.replaces(captured)
                 return
-        self._owed.append(captured)
+        if captured:
+            self._owed.append(captured)
 
 
 def _noter(owner: weakref.ref[InstanceRunners], identity: Identity) -> Callable[[Any], None]:

@@ -174,6 +174,24 @@ def test_a_model_that_went_before_the_seal_leaves_nothing_to_one_that_comes_afte
         assert runners[0].stats.captures == 0
 
 
+def test_one_that_went_without_plans_leaves_those_of_another_to_whom_they_belong(
+    call_with_five: Any, runners: list[GraphRunner]
+) -> None:
+    weights, others = [[torch.full((3,), value + n) for n in range(5)] for value in (0.0, 5.0)]
+    x = torch.ones(3)
+    call_with_five(*others, x)
+    for _ in range(4):
+        call_with_five(*weights, x)
+    runners.clear()
+    with allow_capture(False):
+        del others
+        del weights
+        weights = [torch.full((3,), 10.0 + n) for n in range(5)]
+        for _ in range(4):
+            call_with_five(*weights, x)
+        assert [runner.stats.captures for runner in runners] == [1]
+
+
 def test_of_threads_that_make_the_first_call_with_new_weights_the_winner_has_the_plans(
     call_with_five: Any, runners: list[GraphRunner]
 ) -> None:

@@ -41,13 +41,12 @@ def explain(target: Any = None) -> Report:
 
 def _whole(region: Region) -> RegionReport:
     """All that was counted in a region, whatever has become of the instances: such counters only grow."""
-    runners = region.runners  # before those that are gone: one that goes now is in one of the two
-    return snapshot(region, runners, region.counted_by_gone())
+    return snapshot(region, *region.crew.counted())
 
 
 def _part(region: Region, subject: Subject) -> RegionReport:
     """What was counted for one instance, as far as that can be told."""
-    if subject.tensors and region.is_shared:
+    if subject.tensors and region.crew.are_of_several:
         return snapshot(region, subject.runners_in(region))
     return _whole(region)
 

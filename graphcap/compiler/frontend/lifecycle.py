@@ -22,8 +22,9 @@ from graphcap.compiler.region import all_regions, forget_regions
 def release(target: Any) -> None:
     """Drop the graphs of a model and, where they were the last ones in it, the memory pool. Compiled code stays.
 
-    Waits for the replays that are running. The next call of each shape captures again, so that it suits an engine that
-    goes to sleep: release, move or drop the weights, load them again, go on. Weights need not come back to where they
+    Waits for the replays that are running. The next call of each shape captures again, where captures are allowed, so
+    that it suits an engine that goes to sleep: release, move or drop the weights, load them again, go on. Weights need
+    not come back to where they
     were. In a process group every rank calls it, and waits for the others.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from graphcap.compiler import private
 from graphcap.compiler.frontend.api import record_of
 from graphcap.compiler.frontend.target import CompiledTarget
-from graphcap.compiler.region import Region, all_regions, ids_of
+from graphcap.compiler.region import Region, all_regions
 from graphcap.cudagraph import GraphRunner
 
 
@@ -47,39 +47,32 @@ class Subject:
             return self._is_of_owner(region) and any(private.is_frame_of(region.code, code) for code in self.codes)
         if id(region.owner) in self.modules:
             return True
-        return self._may_be_served_by(region.owner) and region.shares_tensor_with(self.tensors)
+        return self._is_served_by(region)
 
     def _is_of_owner(self, region: Region) -> bool:
         if self.owner is None or region.owner is None or region.owner is self.owner:
             return True
-        return type(region.owner) is type(self.owner) and region.shares_tensor_with(self.tensors)
+        return type(region.owner) is type(self.owner) and region.is_mostly_of(self.tensors)
 
-    def _may_be_served_by(self, owner: Any) -> bool:
-        """Whether what was traced for ``owner`` serves the module where it computes with its parameters: what the
-        module is a part of, and another one of its class or of that of a part of it, with whom Dynamo shares a graph. A
-        model of another kind may have an embedding in common with it, and no more."""
-        if not isinstance(owner, torch.nn.Module):
-            return True
-        if any(each is self.module for each in owner.modules()):
-            return True
-        kinds = () if self.module is None else map(type, self.module.modules())
-        return record_of(owner) is None and type(owner) in kinds
+    def _is_served_by(self, region: Region) -> bool:
+        """Whether what was traced for another one serves the module, as it computes with its parameters: for what the
+        module is a part of, or for a module of its class or of that of a part of it, with which Dynamo shares a graph.
+        Two models that have an embedding in common have no more in common."""
+        owner = region.owner
+        if not isinstance(owner, torch.nn.Module) or any(each is self.module for each in owner.modules()):
+            return region.shares_tensor_with(self.tensors)
+        if self.module is None or record_of(owner) is not None:
+            return False
+        alike = (each for each in self.module.modules() if type(each) is type(owner))
+        return any(region.is_mostly_of(_tensors_of(each)) for each in alike)
 
     def regions(self) -> list[Region]:
         """The regions that it owns now."""
         return [region for region in all_regions() if self.owns(region)]
 
     def runners_in(self, region: Region) -> list[GraphRunner]:
-        """The runners of a region that serve it. Of those that are for instances of their own, these compute with its
-        parameters, or it with theirs; one that it has in common with another model does not count. Where none does, as
-        all of its weights have been replaced since, nobody can say which."""
-        runners = region.runners
-        parameters = [ids_of(runner.parameters) for runner in runners]
-        common = [len(each & self.tensors) for each in parameters]
-        if not any(common):
-            return runners
-        pairs = zip(runners, parameters, common, strict=True)
-        return [runner for runner, known, number in pairs if not known or 2 * number >= max(common)]
+        """The runners of a region that serve it: all of them where it is a function, which may be called with any."""
+        return region.crew.of(self.tensors) if self.tensors else region.runners
 
     def runners(self) -> list[GraphRunner]:
         """The runners of all of them, in the order of compilation."""
@@ -94,7 +87,11 @@ def subject_of(target: Any) -> Subject:
     """
     record = target if isinstance(target, CompiledTarget) else record_of(target)
     if record is not None and record.kind != "module":
-        return Subject(record.name, codes=[record.entry.__code__], record=record)
+        owner = getattr(target, "__self__", None)
+        module = owner if isinstance(owner, torch.nn.Module) else None
+        return Subject(
+            record.name, codes=[record.entry.__code__], owner=module, tensors=_tensors_of(module), record=record
+        )
     if isinstance(target, CompiledTarget):
         target = target.original
     original, compiled = private.original_of(target)

@@ -181,3 +181,106 @@ def test_a_module_has_what_its_parts_have() -> None:
     assert counted(first.layers[0])[0] == 1
     graphcap.release(first)
     assert [counted(each)[0] for each in (first, second)] == [0, 2]
+
+
+class Adapted(nn.Module):
+    """Two layers of a base that others may have as well, and one of its own."""
+
+    def __init__(self, base: nn.ModuleList) -> None:
+        super().__init__()
+        self.base, self.adapter = base, nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.adapter(self.base[1](self.base[0](x).relu()))
+
+
+def test_adapters_over_one_base_are_told_apart() -> None:
+    base = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    first, second = compiled(Adapted(base)), compiled(Adapted(base))
+    call(first)
+    call(second, times=5)
+    assert counted(first)[1] == counted(second)[1] + 1
+    graphcap.release(second)
+    assert [counted(each)[0] for each in (first, second)] == [1, 0]
+
+
+@pytest.mark.parametrize("of", [lambda model: model, lambda model: model.forward], ids=["module", "method"])
+def test_a_weight_in_common_is_not_enough(of: Callable[[nn.Module], Any]) -> None:
+    first, second = compiled(Layer()), compiled(Layer())
+    second.first.weight = first.first.weight
+    call(first)
+    assert graphcap.explain(of(second)).regions == ()
+    assert mode(of(second)) == "NONE"
+    graphcap.release(of(second))
+    assert counted(first)[0] == 1
+
+
+def test_a_weight_in_common_with_a_part_is_not_enough() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 4, bias=False), Head()
+
+    first, second = Model(), Model()
+    compiled(first.head)
+    second.embed.weight = first.head.out.weight
+    call(first.head)
+    assert counted(first)[0] == 1
+    assert graphcap.explain(second).regions == ()
+
+
+def test_a_model_all_of_whose_weights_are_new_has_nobody_elses_plans() -> None:
+    first, second = compiled(Layer()), compiled(Layer())
+    call(first, second)
+    second.load_state_dict({name: torch.randn_like(value) for name, value in second.state_dict().items()}, assign=True)
+    assert mode(second) == "NONE"
+    graphcap.release(second)
+    assert counted(first)[0] == 1
+
+
+def test_a_method_that_graphcap_compiled_is_that_of_its_object() -> None:
+    class Model(Layer):
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            return self.forward(x)
+
+        run = graphcap.compile(run, **OPTIONS)  # type: ignore[assignment]
+
+    first, second = Model().eval(), Model().eval()
+    call(first.run, second.run)
+    before = graphcap.explain().metrics()["graphcap_plans"]
+    assert before == 2
+    graphcap.release(second.run)
+    assert graphcap.explain().metrics()["graphcap_plans"] == 1
+    assert sum(len(region.plans) for region in graphcap.explain(first.run).regions) == 1
+
+
+def test_a_finalizer_may_ask_while_counters_are_read() -> None:
+    """Collected in the middle of a report, or of a call that makes a runner: nobody waits for himself."""
+
+    class Engine:
+        def __init__(self, model: nn.Module) -> None:
+            self.model, self.itself = model, self
+
+        def __del__(self) -> None:
+            graphcap.release(self.model)
+            graphcap.explain()
+
+    model = compiled(Layer())
+    call(model)
+    threshold = gc.get_threshold()
+    gc.set_threshold(5)
+    try:
+        for _ in range(100):
+            Engine(model)
+            graphcap.explain().metrics()
+        call(compiled(Layer()), times=1)
+    finally:
+        gc.set_threshold(*threshold)

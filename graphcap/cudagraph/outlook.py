@@ -40,20 +40,24 @@ class Outlook:
         served = self._table.served.get(sizes if said is None else (sizes, said.token))
         if served is not None:
             return served.stats
+        plan, _, reason = self.way(sizes, args, said)
+        return reason if plan is None else plan.stats
+
+    def way(self, sizes: Any, args: tuple[Any, ...], said: step | None) -> tuple[Plan | None, Route | None, str]:
+        """The plan that serves a call, with its route; or ``None`` and the route on which the call comes to one; or
+        neither, and why. ``sizes`` and ``args`` as above, ``said``: the step in force."""
         routes = self._router.routes(sizes, said)
         if isinstance(routes, str):
-            return routes
+            return None, None, routes
         reasons = []
         for route in routes:
-            plan, _, reason = self.on_route(route, args, said)
-            if plan is not None:
-                return plan.stats
-            if not reason:
-                return ""
+            plan, way, reason = self._on_route(route, args, said)
+            if plan is not None or not reason:
+                return plan, way, ""
             reasons.append(reason)
-        return reasons[0]
+        return None, None, reasons[0]
 
-    def on_route(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Plan | None, Route, str]:
+    def _on_route(self, route: Route, args: tuple[Any, ...], said: step | None) -> tuple[Plan | None, Route, str]:
         """The plan that serves a call on a route; or ``None``, the route on which the call comes to one, and why it
         does not, ``""`` where it does."""
         plan = self._table.plans.get(route.key)

@@ -176,18 +176,10 @@ class GraphRunner:
             inputs = self.program.inputs
             states = [i for i in self._written if inputs[i].kind is InputKind.STATIC or id(args[i]) in keeper.lent]
             keeper.keep(args[index] for index in states)
-        routes = self.router.routes(self._sizes(args), said)
-        if isinstance(routes, str):
-            return self._live(args, routes)
-        reasons = []
-        for route in routes:
-            plan, way, reason = self.outlook.on_route(route, args, said)
-            if plan is not None:
-                return self._serve(key, plan, args)
-            if not reason:
-                return self._approach(way, args, said)
-            reasons.append(reason)
-        return self._live(args, reasons[0])
+        plan, route, reason = self.outlook.way(self._sizes(args), args, said)
+        if plan is not None:
+            return self._serve(key, plan, args)
+        return self._live(args, reason) if route is None else self._approach(route, args, said)
 
     def _serve(self, key: Hashable, plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep the way from this kind of call to its plan, and go it."""

@@ -12,7 +12,7 @@ from graphcap.cudagraph.padded.corner import corner
 from graphcap.cudagraph.padded.digest import digest
 from graphcap.cudagraph.private import storage_address
 from graphcap.cudagraph.program import Program
-from graphcap.cudagraph.recording.liveness import num_slots
+from graphcap.cudagraph.recording.liveness import slot_table
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ def trace(program: Program, args: Sequence[Any], reference: Trace | None) -> Tra
     """
     found = Trace()
     state = {storage_address(args[slot]) for step in program.steps for slot in step.mutates if slot < len(args)} - {0}
-    slots: list[Any] = [*args, *[None] * (num_slots(program) - len(args))]
+    slots = slot_table(program, args)
     for number, step in enumerate(program.steps):
         for slot, value in zip(step.writes, step.fn(*[slots[slot] for slot in step.reads]), strict=True):
             slots[slot] = value

@@ -14,7 +14,7 @@ import torch
 
 from graphcap.cudagraph.padded.corner import corner
 from graphcap.cudagraph.program import Capture, Program, Step
-from graphcap.cudagraph.recording.liveness import num_slots
+from graphcap.cudagraph.recording.liveness import slot_table
 
 #: The sizes of tensors by the number of their slot.
 Sizes = Mapping[int, torch.Size]
@@ -45,7 +45,7 @@ class ByStep:
         self._program = program
         self._outcomes: dict[int, Outcome] = {}
         self._sizes: dict[int, torch.Size] = {}  # of results
-        slots = _slots(program, padded)
+        slots = slot_table(program, padded)
         for number, step in enumerate(program.steps):
             results = _run(step, slots)
             if not is_known(step):
@@ -72,7 +72,7 @@ class ByStep:
             Exception: what a step raises.
         """
         kept: dict[int, _Kept] = {}
-        slots = _slots(self._program, padded)
+        slots = slot_table(self._program, padded)
         for number, step in enumerate(self._program.steps):
             done = self._outcomes.get(number)
             _put(slots, step, _run(step, slots) if done is None else _repeat(done, slots))
@@ -90,7 +90,7 @@ def exact_sizes(program: Program, exact: Sequence[Any], wanted: Collection[int])
     Raises:
         Exception: what a step raises.
     """
-    slots = _slots(program, exact)
+    slots = slot_table(program, exact)
     missing = set(wanted)
     for step in program.steps:
         if not missing:
@@ -117,10 +117,6 @@ def first_given_away(program: Program) -> frozenset[int]:
 def is_known(step: Step) -> bool:
     """Whether a step consists of operations of torch, which write nothing but what they are given."""
     return step.capture in (Capture.ALWAYS, Capture.FULL) and not step.unproven
-
-
-def _slots(program: Program, args: Sequence[Any]) -> list[Any]:
-    return [*args, *[None] * (num_slots(program) - len(args))]
 
 
 def _is_larger(size: torch.Size, other: torch.Size) -> bool:

@@ -16,6 +16,11 @@ def num_slots(program: Program) -> int:
     return 1 + max([len(program.inputs) - 1, *(slot for step in program.steps for slot in step.writes)])
 
 
+def slot_table(program: Program, args: Sequence[Any]) -> list[Any]:
+    """The slots before the first step: the arguments, and nothing yet of what the steps make."""
+    return [*args, *[None] * (num_slots(program) - len(args))]
+
+
 def last_reads(program: Program) -> list[int]:
     """For each slot the index of the last step that reads it.
 

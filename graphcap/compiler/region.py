@@ -127,12 +127,6 @@ class Region:
         """Let reports find the runner's counters without keeping it alive, and the dump its plans."""
         runner.stats.on_plan = self.on_plan
         self.crew.attach(runner)
-        revise()
-
-    def detach(self, runner: GraphRunner) -> None:
-        """Forget a runner that another one replaces."""
-        self.crew.detach(runner)
-        revise()
 
     def watch_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let reports find the region by the parameters and buffers that it uses."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -49,6 +49,7 @@ class Runners:
         self.are_of_several |= any(_are_of_two_instances(each, runner) for each in self.alive)
         alive.append(weakref.ref(runner, note_gone))
         self._absorb_gone()
+        revise()
 
     def detach(self, runner: GraphRunner) -> None:
         """Forget one that another one replaces, but not what it has counted."""
@@ -57,6 +58,7 @@ class Runners:
                 if ref() is runner:
                     self._alive.remove(ref)
                     self._gone.append(runner.stats)
+        revise()
 
     def counted(self) -> tuple[list[GraphRunner], RunnerStats]:
         """Those that are there, and what all others have counted, together: each in one of the two."""
@@ -67,7 +69,7 @@ class Runners:
             total.absorb(self._retired)
         return alive, total
 
-    def of(self, tensors: Collection[int]) -> list[GraphRunner]:
+    def of(self, tensors: set[int]) -> list[GraphRunner]:
         """Those that compute with these parameters (their ids): of several instances, those of one or of a part of it.
 
         A runner whose parameters are all among them is of that instance, and then one that has some in common with it
@@ -77,20 +79,20 @@ class Runners:
         if not self.are_of_several:
             return alive
         parameters = [ids_of(runner.parameters) for runner in alive]
-        mine = [bool(known) and known <= set(tensors) for known in parameters]
+        mine = [bool(known) and known <= tensors for known in parameters]
         if not any(mine):
-            common = [len(known.intersection(tensors)) for known in parameters]
+            common = [len(known & tensors) for known in parameters]
             most = max(common, default=0)
             mine = [
                 number == most and is_mostly(known, tensors) for known, number in zip(parameters, common, strict=True)
             ]
         return [runner for runner, known, is_mine in zip(alive, parameters, mine, strict=True) if is_mine or not known]
 
-    def have(self, tensors: Collection[int]) -> bool:
+    def have(self, tensors: set[int]) -> bool:
         """Whether one of them computes with one of these."""
         return any(not ids_of(runner.parameters).isdisjoint(tensors) for runner in self.alive)
 
-    def have_most_of(self, tensors: Collection[int]) -> bool:
+    def have_most_of(self, tensors: set[int]) -> bool:
         """Whether one of them computes with most of these, or with them for the most part."""
         return any(is_mostly(ids_of(runner.parameters), tensors) for runner in self.alive)
 
@@ -105,9 +107,9 @@ def ids_of(tensors: Iterable[weakref.ref[torch.Tensor]]) -> set[int]:
     return {id(tensor) for ref in tensors if (tensor := ref()) is not None}
 
 
-def is_mostly(known: Collection[int], tensors: Collection[int]) -> bool:
+def is_mostly(known: set[int], tensors: set[int]) -> bool:
     """Whether half of the smaller of two sets is in the other: more than a weight that two models have in common."""
-    common = len(set(known).intersection(tensors))
+    common = len(known & tensors)
     return common > 0 and 2 * common >= min(len(known), len(tensors))
 
 

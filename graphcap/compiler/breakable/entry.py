@@ -160,7 +160,7 @@ class Entry:
         region.pieces, region.source = built.records, built.source
         if self._runner is not None:
             self._runner.release()
-            region.detach(self._runner)
+            region.crew.detach(self._runner)
         self._run, self._runner, self._kinds = built.program.run, None, {}
         self._num_built = self._recordings.num_built
         if self._device is not None:

@@ -87,10 +87,9 @@ def subject_of(target: Any) -> Subject:
     """
     record = target if isinstance(target, CompiledTarget) else record_of(target)
     if record is not None and record.kind != "module":
-        owner = getattr(target, "__self__", None)
-        module = owner if isinstance(owner, torch.nn.Module) else None
+        owner = _owner_of(target)
         return Subject(
-            record.name, codes=[record.entry.__code__], owner=module, tensors=_tensors_of(module), record=record
+            record.name, codes=[record.entry.__code__], owner=owner, tensors=_tensors_of(owner), record=record
         )
     if isinstance(target, CompiledTarget):
         target = target.original
@@ -103,10 +102,9 @@ def subject_of(target: Any) -> Subject:
     if not codes:
         kind = type(target).__name__
         raise TypeError(f"graphcap: expected a module, function, bound method or compiled version of one, got {kind}")
-    owner = original.__self__ if isinstance(original, MethodType) else None
+    owner = _owner_of(original)
     name = getattr(original, "__qualname__", type(original).__qualname__)
-    module = owner if isinstance(owner, torch.nn.Module) else None
-    return Subject(name, codes=codes, owner=module, tensors=_tensors_of(module), compiled_by_torch=compiled)
+    return Subject(name, codes=codes, owner=owner, tensors=_tensors_of(owner), compiled_by_torch=compiled)
 
 
 def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, compiled: bool) -> Subject:
@@ -118,6 +116,12 @@ def _module_subject(module: torch.nn.Module, record: CompiledTarget | None, comp
         record=record,
         compiled_by_torch=compiled,
     )
+
+
+def _owner_of(function: Any) -> torch.nn.Module | None:
+    """For a bound method of a module, that module."""
+    owner = function.__self__ if isinstance(function, MethodType) else None
+    return owner if isinstance(owner, torch.nn.Module) else None
 
 
 def _tensors_of(module: torch.nn.Module | None) -> set[int]:

@@ -82,6 +82,17 @@ def call_with_five(runners: list[GraphRunner]) -> Any:
     return graph_runner(program, SimulatedDevice(), Config(simulate=True), runners.append)
 
 
+def five(first: float) -> list[torch.Tensor]:
+    """Parameters that hold this number and the next ones."""
+    return [torch.full((3,), first + n) for n in range(5)]
+
+
+def call_four_times(call_with_five: Any, weights: list[torch.Tensor]) -> None:
+    """As often as it takes to be captured and replayed once."""
+    for _ in range(4):
+        assert torch.equal(call_with_five(*weights, torch.ones(3))[0], sum(weights))
+
+
 @pytest.mark.parametrize("which", range(5))
 def test_a_replaced_parameter_leaves_the_instance_what_it_was(
     which: int, call_with_five: Any, runners: list[GraphRunner]
@@ -125,19 +136,16 @@ def test_an_instance_all_of_whose_parameters_were_replaced_has_its_plans_again_w
     call_with_five: Any, runners: list[GraphRunner]
 ) -> None:
     """``load_state_dict(assign=True)`` between two requests. No shape gets a plan that had none."""
-    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
-    for _ in range(4):
-        call_with_five(*weights, x)
+    weights = five(0)
+    call_four_times(call_with_five, weights)
     assert runners.pop().stats.replays == 1
     with allow_capture(False):
         del weights
-        weights = [torch.full((3,), 10.0 + n) for n in range(5)]
-        for _ in range(4):
-            assert torch.equal(call_with_five(*weights, x)[0], torch.full((3,), 60.0))
+        weights = five(10)
+        call_four_times(call_with_five, weights)
         assert runners[0].stats.replays == 1
-        others = [torch.full((3,), 20.0 + n) for n in range(5)]
-        for _ in range(4):
-            assert torch.equal(call_with_five(*others, x)[0], torch.full((3,), 110.0))
+        others = five(20)
+        call_four_times(call_with_five, others)
         assert runners[1].stats.captures == 0, "one more model is not what was replaced"
 
 
@@ -145,78 +153,68 @@ def test_where_the_old_weights_outlive_the_first_call_with_new_ones_plans_come_w
     call_with_five: Any, runners: list[GraphRunner]
 ) -> None:
     """Somebody keeps a copy of the state until the new one is seen to work."""
-    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
-    for _ in range(4):
-        call_with_five(*weights, x)
+    weights = five(0)
+    call_four_times(call_with_five, weights)
     del runners[0]
     with allow_capture(False):
-        before, weights = weights, [torch.full((3,), 10.0 + n) for n in range(5)]
-        for _ in range(4):
-            call_with_five(*weights, x)
+        before, weights = weights, five(10)
+        call_four_times(call_with_five, weights)
         assert runners[0].stats.captures == 0
         del before
-        for _ in range(4):
-            assert torch.equal(call_with_five(*weights, x)[0], torch.full((3,), 60.0))
+        call_four_times(call_with_five, weights)
         assert runners[0].stats.replays >= 1
 
 
 def test_a_model_that_went_before_the_seal_leaves_nothing_to_one_that_comes_after_it(
     call_with_five: Any, runners: list[GraphRunner]
 ) -> None:
-    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
-    for _ in range(4):
-        call_with_five(*weights, x)
+    weights = five(0)
+    call_four_times(call_with_five, weights)
     del runners[0], weights
     with allow_capture(False):
-        others = [torch.full((3,), 20.0 + n) for n in range(5)]
-        for _ in range(4):
-            call_with_five(*others, x)
+        others = five(20)
+        call_four_times(call_with_five, others)
         assert runners[0].stats.captures == 0
 
 
 def test_one_that_went_without_plans_leaves_those_of_another_to_whom_they_belong(
     call_with_five: Any, runners: list[GraphRunner]
 ) -> None:
-    weights, others = [[torch.full((3,), value + n) for n in range(5)] for value in (0.0, 5.0)]
-    x = torch.ones(3)
-    call_with_five(*others, x)
-    for _ in range(4):
-        call_with_five(*weights, x)
+    weights, others = five(0), five(5)
+    call_with_five(*others, torch.ones(3))
+    call_four_times(call_with_five, weights)
     runners.clear()
     with allow_capture(False):
         del others
         del weights
-        weights = [torch.full((3,), 10.0 + n) for n in range(5)]
-        for _ in range(4):
-            call_with_five(*weights, x)
+        weights = five(10)
+        call_four_times(call_with_five, weights)
         assert [runner.stats.captures for runner in runners] == [1]
 
 
 def test_of_threads_that_make_the_first_call_with_new_weights_the_winner_has_the_plans(
     call_with_five: Any, runners: list[GraphRunner]
 ) -> None:
-    weights, x = [torch.full((3,), float(n)) for n in range(5)], torch.ones(3)
-    for _ in range(4):
-        call_with_five(*weights, x)
+    weights = five(0)
+    call_four_times(call_with_five, weights)
     with allow_capture(False):
         for trial in range(10):
             runners.clear()
             del weights
-            weights = [torch.full((3,), 10.0 * trial + n) for n in range(5)]
+            weights = five(10 * trial)
             together = threading.Barrier(4)
 
-            def first_call(*args: Any, together: threading.Barrier = together) -> None:
+            def first_call(*weights: torch.Tensor, together: threading.Barrier = together) -> None:
                 together.wait()
                 with torch.no_grad():
-                    call_with_five(*args)
+                    call_with_five(*weights, torch.ones(3))
 
-            threads = [threading.Thread(target=first_call, args=(*weights, x)) for _ in range(4)]
+            threads = [threading.Thread(target=first_call, args=weights) for _ in range(4)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            for _ in range(4):
-                call_with_five(*weights, x)
+            call_four_times(call_with_five, weights)
             assert [runner.stats.captures for runner in runners] == [1]
 
 
